@@ -1,0 +1,1 @@
+//! Identities, mTLS streams, preface, gateway and relay.

@@ -1,0 +1,1 @@
+//! The `godwit` command: CLI, roles, wiring.

@@ -1,0 +1,1 @@
+//! One VM: QEMU, mover and handover put together.

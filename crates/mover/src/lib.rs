@@ -1,0 +1,1 @@
+//! Moves disks: rounds, extents, wire format, checkpoints, resume, verification.

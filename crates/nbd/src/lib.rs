@@ -1,0 +1,1 @@
+//! NBD client: reads, block status, dirty bitmaps.

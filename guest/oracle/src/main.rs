@@ -1,0 +1,2 @@
+//! The guest's own witness.
+fn main() {}
