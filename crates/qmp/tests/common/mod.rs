@@ -53,6 +53,12 @@ impl Qemu {
     pub async fn client(&self) -> qmp::Client {
         qmp::Client::connect(&self.socket, LONG).await.unwrap()
     }
+
+    /// Stops QEMU's process (`STOP`) or lets it go on (`CONT`).
+    pub fn signal(&self, signal: &str) {
+        let kill = format!("kill -{signal} {}", self.child.id());
+        assert!(Command::new("sh").args(["-c", &kill]).status().unwrap().success());
+    }
 }
 
 impl Drop for Qemu {
