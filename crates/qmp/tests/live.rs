@@ -363,7 +363,7 @@ async fn a_migration_waits_before_the_switchover_can_be_cancelled_and_done_again
     from.execute(Cont, LONG).await.unwrap();
 
     // Into a pipe that nobody minds, and back.
-    from.execute(Migrate { uri: "exec:cat >/dev/null".into(), resume: None }, LONG).await.unwrap();
+    from.execute(Migrate { uri: "exec:cat >/dev/null".into() }, LONG).await.unwrap();
     reach(&mut leaving, MigrationStatus::PreSwitchover).await;
     assert!(!from.execute(QueryStatus, LONG).await.unwrap().running);
     from.execute(MigrateCancel, LONG).await.unwrap();
@@ -376,7 +376,7 @@ async fn a_migration_waits_before_the_switchover_can_be_cancelled_and_done_again
     .await;
 
     to.execute(MigrateIncoming { uri: uri.clone() }, LONG).await.unwrap();
-    from.execute(Migrate { uri, resume: None }, LONG).await.unwrap();
+    from.execute(Migrate { uri }, LONG).await.unwrap();
     reach(&mut leaving, MigrationStatus::PreSwitchover).await;
     let info = from.execute(QueryMigrate, LONG).await.unwrap();
     assert_eq!(info.status, Some(MigrationStatus::PreSwitchover));

@@ -10,9 +10,6 @@ command! {
     Migrate = "migrate" {
         /// Where to, such as `unix:/run/vm/out.sock`.
         uri: String,
-    } optional {
-        /// Goes on with a paused post-copy.
-        resume: bool,
     } -> Empty
 }
 

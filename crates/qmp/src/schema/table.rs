@@ -47,7 +47,7 @@ fn machine(c: &mut Checker<'_>) {
 }
 
 fn migration(c: &mut Checker<'_>) {
-    c.command(Migrate { uri: text(), resume: Some(true) }, &[]);
+    c.command(Migrate { uri: text() }, &[]);
     c.command(MigrateIncoming { uri: text() }, &[]);
     c.command(MigrateCancel, &[]);
     c.command(MigrateContinue { state: MigrationStatus::PreSwitchover }, &[]);
