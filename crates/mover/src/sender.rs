@@ -104,6 +104,8 @@ impl std::fmt::Debug for Shared {
 struct State {
     work: Work,
     counters: Counters,
+    /// Bytes asked for, per disk.
+    asked: Vec<u64>,
     chooser: Chooser,
     window: Window,
     /// The target's busy time of each stream.
@@ -158,6 +160,7 @@ impl Sender {
         let state = State {
             work: Work::new(disks.len(), usize::from(streams)),
             counters: Counters::default(),
+            asked: vec![0; disks.len()],
             chooser: Chooser::new(options.compression),
             window: Window { bytes: MIN_WINDOW, since: Instant::now(), safe: 0, rate: 0.0 },
             target_ns: vec![0; usize::from(streams)],
@@ -201,7 +204,7 @@ impl Sender {
             state.work.push(disk, Task::Zero, &holes);
         }
         let bytes = state.work.left() - before;
-        state.counters.asked += bytes;
+        state.asked(disk, bytes);
         self.shared.changed.notify_all();
         Ok(bytes)
     }
@@ -242,6 +245,12 @@ impl Sender {
     /// What [`Mode::Verify`] found to differ so far, per disk.
     pub fn differing(&self) -> Vec<ExtentSet> {
         self.shared.lock().differing.clone()
+    }
+
+    /// Bytes asked for so far and bytes that are not safe yet, per disk.
+    pub fn per_disk(&self) -> Vec<(u64, u64)> {
+        let state = self.shared.lock();
+        state.asked.iter().copied().zip(state.work.left_per_disk()).collect()
     }
 
     /// Why the streams ended, if they did.
@@ -568,13 +577,18 @@ struct Buffers {
 }
 
 impl State {
+    fn asked(&mut self, disk: u16, bytes: u64) {
+        self.asked[usize::from(disk)] += bytes;
+        self.counters.asked += bytes;
+    }
+
     fn note_difference(&mut self, stream: u16, seq: u64, blocks: u64) {
         let Some((disk, extents)) = self.work.blocks_of(stream, seq, blocks) else { return };
         if self.verifying {
             self.differing[usize::from(disk)].union_with(&extents);
             return;
         }
-        self.counters.asked += extents.bytes();
+        self.asked(disk, extents.bytes());
         self.work.push(disk, Task::Copy { blank: false }, &extents);
     }
 

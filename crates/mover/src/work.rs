@@ -220,6 +220,11 @@ impl Work {
         pending + self.streams.iter().map(taken).sum::<u64>()
     }
 
+    /// Bytes pending or on their way, per disk.
+    pub fn left_per_disk(&self) -> Vec<u64> {
+        self.outstanding().iter().map(Outstanding::bytes).collect()
+    }
+
     /// Whether all that was pushed is safe.
     pub fn is_done(&self) -> bool {
         self.left() == 0
