@@ -6,7 +6,7 @@
 //!         forget what is safe         <--Durable--  fsync, acknowledge
 //! ```
 //!
-//! - [`extent`], [`work`], [`wire`], [`codec`], [`counters`], [`bucket`] and [`rounds`] are pure.
+//! - [`extent`], [`work`], [`wire`], [`codec`], [`counters`], [`bucket`], [`zeros`] and [`rounds`] are pure.
 //! - [`disk`] is the one place that touches disks; [`sender`] and [`receiver`] are threads over it.
 //!
 //! Acknowledged means fsynced. Nothing here knows of QEMU's life, of owners or of a network: a
@@ -20,5 +20,7 @@ pub mod extent;
 pub mod receiver;
 pub mod rounds;
 pub mod sender;
+pub mod window;
 pub mod wire;
 pub mod work;
+pub mod zeros;

@@ -7,8 +7,10 @@ use crate::codec::{self, Chooser, Compression, Load};
 use crate::counters::{Counters, Limit};
 use crate::disk::{self, Disk, aligned};
 use crate::extent::{Extent, ExtentSet};
+use crate::window::Window;
 use crate::wire::{self, CHUNK, COMPARE_BLOCK, Codec, Head, Kind, Reply};
 use crate::work::{Item, Outstanding, Task, Work};
+use crate::zeros::runs;
 use std::io::{self, BufReader};
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
@@ -118,41 +120,6 @@ struct State {
     ended: Option<Error>,
 }
 
-/// The bytes that may be on their way on all streams.
-#[derive(Debug)]
-struct Window {
-    bytes: u64,
-    since: Instant,
-    safe: u64,
-    rate: f64,
-}
-
-/// Below this the window never falls: a disk needs some depth even without a link.
-const MIN_WINDOW: u64 = 16 << 20;
-/// The most memory that is spent on what is on its way.
-const MAX_WINDOW: u64 = 512 << 20;
-/// What an fsync and the turn of the streams add to a round trip.
-const SYNC_TIME: Duration = Duration::from_millis(25);
-
-/// Bandwidth times delay, doubled so that a growing rate finds room.
-fn window_for(rate: f64, rtt: Duration) -> u64 {
-    ((2.0 * rate * (rtt + SYNC_TIME).as_secs_f64()) as u64).clamp(MIN_WINDOW, MAX_WINDOW)
-}
-
-impl Window {
-    fn update(&mut self, safe: u64, rtt: Duration) {
-        let span = self.since.elapsed();
-        if span < (rtt + SYNC_TIME).max(Duration::from_millis(100)) {
-            return;
-        }
-        let rate = (safe - self.safe) as f64 / span.as_secs_f64();
-        // A pause between rounds is no slow link: fall slowly.
-        self.rate = rate.max(0.8 * self.rate);
-        self.bytes = window_for(self.rate, rtt);
-        (self.since, self.safe) = (Instant::now(), safe);
-    }
-}
-
 impl Sender {
     /// Starts the streams for `disks`, whose order both sides know.
     pub fn start(disks: Vec<Arc<Disk>>, connect: Arc<dyn Connect>, options: Options) -> Self {
@@ -162,7 +129,7 @@ impl Sender {
             counters: Counters::default(),
             asked: vec![0; disks.len()],
             chooser: Chooser::new(options.compression),
-            window: Window { bytes: MIN_WINDOW, since: Instant::now(), safe: 0, rate: 0.0 },
+            window: Window::default(),
             target_ns: vec![0; usize::from(streams)],
             live: (0..streams).map(|_| None).collect(),
             verifying: false,
@@ -613,26 +580,6 @@ fn idle_cores() -> f64 {
 
 fn nanos(from: Instant) -> u64 {
     from.elapsed().as_nanos() as u64
-}
-
-/// Splits a chunk into runs of (start, length, all zeros), in units of `COMPARE_BLOCK`.
-fn runs(raw: &[u8]) -> Vec<(usize, usize, bool)> {
-    let mut runs: Vec<(usize, usize, bool)> = Vec::new();
-    for (i, block) in raw.chunks(COMPARE_BLOCK as usize).enumerate() {
-        let zero = is_zero(block);
-        match runs.last_mut() {
-            Some((_, len, was)) if *was == zero => *len += block.len(),
-            _ => runs.push((i * COMPARE_BLOCK as usize, block.len(), zero)),
-        }
-    }
-    runs
-}
-
-/// Whether all bytes are zero.
-pub fn is_zero(bytes: &[u8]) -> bool {
-    // The first bytes decide nearly always; the rest is compared as one run of memory.
-    bytes.iter().take(16).all(|b| *b == 0)
-        && bytes.get(16..).is_none_or(|rest| rest == &bytes[..rest.len()])
 }
 
 const _: () = assert!(CHUNK / COMPARE_BLOCK <= 64, "a Differ has one bit for each block");
