@@ -1,1 +1,21 @@
 //! Identities, mTLS streams, preface, gateway and relay.
+//!
+//! The only way by which migration data leaves a host:
+//!
+//! ```text
+//! source launcher        source host            target host        target launcher
+//!   resumable  --unix-->  gateway  ==TLS 1.3==>  gateway  --unix-->  resumable
+//! ```
+//!
+//! Two gateways know each other by [`identity`], speak [`tls`] and nothing plainer, and
+//! name what they connect in a [`preface`]. The [`gateway`] keeps no state of any
+//! migration: the launchers issue and check [`tokens`], and carry their bytes across
+//! cut links and restarted gateways with [`resumable`]. A launcher reaches its host's
+//! gateway through [`client`].
+//!
+//! This crate knows nothing of Kubernetes, QEMU, disks or owner records.
+
+pub mod identity;
+pub mod tls;
+pub mod preface;
+pub mod tokens;

@@ -1,0 +1,127 @@
+//! Whom to believe: the CAs of one's own and of linked clusters.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject;
+use x509_parser::certificate::X509Certificate;
+use x509_parser::extensions::GeneralName;
+use x509_parser::prelude::FromDer;
+
+use super::{Error, SpiffeId, check_cluster, clipped, files};
+
+/// CA certificates by the cluster that each vouches for. A cluster may have several,
+/// as it has while its CA is rotated.
+#[derive(Debug, Clone, Default)]
+pub struct Trust {
+    roots: BTreeMap<String, RootCertStore>,
+}
+
+impl Trust {
+    /// Trusts nobody yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Reads PEM files of CA certificates, one or more in each.
+    pub fn load<P: AsRef<Path>>(paths: impl IntoIterator<Item = P>) -> Result<Self, Error> {
+        let mut trust = Self::new();
+        for path in paths {
+            trust.add_pem(&files::read_text(path.as_ref(), false)?)?;
+        }
+        if trust.roots.is_empty() {
+            return Err(Error::EmptyTrust);
+        }
+        Ok(trust)
+    }
+
+    /// Adds every CA certificate of a PEM text; each vouches for the cluster it names.
+    pub fn add_pem(&mut self, pem: &str) -> Result<(), Error> {
+        self.add(pem, None)
+    }
+
+    /// Adds the CA of one linked cluster; refused if it names any other. What a peer
+    /// cluster handed over goes through here, or it could hand over a second CA for ours.
+    pub fn add_linked(&mut self, cluster: &str, pem: &str) -> Result<(), Error> {
+        self.add(pem, Some(cluster))
+    }
+
+    fn add(&mut self, pem: &str, only: Option<&str>) -> Result<(), Error> {
+        let mut added = Vec::new();
+        for der in CertificateDer::pem_slice_iter(pem.as_bytes()) {
+            let der = der.map_err(|e| unreadable(&e))?;
+            let cluster = cluster_of_ca(&der)?;
+            if let Some(only) = only.filter(|only| *only != cluster) {
+                return Err(Error::ForeignCluster { ca: cluster, asked: only.into() });
+            }
+            added.push((cluster, der));
+        }
+        if added.is_empty() {
+            return Err(Error::EmptyTrust);
+        }
+        for (cluster, der) in added {
+            let roots = self.roots.entry(cluster).or_insert_with(RootCertStore::empty);
+            roots.add(der).map_err(|e| unreadable(&e))?;
+        }
+        Ok(())
+    }
+
+    /// The clusters it knows.
+    pub fn clusters(&self) -> impl Iterator<Item = &str> {
+        self.roots.keys().map(String::as_str)
+    }
+
+    pub(crate) fn roots(&self, cluster: &str) -> Option<&RootCertStore> {
+        self.roots.get(cluster)
+    }
+}
+
+/// The one id that a certificate carries.
+pub(crate) fn id_of(der: &CertificateDer<'_>) -> Result<SpiffeId, Error> {
+    only_uri(&parse(der)?)?.parse()
+}
+
+/// The cluster that a CA's certificate names.
+pub(super) fn cluster_of_ca(der: &CertificateDer<'_>) -> Result<String, Error> {
+    let certificate = parse(der)?;
+    if !certificate.is_ca() {
+        return Err(Error::NotACa);
+    }
+    let uri = only_uri(&certificate)?;
+    let cluster = uri.strip_prefix("spiffe://").ok_or_else(|| Error::Malformed {
+        what: "CA's id",
+        value: clipped(&uri),
+        rule: "spiffe://<cluster>",
+    })?;
+    check_cluster(cluster)?;
+    Ok(cluster.into())
+}
+
+pub(super) fn expiry_of(der: &CertificateDer<'_>) -> Result<SystemTime, Error> {
+    let seconds = parse(der)?.validity().not_after.timestamp();
+    Ok(UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
+}
+
+fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, Error> {
+    match X509Certificate::from_der(der) {
+        Ok((rest, certificate)) if rest.is_empty() => Ok(certificate),
+        Ok(_) => Err(unreadable(&"bytes follow it")),
+        Err(e) => Err(unreadable(&e)),
+    }
+}
+
+fn only_uri(certificate: &X509Certificate<'_>) -> Result<String, Error> {
+    let names = certificate.subject_alternative_name().map_err(|e| unreadable(&e))?;
+    let names = names.map(|n| n.value.general_names.as_slice()).unwrap_or_default();
+    match names {
+        [GeneralName::URI(uri)] => Ok((*uri).into()),
+        names => Err(Error::NotOneUri { found: names.len() }),
+    }
+}
+
+fn unreadable(text: &dyn std::fmt::Display) -> Error {
+    Error::Encoding { what: "a certificate", text: text.to_string() }
+}
