@@ -1,1 +1,82 @@
-//! One host's agent.
+//! One host's agent: keeps the owner ledger, watches QEMU processes, answers
+//! the launchers of its host and other hosts. Its gateway carries the streams.
+
+pub mod ledger;
+pub mod watch;
+
+use handover::handler::{Owner, local, peer};
+use handover::ledger::{Request, Response};
+use handover::record::{HostId, InstanceId};
+use std::path::Path;
+
+/// The agent of one host.
+#[derive(Debug)]
+pub struct Handler {
+    ledger: ledger::Ledger,
+    watch: watch::Watch,
+}
+
+impl Handler {
+    /// The agent of the host whose folder this is.
+    ///
+    /// # Errors
+    /// When the ledger cannot be opened.
+    pub fn open(host: &Path) -> std::io::Result<Self> {
+        Ok(Self { ledger: ledger::Ledger::open(host)?, watch: watch::Watch::default() })
+    }
+
+    /// Answers a launcher of this host.
+    pub fn local(&self, request: &Request) -> Response {
+        match request {
+            Request::Read { vm } => match self.ledger.read(vm) {
+                Ok(record) => Response::Record { record },
+                Err(error) => failed(&error),
+            },
+            Request::Swap { vm, change } => {
+                answer(self.ledger.swap(vm, |current| local(vm, current, change)))
+            }
+            Request::Watch { instance, pid, start_time } => {
+                match self.watch.add(instance, *pid, *start_time) {
+                    Ok(()) => Response::Watching,
+                    Err(error) => failed(&error),
+                }
+            }
+        }
+    }
+
+    /// Answers another host, whose identity was checked.
+    pub fn peer(&self, asker: &HostId, request: &Request) -> Response {
+        let Request::Swap { vm, change } = request else {
+            return Response::Failed { why: "another host may not ask this".into() };
+        };
+        let owner = |instance: &InstanceId| match self.watch.has_ended(instance) {
+            true => Owner::QemuEnded,
+            false => Owner::Unknown,
+        };
+        answer(self.ledger.swap(vm, |current| peer(vm, current, asker, owner, change)))
+    }
+}
+
+fn answer(
+    swapped: Result<
+        Result<handover::record::Record, handover::record::Refused>,
+        ledger::Error,
+    >,
+) -> Response {
+    match swapped {
+        Ok(Ok(record)) => Response::Done { record },
+        Ok(Err(refused)) => Response::Refused { refused },
+        Err(error) => failed(&error),
+    }
+}
+
+fn failed(error: &dyn std::error::Error) -> Response {
+    let mut why = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        why = format!("{why}: {cause}");
+        source = cause.source();
+    }
+    tracing::warn!(%why, "cannot answer");
+    Response::Failed { why }
+}

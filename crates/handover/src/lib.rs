@@ -16,6 +16,7 @@
 //! ```
 
 pub mod handler;
+pub mod ledger;
 pub mod record;
 pub mod source;
 pub mod target;

@@ -1,0 +1,91 @@
+//! A move as its launcher shows it.
+
+use super::progress::Progress;
+use serde::{Deserialize, Serialize};
+
+/// Which half of the move this launcher is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Half {
+    /// The guest leaves.
+    Source,
+    /// The guest arrives.
+    Target,
+}
+
+/// How the move ended.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "result", rename_all = "kebab-case")]
+pub enum Outcome {
+    /// The guest runs at the target.
+    Succeeded,
+    /// The guest runs where it ran.
+    Failed {
+        /// What happened, and what to do.
+        reason: String,
+        /// Whether the next attempt goes on from what was copied.
+        resumable: bool,
+    },
+    /// The guest runs where it ran, because the user wanted it so.
+    Cancelled,
+    /// Neither side may run the guest until the owner record can be asked.
+    InDoubt {
+        /// What is missing.
+        reason: String,
+    },
+}
+
+/// What a move waits for, and for how long at most.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Waiting {
+    /// For what.
+    pub reason: String,
+    /// Seconds until that is given up, counted from the phase's begin; None in doubt.
+    pub deadline_seconds: Option<f64>,
+}
+
+/// A move at one moment.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Status {
+    /// The move's id.
+    pub migration: String,
+    /// Which half.
+    pub half: Half,
+    /// The handover's state, by name.
+    pub phase: String,
+    /// When the phase began, seconds since 1970.
+    pub since: f64,
+    /// What it waits for.
+    pub waiting: Option<Waiting>,
+    /// Measured.
+    pub progress: Progress,
+    /// How long the guest stood still, as this launcher measured it, milliseconds.
+    pub paused_ms: Option<f64>,
+    /// Set when it is over.
+    pub outcome: Option<Outcome>,
+    /// The failpoint at which it stands, in a test.
+    pub failpoint: Option<String>,
+}
+
+impl Status {
+    /// A move that begins now.
+    pub fn begin(migration: &str, half: Half, phase: &str) -> Self {
+        Self {
+            migration: migration.to_owned(),
+            half,
+            phase: phase.to_owned(),
+            since: now(),
+            waiting: None,
+            progress: Progress::default(),
+            paused_ms: None,
+            outcome: None,
+            failpoint: None,
+        }
+    }
+}
+
+/// Seconds since 1970.
+pub fn now() -> f64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0.0, |d| d.as_secs_f64())
+}

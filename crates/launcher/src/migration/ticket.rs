@@ -1,0 +1,37 @@
+//! What a source needs in order to reach the target that was prepared for it.
+
+use channel::identity::SpiffeId;
+use channel::preface::Token;
+use serde::{Deserialize, Serialize};
+
+/// A host's gateway.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Peer {
+    /// Its address, `host:port`.
+    pub address: String,
+    /// Who must answer there.
+    pub id: SpiffeId,
+}
+
+/// Leave to move one VM to one launcher, once.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ticket {
+    /// The attempt.
+    pub migration: String,
+    /// The VM.
+    pub vm: String,
+    /// The target's gateway.
+    pub peer: Peer,
+    /// The launcher instance that will own the VM.
+    pub heir: String,
+    /// For the control stream.
+    pub token: Token,
+}
+
+/// What a gateway writes for the launchers of its host (`gateway.json`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Here {
+    /// How it is reached, and who it is.
+    #[serde(flatten)]
+    pub peer: Peer,
+}

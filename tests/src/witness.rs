@@ -1,0 +1,206 @@
+//! The host's ear at the guest's oracle: follows its serial line on every host
+//! that the guest passes, and knows what the guest saw.
+
+use anyhow::{Context, Result, bail};
+use oracle::protocol::{Check, Report};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Everything the oracle has said, wherever it ran.
+#[derive(Debug, Default)]
+struct Heard {
+    /// When each tick arrived.
+    ticks: BTreeMap<u64, Instant>,
+    /// Highest acknowledged write of each writer.
+    written: BTreeMap<u64, u64>,
+    /// Answers that nobody took yet.
+    answers: Vec<Report>,
+    /// Losses that were reported.
+    losses: Vec<String>,
+    /// Lines that made no sense: the pieces of one that a move cut in two.
+    broken: Vec<String>,
+}
+
+/// Follows one guest's oracle.
+#[derive(Debug, Clone, Default)]
+pub struct Witness {
+    heard: Arc<(Mutex<Heard>, Condvar)>,
+}
+
+impl Witness {
+    /// Nothing heard yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Listens to the oracle's socket on one more host. The line that is
+    /// returned is for commands.
+    ///
+    /// # Errors
+    /// When the socket cannot be reached.
+    pub fn listen(&self, socket: &Path) -> Result<Line> {
+        let stream = connect(socket)?;
+        let from = stream.try_clone()?;
+        let heard = self.heard.clone();
+        std::thread::spawn(move || follow(from, &heard));
+        Ok(Line { stream, witness: self.clone() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Heard> {
+        self.heard.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until `found` finds something in what was heard.
+    fn wait<T>(
+        &self,
+        what: &str,
+        deadline: Duration,
+        mut found: impl FnMut(&mut Heard) -> Option<T>,
+    ) -> Result<T> {
+        let until = Instant::now() + deadline;
+        let mut heard = self.lock();
+        loop {
+            if let Some(value) = found(&mut heard) {
+                return Ok(value);
+            }
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                bail!("the guest's oracle did not say {what} within {deadline:?}; heard {heard:?}");
+            }
+            heard = self.heard.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Waits for a tick that arrives after this call: the guest runs now.
+    ///
+    /// # Errors
+    /// When none comes in time.
+    pub fn wait_alive(&self, deadline: Duration) -> Result<()> {
+        let from = Instant::now();
+        self.wait("a tick", deadline, |heard| {
+            heard.ticks.last_key_value().filter(|(_, at)| **at > from).map(|_| ())
+        })
+    }
+
+    /// The highest acknowledged write.
+    pub fn written(&self) -> u64 {
+        self.lock().written.get(&0).copied().unwrap_or(0)
+    }
+
+    /// Waits until write `n` is acknowledged.
+    ///
+    /// # Errors
+    /// When it is not in time.
+    pub fn wait_written(&self, n: u64, deadline: Duration) -> Result<()> {
+        let what = format!("that write {n} is durable");
+        self.wait(&what, deadline, |heard| {
+            heard.written.get(&0).filter(|w| **w >= n).map(|_| ())
+        })
+    }
+
+    /// The longest time that the guest stood still since `from`: the largest
+    /// gap between two ticks that follow each other.
+    pub fn longest_pause_since(&self, from: Instant) -> Duration {
+        let heard = self.lock();
+        let times: Vec<Instant> = heard.ticks.values().copied().collect();
+        let gaps = times.windows(2).filter(|w| w[1] >= from);
+        gaps.map(|w| w[1].saturating_duration_since(w[0])).max().unwrap_or_default()
+    }
+
+    /// Ticks that arrived more than once: two instances of one guest ran.
+    pub fn losses(&self) -> Vec<String> {
+        self.lock().losses.clone()
+    }
+}
+
+/// A line to the oracle on the host where the guest runs.
+#[derive(Debug)]
+pub struct Line {
+    stream: UnixStream,
+    witness: Witness,
+}
+
+impl Line {
+    /// Gives a command and returns its answer.
+    ///
+    /// # Errors
+    /// When the oracle refuses it or does not answer in time.
+    pub fn command(&mut self, command: &str, deadline: Duration) -> Result<Report> {
+        self.witness.lock().answers.clear();
+        self.stream.write_all(format!("{command}\n").as_bytes())?;
+        let answer = self.witness.wait(&format!("an answer to `{command}`"), deadline, |heard| {
+            (!heard.answers.is_empty()).then(|| heard.answers.remove(0))
+        })?;
+        match answer {
+            Report::Err(why) => bail!("the oracle refuses `{command}`: {why}"),
+            answer => Ok(answer),
+        }
+    }
+
+    /// Has the guest check all that it wrote and counted.
+    ///
+    /// # Errors
+    /// When it gives no answer.
+    pub fn check(&mut self) -> Result<Check> {
+        match self.command("check", Duration::from_secs(60))? {
+            Report::Check(sums) => Ok(sums),
+            other => bail!("the oracle answered `check` with `{other}`"),
+        }
+    }
+}
+
+fn connect(socket: &Path) -> Result<UnixStream> {
+    channel_connect(socket).with_context(|| format!("cannot listen to {}", socket.display()))
+}
+
+/// Paths of sockets may be longer than an address holds: go through the folder.
+fn channel_connect(socket: &Path) -> std::io::Result<UnixStream> {
+    use std::os::fd::AsRawFd;
+    let (Some(folder), Some(name)) = (socket.parent(), socket.file_name()) else {
+        return Err(std::io::ErrorKind::InvalidInput.into());
+    };
+    let folder = std::fs::File::open(folder)?;
+    UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", folder.as_raw_fd())).join(name))
+}
+
+fn follow(stream: UnixStream, heard: &(Mutex<Heard>, Condvar)) {
+    let mut from = BufReader::new(stream);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let limited = (&mut from).take(4096).read_until(b'\n', &mut line);
+        if !matches!(limited, Ok(1..)) {
+            return;
+        }
+        let now = Instant::now();
+        let text = String::from_utf8_lossy(&line).trim().to_owned();
+        let mut state = heard.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.hear(&text, now);
+        heard.1.notify_all();
+    }
+}
+
+impl Heard {
+    fn hear(&mut self, text: &str, now: Instant) {
+        match text.parse::<Report>() {
+            Ok(Report::Tick { n, .. }) => {
+                self.ticks.entry(n).or_insert(now);
+            }
+            Ok(Report::Written { n, id }) => {
+                let newest = self.written.entry(id).or_default();
+                *newest = n.max(*newest);
+            }
+            Ok(Report::LostWrite { .. } | Report::LostPage { .. }) => {
+                self.losses.push(text.to_owned());
+            }
+            Ok(Report::Died(status)) => self.losses.push(format!("the oracle died: {status}")),
+            Ok(answer) => self.answers.push(answer),
+            Err(_) if text.is_empty() => {}
+            Err(_) => self.broken.push(text.to_owned()),
+        }
+    }
+}
