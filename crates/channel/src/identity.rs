@@ -208,7 +208,9 @@ pub enum Error {
         asked: String,
     },
     /// A certificate that is no CA in a trust bundle.
-    #[error("a certificate in the trust bundle is not a CA's; put the peer cluster's CA certificate there")]
+    #[error(
+        "a certificate in the trust bundle is not a CA's; put the peer cluster's CA certificate there"
+    )]
     NotACa,
     /// A bundle that trusts nobody.
     #[error("the trust bundle holds no certificate")]

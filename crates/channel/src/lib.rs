@@ -15,7 +15,13 @@
 //!
 //! This crate knows nothing of Kubernetes, QEMU, disks or owner records.
 
+pub mod client;
+mod copy;
+pub mod gateway;
 pub mod identity;
-pub mod tls;
 pub mod preface;
+pub mod socket;
+pub mod tls;
 pub mod tokens;
+mod traffic;
+mod wire;

@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Numbers are big-endian, the bodies JSON of at most [`MAX_BODY`] bytes. A gateway passes
-//! a preface on to the launcher as [`Delivery`], with the peer's id, in the same framing.
+//! a preface on to the launcher with the peer's id, in the same framing.
 
 use std::fmt;
 use std::time::Duration;
@@ -24,8 +24,8 @@ use crate::tokens::Token;
 pub const VERSION: u16 = 1;
 /// The most bytes of JSON in a preface or a reply.
 pub const MAX_BODY: usize = 4096;
-/// What the source sends first after [`Reply::Accepted`]: it has the successor.
-pub const CONFIRM: u8 = 0xC5;
+/// What the source sends first once it has the successor.
+pub(crate) const CONFIRM: u8 = 0xC5;
 
 const MAGIC: &[u8; 4] = b"GDWT";
 
@@ -45,6 +45,8 @@ pub mod code {
     pub const UNSAFE_SOCKET: &str = "unsafe-socket";
     /// The launcher accepted the connection but not the stream in time.
     pub const LAUNCHER_SILENT: &str = "launcher-silent";
+    /// A request that cannot be read or answered.
+    pub const BAD_REQUEST: &str = "bad-request";
     /// Too many connections.
     pub const BUSY: &str = "busy";
     /// The migration does not expect that stream.
@@ -88,6 +90,16 @@ pub struct Preface {
     pub stream: Stream,
     /// Admits this one connection.
     pub token: Token,
+}
+
+impl Preface {
+    /// Checks what the types do not.
+    pub(crate) fn check(&self) -> Result<(), Refusal> {
+        if (1..=128).contains(&self.migration.len()) {
+            return Ok(());
+        }
+        Err(Refusal::new(code::BAD_PREFACE, "a migration's name is 1 to 128 bytes"))
+    }
 }
 
 /// A VM's folder: 1 to 63 of `a-z 0-9 . -`, and neither `.` nor `..`.
@@ -147,23 +159,22 @@ pub(crate) enum Opening {
 
 /// The first message from a gateway to a launcher.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Delivery {
+pub(crate) struct Delivery {
     /// What the source said.
-    pub preface: Preface,
+    pub(crate) preface: Preface,
     /// The gateway that brought it, as its certificate proved.
-    pub peer: SpiffeId,
+    pub(crate) peer: SpiffeId,
 }
 
 /// How an opening is answered.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Reply {
-    /// The stream stands, once the successor is confirmed.
-    Accepted {
-        /// The token of the next connection.
-        successor: Token,
-    },
-    /// It does not.
+pub(crate) enum Reply {
+    /// The stream stands, once the source confirmed the token of its next connection.
+    Accepted { successor: Token },
+    /// The answer to [`Opening::Owner`]'s request follows.
+    Ready,
+    /// Neither.
     Refused(Refusal),
 }
 
@@ -192,7 +203,9 @@ pub enum Error {
     #[error("the bytes received are not a preface; does another service use this address?")]
     Magic,
     /// A version that is not spoken here.
-    #[error("preface version {found} is not spoken here (this side speaks {VERSION}); update the older host")]
+    #[error(
+        "preface version {found} is not spoken here (this side speaks {VERSION}); update the older host"
+    )]
     Version {
         /// The peer's.
         found: u16,

@@ -79,7 +79,9 @@ pub enum PeerError {
         allowed: String,
     },
     /// Believed, but not the one that was called.
-    #[error("{peer} answered where {expected} was expected; was the address given to another node?")]
+    #[error(
+        "{peer} answered where {expected} was expected; was the address given to another node?"
+    )]
     WrongInstance {
         /// Who it is.
         peer: SpiffeId,
@@ -154,7 +156,14 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let stream = self.0.accept(io).await.map_err(Error::from_io)?;
+        let stream = match self.0.accept(io).into_fallible().await {
+            Ok(stream) => stream,
+            Err((error, mut io)) => {
+                // Or the reset that follows unread bytes would outrun the alert.
+                crate::copy::farewell(&mut io).await;
+                return Err(Error::from_io(error));
+            }
+        };
         let id = peer_of(stream.get_ref().1.peer_certificates())?;
         Ok((stream, id))
     }

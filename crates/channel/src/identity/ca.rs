@@ -5,8 +5,8 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose,
-    IsCa, Issuer, KeyPair, KeyUsagePurpose, SanType, date_time_ymd,
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, SanType, date_time_ymd,
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
@@ -43,7 +43,11 @@ impl Ca {
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         let certificate = params.self_signed(&key).map_err(Error::Generate)?;
-        Ok(Self { cluster: cluster.into(), pem: certificate.pem(), issuer: Issuer::new(params, key) })
+        Ok(Self {
+            cluster: cluster.into(),
+            pem: certificate.pem(),
+            issuer: Issuer::new(params, key),
+        })
     }
 
     /// Reads a CA from its certificate and key, both PEM.
@@ -52,8 +56,8 @@ impl Ca {
             .map_err(|e| encoding("the CA's certificate", e))?;
         let cluster = trust::cluster_of_ca(&der)?;
         let key = KeyPair::from_pem(key).map_err(|e| encoding("the CA's key", e))?;
-        let issuer = Issuer::from_ca_cert_der(&der, key)
-            .map_err(|e| encoding("the CA's certificate", e))?;
+        let issuer =
+            Issuer::from_ca_cert_der(&der, key).map_err(|e| encoding("the CA's certificate", e))?;
         Ok(Self { cluster, pem: certificate.into(), issuer })
     }
 

@@ -57,13 +57,11 @@ fn put(dir: &Path, name: &str, bytes: &[u8]) -> io::Result<()> {
     let flags = OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let dirfd = rfs::openat(CWD, dir, flags, Mode::empty())?;
     let temporary = PathBuf::from(format!(".{name}.{}", uuid::Uuid::new_v4().simple()));
-    let flags =
-        OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = rfs::openat(&dirfd, &temporary, flags, Mode::RUSR | Mode::WUSR)?;
     let mut file = File::from(fd);
     let written = file.write_all(bytes).and_then(|()| file.sync_all());
-    let renamed =
-        written.and_then(|()| Ok(rfs::renameat(&dirfd, &temporary, &dirfd, name)?));
+    let renamed = written.and_then(|()| Ok(rfs::renameat(&dirfd, &temporary, &dirfd, name)?));
     if renamed.is_err() {
         // The first error is the one to tell; a file left behind harms nobody.
         let _ = rfs::unlinkat(&dirfd, &temporary, AtFlags::empty());
