@@ -8,46 +8,52 @@ kernel_fetch() (
   work=$(mktemp -d "$out/kernel.XXXXXX")
   trap 'rm -rf "$work"' EXIT
   if ! kernel_from_packages "$work" && ! kernel_from_boot "$work"; then
-    die "no kernel: neither can this system download one (apt-get download), nor is a" \
-      "readable one with its modules installed in /boot. Run 'apt-get update', or" \
-      "install linux-image-cloud-amd64 (Debian) or linux-image-virtual (Ubuntu)"
+    die "no kernel: 'apt-get download' gets none, and no readable one with its modules" \
+      "is installed in /boot. Install linux-image-cloud-amd64 (Debian) or" \
+      "linux-image-virtual (Ubuntu), or make the package archive reachable"
   fi
   rm -rf "$kernel"
   mv "$work/kernel" "$kernel"
 )
 
-# Debian's cloud kernel is the smallest; Ubuntu has none such.
+# Debian's cloud kernel is the smallest; Ubuntu has none such. The system's package
+# lists may be missing or older than the archive: then a private copy of them is
+# brought up to date, which needs no root.
 kernel_from_packages() {
-  local work=$1 meta image modules
+  local work=$1 options=()
   command -v apt-get >/dev/null || return 1
+  kernel_download "$work" && return
+  say "kernel: bringing a private copy of the package lists up to date"
+  mkdir -p "$work/lists/partial" "$work/cache/archives/partial"
+  options=(-o "Dir::State::lists=$work/lists" -o "Dir::Cache=$work/cache"
+    -o "APT::Sandbox::User=$(id -un)")
+  apt-get -qq "${options[@]}" update </dev/null >&2 && kernel_download "$work" "${options[@]}"
+}
+
+# kernel_download WORK [APT'S OPTIONS]
+kernel_download() {
+  local work=$1 meta image packages deb
+  shift
   for meta in linux-image-cloud-amd64 linux-image-virtual linux-image-generic linux-image-amd64; do
-    image=$(dependency "$meta" '^linux-image-[0-9]') || continue
-    modules=$(dependency "$image" '^linux-modules-[0-9]') || modules=
-    say "kernel $image"
-    download "$work" "$image" $modules || continue
+    image=$(dependency '^linux-image-[0-9]' "$meta" "$@") || continue
+    # Ubuntu has the modules in a package of their own.
+    packages=("$image" $(dependency '^linux-modules-[0-9]' "$image" "$@" || true))
+    say "kernel: ${packages[*]}"
+    rm -rf "$work/x" "$work"/*.deb
+    (cd "$work" && apt-get -qq -o "APT::Sandbox::User=$(id -un)" "$@" download "${packages[@]}" \
+      </dev/null >&2) || continue
+    for deb in "$work"/*.deb; do dpkg-deb -x "$deb" "$work/x"; done
     kernel_collect "$work" "$work/x/boot" "$work/x" && return
   done
   return 1
 }
 
-# The first package that $1 depends on and that matches $2.
+# dependency PATTERN PACKAGE [APT'S OPTIONS]: the first that matches
 dependency() {
-  apt-cache depends --important "$1" 2>/dev/null |
-    sed -n 's/^[ |]*Depends: //p' | grep -m1 -E "$2"
-}
-
-# Downloads packages and unpacks them to $1/x. The lists may be older than the
-# archive: then a private copy of them is brought up to date, which needs no root.
-download() {
-  local work=$1 deb
+  local pattern=$1
   shift
-  local apt=(apt-get -qq -o APT::Sandbox::User="$(id -un)")
-  if ! (cd "$work" && "${apt[@]}" download "$@" >&2); then
-    apt+=(-o "Dir::State::lists=$work/lists" -o "Dir::Cache=$work/cache")
-    mkdir -p "$work/lists/partial" "$work/cache/archives/partial"
-    (cd "$work" && "${apt[@]}" update >&2 && "${apt[@]}" download "$@" >&2) || return 1
-  fi
-  for deb in "$work"/*.deb; do dpkg-deb -x "$deb" "$work/x"; done
+  apt-cache "${@:2}" depends --important "$1" 2>/dev/null |
+    sed -n 's/^[ |]*Depends: //p' | grep -m1 -E "$pattern"
 }
 
 kernel_from_boot() {

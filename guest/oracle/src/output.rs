@@ -41,10 +41,8 @@ impl Output {
     /// Reports, and waits while the queue is full: for lines that must not be lost.
     pub fn report(&self, report: Report) {
         self.waiting.fetch_add(1, Ordering::Relaxed);
-        if self.queue.send(report).is_err() {
-            // The sink is gone, and with it everyone who could be told.
-            std::process::exit(1);
-        }
+        // Fails only when the sink is gone, and with it everyone who could be told.
+        let _ = self.queue.send(report);
     }
 
     /// Reports only when no line waits. Tells whether it did.
