@@ -1,0 +1,41 @@
+# The front door. `make` lists what it can do.
+
+MINUTES ?= 10
+SEED ?= 1
+
+.PHONY: help setup build guest demo test bench soak check clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: ## install what is missing (Debian, Ubuntu)
+	@scripts/setup
+
+build: setup ## build the binary: target/release/godwit
+	cargo build --release -p godwit
+
+guest: setup ## build the test guest: target/guest/
+	@guest/build
+
+demo: guest ## watch a VM move
+	cargo run -q --release -p e2e --bin demo
+
+test: guest ## run all tests, with real QEMU
+	cargo test --workspace
+
+bench: guest ## measure, side by side with QEMU's own way
+	cargo run -q --release -p e2e --bin bench
+
+soak: guest ## move with faults: MINUTES=10 SEED=1
+	cargo run -q --release -p e2e --bin soak -- --minutes $(MINUTES) --seed $(SEED)
+
+check: setup ## format, lints, documentation, licences
+	cargo fmt --all --check
+	cargo clippy -q --workspace --all-targets -- -D warnings
+	RUSTDOCFLAGS=-Dwarnings cargo doc -q --workspace --no-deps
+	@if command -v cargo-deny >/dev/null; \
+	then cargo deny --log-level error check bans licenses sources; \
+	else echo "check: cargo-deny is not installed: dependencies are not checked (cargo install cargo-deny)"; fi
+
+clean: ## remove everything that was built
+	cargo clean
