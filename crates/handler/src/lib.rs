@@ -4,7 +4,7 @@
 pub mod ledger;
 pub mod watch;
 
-use handover::handler::{Owner, local, peer};
+use handover::handler::{Qemu, local, peer};
 use handover::ledger::{Request, Response};
 use handover::record::{HostId, InstanceId};
 use std::path::Path;
@@ -33,7 +33,8 @@ impl Handler {
                 Err(error) => failed(&error),
             },
             Request::Swap { vm, change } => {
-                answer(self.ledger.swap(vm, |current| local(vm, current, change)))
+                let qemu = |instance: &InstanceId| self.qemu_of(instance);
+                answer(self.ledger.swap(vm, |current| local(vm, current, qemu, change)))
             }
             Request::Watch { instance, pid, start_time } => {
                 match self.watch.add(instance, *pid, *start_time) {
@@ -49,11 +50,15 @@ impl Handler {
         let Request::Swap { vm, change } = request else {
             return Response::Failed { why: "another host may not ask this".into() };
         };
-        let owner = |instance: &InstanceId| match self.watch.has_ended(instance) {
-            true => Owner::QemuEnded,
-            false => Owner::Unknown,
-        };
-        answer(self.ledger.swap(vm, |current| peer(vm, current, asker, owner, change)))
+        let qemu = |instance: &InstanceId| self.qemu_of(instance);
+        answer(self.ledger.swap(vm, |current| peer(vm, current, asker, qemu, change)))
+    }
+
+    fn qemu_of(&self, instance: &InstanceId) -> Qemu {
+        match self.watch.has_ended(instance) {
+            true => Qemu::Ended,
+            false => Qemu::Unknown,
+        }
     }
 }
 

@@ -1,58 +1,136 @@
 //! What a host's handler answers when launchers and other hosts ask its ledger. Pure.
 
-use crate::record::{self, HostId, InstanceId, Record, Refused, State, Swap, Verdict, VmId, apply};
+use crate::record::{HostId, InstanceId, Record, Refused, State, Swap, VmId, apply};
 
-/// What the handler knows of the record's owner.
+/// What the handler knows of an instance's QEMU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Owner {
-    /// The owner's QEMU was seen to end.
-    QemuEnded,
-    /// It runs, or nobody knows.
+pub enum Qemu {
+    /// Its process, or its launcher's, lives.
+    Alive,
+    /// It was seen to end.
+    Ended,
+    /// Nobody knows.
     Unknown,
 }
 
 /// Answers a swap that a launcher of this host asks for.
 ///
+/// A start needs the end of the QEMU that the record's owner had: two
+/// instances of one host are kept apart here, as those of two hosts are by the
+/// epochs. A person may insist where nobody knows, not where it lives.
+///
 /// # Errors
 /// [`Refused`]: the record stays as it is.
-pub fn local(vm: &VmId, current: Option<&Record>, swap: &Swap) -> Result<Record, Refused> {
+pub fn local(
+    vm: &VmId,
+    current: Option<&Record>,
+    qemu_of: impl Fn(&InstanceId) -> Qemu,
+    swap: &Swap,
+) -> Result<Record, Refused> {
+    let refuse = |why: String| Refused { current: current.cloned(), why };
+    match (swap, current) {
+        (Swap::Start { instance, forced, .. }, Some(now)) if now.owner != *instance => {
+            match qemu_of(&now.owner) {
+                Qemu::Alive => {
+                    return Err(refuse(format!(
+                        "QEMU of {} still lives; stop it first",
+                        now.owner
+                    )));
+                }
+                // The owner of a VM that has left, or is expected, is not to be known here.
+                Qemu::Unknown if !forced && matches!(now.state, State::Idle | State::Armed(_)) => {
+                    return Err(refuse(format!(
+                        "nobody knows whether QEMU of {} still lives; make sure, then insist with --force",
+                        now.owner
+                    )));
+                }
+                Qemu::Unknown | Qemu::Ended => {}
+            }
+        }
+        (Swap::Expect { from, .. }, Some(Record { state: State::Expected(old), .. }))
+            if old.peer != from.peer && qemu_of(&old.heir) == Qemu::Alive =>
+        {
+            return Err(refuse("another host moves a VM of this name here".into()));
+        }
+        _ => {}
+    }
     apply(vm, current, swap)
 }
 
-/// Answers a swap that another host asks for. It may ask only what concerns an
-/// attempt of its own:
-/// - the target's host: an Abort of the attempt that would make its launcher
-///   the heir. If the owner's QEMU was seen to end while the attempt is armed,
-///   it is committed instead: the guest survives its source.
-/// - the source's host: a Relinquish of the heir it made.
+/// Answers a swap that another host asks for. It may ask only about an attempt
+/// whose other end it is by the record:
+/// - the target's host: an Abort. If the owner's QEMU was seen to end while the
+///   attempt is armed it is committed instead: the guest survives its source.
+/// - the source's host: a Relinquish of the heir. An asker without the guest
+///   leaves a heir alone that lives.
+///
+/// Of anything else a peer learns at most that an epoch which it named is over.
 ///
 /// # Errors
-/// [`Refused`]: the record stays as it is. With `current: None` also when the
-/// peer has no business with the VM: it learns nothing.
+/// [`Refused`]: the record stays as it is; with `current: None` when the peer
+/// is to learn nothing.
 pub fn peer(
     vm: &VmId,
     current: Option<&Record>,
     asker: &HostId,
-    owner_of: impl Fn(&InstanceId) -> Owner,
+    qemu_of: impl Fn(&InstanceId) -> Qemu,
     swap: &Swap,
 ) -> Result<Record, Refused> {
     let nothing = |why: &str| Refused { current: None, why: why.to_owned() };
+    let Some(now) = current else { return Err(nothing("no move of yours is known here")) };
     match swap {
-        Swap::Abort { epoch, attempt } => {
-            let Some(now) = current else { return Err(nothing("there is no such VM here")) };
-            let concerns = |to: &record::Move| to.peer == *asker && to.attempt == *attempt;
-            match &now.state {
-                State::Armed(to) if concerns(to) && owner_of(&now.owner) == Owner::QemuEnded => {
+        Swap::Abort { epoch, attempt } => match &now.state {
+            State::Armed(to) | State::Committed(to)
+                if to.peer == *asker && to.attempt == *attempt && now.epoch == *epoch =>
+            {
+                let survived =
+                    matches!(now.state, State::Armed(_)) && qemu_of(&now.owner) == Qemu::Ended;
+                if survived {
                     let commit = Swap::Commit { epoch: *epoch, attempt: attempt.clone() };
                     apply(vm, current, &commit)
+                } else {
+                    apply(vm, current, swap)
                 }
-                State::Armed(to) | State::Committed(to) if concerns(to) => apply(vm, current, swap),
-                // Its attempt is over: that it may know.
-                _ if now.verdict(*epoch, attempt) == Verdict::Aborted => Ok(now.clone()),
-                _ => Err(nothing("no attempt of yours is under way")),
+            }
+            State::Idle | State::Armed(_) | State::Committed(_) if now.epoch > *epoch => {
+                Ok(veiled(now, None))
+            }
+            _ => Err(nothing("no attempt of yours is under way")),
+        },
+        Swap::Relinquish { epoch, source, attempt, peer, adopted: None, has_guest }
+            if peer == asker =>
+        {
+            match &now.state {
+                State::Expected(of) | State::Committed(of)
+                    if of.peer == *asker && of.attempt == *attempt =>
+                {
+                    let undecided = match now.state {
+                        State::Expected(_) => true,
+                        _ => now.epoch == *epoch,
+                    };
+                    if undecided && !has_guest && qemu_of(&of.heir) == Qemu::Alive {
+                        return Err(nothing("its heir lives and is about to run it"));
+                    }
+                    apply(vm, current, swap)
+                }
+                State::Idle | State::Armed(_) | State::Committed(_) if now.epoch > *epoch => {
+                    let current = Some(veiled(now, Some(source)));
+                    Err(Refused { current, why: "the heir has adopted it".into() })
+                }
+                _ => Err(nothing("no attempt of yours is expected here")),
             }
         }
-        Swap::Relinquish { peer, adopted: None, .. } if peer == asker => apply(vm, current, swap),
         _ => Err(nothing("another host may not ask this")),
+    }
+}
+
+/// The epoch alone, and whether the owner is the one that was named.
+fn veiled(now: &Record, named: Option<&InstanceId>) -> Record {
+    let owner = named.filter(|named| **named == now.owner).cloned();
+    Record {
+        vm: now.vm.clone(),
+        epoch: now.epoch,
+        owner: owner.unwrap_or_else(|| "(not told to other hosts)".into()),
+        state: State::Idle,
     }
 }

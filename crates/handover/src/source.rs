@@ -159,12 +159,20 @@ pub struct Source {
     pub qemu_ended: bool,
     /// The control stream is gone: what is sent does not arrive.
     pub peer_lost: bool,
+    /// The target gave the guest back, perhaps before this side knew that it was committed.
+    pub given_back: bool,
 }
 
 impl Source {
     /// An attempt that begins.
     pub fn new(parties: Parties) -> Self {
-        Self { parties, state: State::Preparing, qemu_ended: false, peer_lost: false }
+        Self {
+            parties,
+            state: State::Preparing,
+            qemu_ended: false,
+            peer_lost: false,
+            given_back: false,
+        }
     }
 
     /// The next state, and what to do.
@@ -178,39 +186,40 @@ impl Source {
         match &event {
             E::QemuEnded => self.qemu_ended = true,
             E::PeerLost => self.peer_lost = true,
+            E::PeerGaveBack(_) => self.given_back = true,
             _ => {}
         }
         match (self.state.clone(), event) {
             (S::Preparing, E::PeerPrepared) => self.go(S::Seeding, [Action::StartSeeding]),
             (S::Seeding, E::DeltaFits) => self.go(S::Arming, [Action::Swap(self.arm())]),
-            (S::Arming, E::Swapped(Answer::Done(record))) if self.is_open(&record) => {
+            (S::Arming, E::Swapped(Answer::Done(record))) if self.is_armed(&record) => {
                 self.go(S::Converging, [Action::StartMemory])
             }
             (S::Converging, E::GuestPaused) => self.go(S::Paused, [Action::SendLastDelta]),
             (S::Paused, E::LastDeltaSafe) => self.go(S::Loading, [Action::FinishMemory]),
             (S::Loading, E::PeerLoaded) => self.go(S::Committing, [Action::Swap(self.commit())]),
-            (S::Committing, E::Swapped(answer)) => self.committed(answer),
-            (S::Committed, E::PeerRunning) => self.release(),
+
+            // It runs only what was committed to it, whatever this side has heard of that.
+            (
+                S::Loading | S::Committing | S::Aborting { stopped: true, .. } | S::Committed,
+                E::PeerRunning,
+            ) => self.release(),
             (S::Committed, E::PeerGaveBack(failure)) => self.hand_back(failure),
             (S::Committed, E::PeerLost) => self.go(S::Committed, [self.relinquish()]),
             (S::Committed, E::Relinquished(answer)) => self.relinquished(answer),
-            (S::HandingBack { failure }, E::Swapped(answer)) => match answer {
-                Answer::Done(record) if self.is_ours(&record) => self.resume(failure),
-                Answer::Done(_) => vec![],
-                // Only a forced start refuses it: then the VM is that launcher's.
-                Answer::Refused(_) => self.go(S::Ended { failure }, [Action::EndQemu]),
-                Answer::Unknown => self.hand_back(failure),
-            },
-            (S::Aborting { stopped, failure }, E::Swapped(answer)) => {
-                self.aborted(stopped, failure, answer)
+
+            (S::Committing, E::Swapped(answer)) => {
+                let failure = Failure::Other("the target had the attempt aborted".into());
+                self.settle(failure, true, answer)
             }
+            (S::Aborting { stopped, failure }, E::Swapped(answer)) => {
+                self.settle(failure, stopped, answer)
+            }
+            (S::HandingBack { failure }, E::Swapped(answer)) => self.settle(failure, true, answer),
             (S::Resuming { failure }, E::GuestResumed | E::QemuEnded) => {
                 self.go(S::Ended { failure }, [])
             }
-            (state, event) => match failure_of(event) {
-                Some(failure) => self.fail(state, failure),
-                None => vec![],
-            },
+            (state, event) => self.fail(state, event),
         }
     }
 
@@ -220,20 +229,25 @@ impl Source {
     }
 
     /// Something failed while nothing is decided.
-    fn fail(&mut self, state: State, failure: Failure) -> Vec<Action> {
-        use State as S;
-        match state {
-            S::Preparing | S::Seeding => {
+    fn fail(&mut self, state: State, event: Event) -> Vec<Action> {
+        use {Event as E, State as S};
+        let Some(failure) = failure_of(&event) else { return vec![] };
+        match (state, event) {
+            (S::Preparing | S::Seeding, _) => {
                 let tell = Action::SendAborted(failure.clone());
                 self.go(S::Ended { failure }, [tell])
             }
-            S::Arming => self.abort(false, failure, []),
-            S::Converging | S::Paused => self.abort(false, failure, [Action::CancelMemory]),
-            // QEMU's end is survived if the target has got everything.
-            S::Loading if failure == Failure::QemuEnded => vec![],
-            S::Loading => self.abort(true, failure, []),
+            (S::Arming, _) => self.abort(false, failure, []),
+            // The answer to a swap that no longer matters.
+            (_, E::Swapped(_)) => vec![],
+            (S::Converging | S::Paused, _) => self.abort(false, failure, [Action::CancelMemory]),
+            // The target may have got everything: then the guest survives its source.
+            (S::Loading, E::QemuEnded) => vec![],
+            // N.B. the record stays armed, for the target to ask and to be given the guest.
+            (S::Loading, E::PeerLost) if self.qemu_ended => self.go(S::Ended { failure }, []),
+            (S::Loading, _) => self.abort(true, failure, []),
             // The commit may be written. An abort that is acknowledged settles it.
-            S::Committing if failure == Failure::PeerLost => self.abort(true, failure, []),
+            (S::Committing, E::PeerLost) if !self.qemu_ended => self.abort(true, failure, []),
             _ => vec![],
         }
     }
@@ -244,72 +258,65 @@ impl Source {
         failure: Failure,
         first: [Action; N],
     ) -> Vec<Action> {
-        let mut actions: Vec<Action> = first.into();
-        actions.push(Action::Swap(Swap::Abort {
-            epoch: self.parties.epoch,
-            attempt: self.parties.to.attempt.clone(),
-        }));
         self.state = State::Aborting { stopped, failure };
+        let mut actions: Vec<Action> = first.into();
+        actions.extend(self.ask_again());
         actions
     }
 
-    fn aborted(&mut self, stopped: bool, failure: Failure, answer: Answer) -> Vec<Action> {
-        match answer {
-            Answer::Unknown => self.abort(stopped, failure, []),
-            Answer::Refused(Some(record)) if self.verdict(&record) == Verdict::Committed => {
-                self.decided()
+    /// Acts on what the own ledger says of the attempt. N.B. an answer to an
+    /// earlier swap may come late: only the record's words count, not which
+    /// swap was meant.
+    fn settle(&mut self, failure: Failure, stopped: bool, answer: Answer) -> Vec<Action> {
+        let (record, refused) = match answer {
+            Answer::Done(record) => (record, false),
+            Answer::Refused(Some(record)) => (record, true),
+            Answer::Refused(None) | Answer::Unknown => return self.ask_again(),
+        };
+        match (self.verdict(&record), &self.state) {
+            (Verdict::Committed, State::Committing | State::Aborting { .. }) => self.decided(),
+            (Verdict::Committed | Verdict::Open, _) if refused => self.ask_again(),
+            (Verdict::Committed | Verdict::Open, _) => vec![],
+            (Verdict::GivenBack, _) => self.hand_back(failure),
+            (Verdict::Adopted, _) => self.release(),
+            (Verdict::Over, _) => {
+                let mut actions = vec![Action::SendAborted(failure.clone())];
+                actions.extend(self.resume(stopped, failure));
+                actions
             }
-            // The record is another launcher's: it took the VM by force.
-            Answer::Refused(_) => self.go(State::Ended { failure }, [Action::EndQemu]),
-            // N.B. an answer to an earlier swap may come first: only the record's words count.
-            Answer::Done(record) => match self.verdict(&record) {
-                Verdict::Committed => self.decided(),
-                Verdict::Aborted => self.back(stopped, failure, &record),
-                Verdict::Open => vec![],
-            },
+            (Verdict::Taken, _) => {
+                let tell = Action::SendAborted(failure.clone());
+                self.go(State::Ended { failure }, [tell, Action::EndQemu])
+            }
         }
     }
 
-    /// The attempt will never be committed, by the word of `record`.
-    fn back(&mut self, stopped: bool, failure: Failure, record: &Record) -> Vec<Action> {
-        let tell = Action::SendAborted(failure.clone());
-        if record.owner != self.parties.owner {
-            // Somebody started the VM elsewhere with a later epoch.
-            return self.go(State::Ended { failure }, [tell, Action::EndQemu]);
-        }
-        if !stopped {
-            return self.go(State::Ended { failure }, [tell]);
-        }
-        let mut actions = vec![tell];
-        actions.extend(self.resume(failure));
-        actions
-    }
-
-    fn resume(&mut self, failure: Failure) -> Vec<Action> {
-        match self.qemu_ended {
-            true => self.go(State::Ended { failure }, []),
-            false => self.go(State::Resuming { failure }, [Action::ResumeGuest]),
+    /// The swap whose outcome is waited for, once more.
+    fn ask_again(&self) -> Vec<Action> {
+        let attempt = self.parties.to.attempt.clone();
+        let Parties { epoch, owner, .. } = self.parties.clone();
+        match self.state {
+            State::Committing => vec![Action::Swap(self.commit())],
+            State::Aborting { .. } => vec![Action::Swap(Swap::Abort { epoch, attempt })],
+            State::HandingBack { .. } => {
+                vec![Action::Swap(Swap::HandBack { epoch, owner, attempt })]
+            }
+            _ => vec![],
         }
     }
 
-    fn committed(&mut self, answer: Answer) -> Vec<Action> {
-        match answer {
-            Answer::Done(record) => match self.verdict(&record) {
-                Verdict::Committed => self.decided(),
-                Verdict::Aborted | Verdict::Open => vec![],
-            },
-            Answer::Refused(Some(record)) => {
-                let failure = Failure::Other("the target had the attempt aborted".into());
-                self.back(true, failure, &record)
-            }
-            Answer::Refused(None) | Answer::Unknown => {
-                self.go(State::Committing, [Action::Swap(self.commit())])
-            }
+    fn resume(&mut self, stopped: bool, failure: Failure) -> Vec<Action> {
+        match stopped && !self.qemu_ended {
+            true => self.go(State::Resuming { failure }, [Action::ResumeGuest]),
+            false => self.go(State::Ended { failure }, []),
         }
     }
 
     /// THE point of no return lies behind: the record is committed.
     fn decided(&mut self) -> Vec<Action> {
+        if self.given_back {
+            return self.hand_back(Failure::Other("the target gave the guest back".into()));
+        }
         let mut actions = self.go(State::Committed, [Action::SendCommit]);
         if self.peer_lost {
             actions.push(self.relinquish());
@@ -325,31 +332,29 @@ impl Source {
         match answer {
             // The target's ledger promises that the heir will never run it.
             Answer::Done(_) => self.hand_back(Failure::PeerLost),
-            // The heir has adopted it: it runs, or is its to start again.
-            Answer::Refused(Some(record)) if record.epoch > self.parties.epoch => self.release(),
-            Answer::Refused(_) | Answer::Unknown => self.go(State::Committed, [self.relinquish()]),
+            Answer::Refused(Some(record)) => match self.verdict(&record) {
+                // The heir has adopted it: it runs, or is its to start again.
+                Verdict::Adopted | Verdict::Taken => self.release(),
+                // A start of the VM took it back for this launcher.
+                Verdict::GivenBack | Verdict::Over => self.hand_back(Failure::PeerLost),
+                Verdict::Committed | Verdict::Open => vec![self.relinquish()],
+            },
+            Answer::Refused(None) | Answer::Unknown => vec![self.relinquish()],
         }
     }
 
     fn hand_back(&mut self, failure: Failure) -> Vec<Action> {
-        let swap = Swap::HandBack {
-            epoch: self.parties.epoch,
-            owner: self.parties.owner.clone(),
-            attempt: self.parties.to.attempt.clone(),
-        };
-        self.go(State::HandingBack { failure }, [Action::Swap(swap)])
+        self.state = State::HandingBack { failure };
+        self.ask_again()
     }
 
     fn verdict(&self, record: &Record) -> Verdict {
-        record.verdict(self.parties.epoch, &self.parties.to.attempt)
+        record.verdict(self.parties.epoch, &self.parties.owner, &self.parties.to)
     }
 
-    fn is_open(&self, record: &Record) -> bool {
-        self.verdict(record) == Verdict::Open && record.state != record::State::Idle
-    }
-
-    fn is_ours(&self, record: &Record) -> bool {
-        record.owner == self.parties.owner && record.state == record::State::Idle
+    fn is_armed(&self, record: &Record) -> bool {
+        record.epoch == self.parties.epoch
+            && record.state == record::State::Armed(self.parties.to.clone())
     }
 
     fn arm(&self) -> Swap {
@@ -368,6 +373,7 @@ impl Source {
             attempt: self.parties.to.attempt.clone(),
             peer: self.parties.host.clone(),
             adopted: None,
+            has_guest: !self.qemu_ended,
         })
     }
 
@@ -429,9 +435,9 @@ impl Source {
     }
 }
 
-fn failure_of(event: Event) -> Option<Failure> {
+fn failure_of(event: &Event) -> Option<Failure> {
     match event {
-        Event::Failed(failure) | Event::PeerGaveBack(failure) => Some(failure),
+        Event::Failed(failure) | Event::PeerGaveBack(failure) => Some(failure.clone()),
         Event::Cancel => Some(Failure::Cancelled),
         Event::PeerLost => Some(Failure::PeerLost),
         Event::QemuEnded => Some(Failure::QemuEnded),

@@ -3,17 +3,23 @@
 //! ```text
 //! Receiving -> Loaded -> Adopting -> Activating -> Running
 //!     |          |  ^        |           | `cont` refused
-//!     |   lost   v  |        | refused   v
-//!     |         Asking       +------> GivingBack -> GaveBack
-//!     v          | aborted
-//! Discarded <----+
+//!     |   lost   v  |        |           v
+//!     |         Asking       |       Withdrawing
+//!     |          |   |       | refused   | QEMU ended
+//!     v          |   |       v           v
+//! Discarded <----+   +---> GivingBack <--+
+//!          aborted             |
+//!                              +-----> GaveBack
 //! ```
 //!
 //! Before it has said Loaded the target may go at any time: nothing can have
 //! been committed to it. After that it goes only on the word of a ledger, and
 //! runs only on the word of its own.
+//!
+//! N.B. before the target says that it is prepared, its own ledger has to
+//! acknowledge [`Parties::expect`].
 
-use crate::record::{self, AttemptId, Epoch, HostId, InstanceId, Record, Swap, Verdict};
+use crate::record::{self, AttemptId, Epoch, HostId, InstanceId, Move, Record, Swap, Verdict};
 use crate::source::Answer;
 use crate::{Failure, Waiting};
 
@@ -32,6 +38,20 @@ pub struct Parties {
     pub peer: HostId,
 }
 
+impl Parties {
+    /// Has the own ledger expect the VM. It must be acknowledged before the
+    /// target says that it is prepared.
+    pub fn expect(&self) -> Swap {
+        let Self { epoch, source, .. } = self.clone();
+        Swap::Expect { epoch, source, from: self.from() }
+    }
+
+    fn from(&self) -> Move {
+        let Self { attempt, heir, peer, .. } = self.clone();
+        Move { attempt, heir, peer }
+    }
+}
+
 /// Where the attempt stands.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum State {
@@ -47,11 +67,16 @@ pub enum State {
     Activating,
     /// The guest runs here.
     Running,
+    /// QEMU refused to run the guest and is being ended, before that is told to anybody.
+    Withdrawing {
+        /// Why.
+        failure: Failure,
+    },
     /// The guest never ran here, and this is on its way to the own ledger.
     GivingBack {
         /// Why.
         failure: Failure,
-        /// Whether the own ledger had adopted it.
+        /// Whether the own ledger may have adopted it.
         adopted: bool,
     },
     /// The own ledger has it: the guest is the source's again.
@@ -111,7 +136,7 @@ pub enum Action {
     Activate,
     /// Announce the guest's addresses to the network.
     Announce,
-    /// End QEMU.
+    /// End QEMU; its end comes as [`Event::QemuEnded`].
     EndQemu,
 }
 
@@ -149,11 +174,8 @@ impl Target {
             (S::Loaded | S::Asking, E::PeerAborted(failure)) => self.discard(failure),
             // N.B. asking is aborting: who asks and may not discard learns nothing that helps.
             (S::Loaded, E::PeerLost | E::Failed(_)) => self.go(S::Asking, [self.ask()]),
-            // QEMU is gone, and the guest's memory with it: see that nothing is committed to it.
-            (S::Loaded, E::QemuEnded) => self.go(
-                S::GivingBack { failure: Failure::QemuEnded, adopted: false },
-                [self.relinquish(false)],
-            ),
+            // QEMU is gone, and the guest's memory with it: see that nobody counts on it.
+            (S::Loaded | S::Asking, E::QemuEnded) => self.give_back(Failure::QemuEnded, false),
             (S::Asking, E::Owner(answer)) => self.judged(answer),
 
             (S::Adopting, E::Swapped(answer)) => match answer {
@@ -164,20 +186,18 @@ impl Target {
                 Answer::Unknown => self.adopt(),
                 Answer::Refused(record) => self.refused(record),
             },
+            (S::Adopting, E::QemuEnded) => self.give_back(Failure::QemuEnded, true),
 
             (S::Activating, E::GuestRunning) => {
                 self.go(S::Running, [Action::Announce, Action::SendRunning])
             }
             (S::Activating, E::ActivateFailed(why)) => {
-                let failure = Failure::Other(why);
-                self.go(
-                    S::GivingBack { failure, adopted: true },
-                    [Action::EndQemu, self.relinquish(true)],
-                )
+                self.go(S::Withdrawing { failure: Failure::Other(why) }, [Action::EndQemu])
             }
+            (S::Withdrawing { failure }, E::QemuEnded) => self.give_back(failure, true),
             // It may have run: it is this side's, and a start from its disk is a start here.
             (S::Activating, E::QemuEnded) => self.go(S::Running, [Action::SendRunning]),
-            // The answer to the source's question may have been lost.
+            // The message may have been lost.
             (S::Running, E::PeerCommitted) => self.go(S::Running, [Action::SendRunning]),
 
             (S::GivingBack { failure, adopted }, E::Swapped(answer)) => {
@@ -225,9 +245,9 @@ impl Target {
                 return self.go(State::Asking, [self.ask()]);
             }
         };
-        match record.verdict(self.parties.epoch, &self.parties.attempt) {
-            Verdict::Committed => self.adopt(),
-            Verdict::Aborted => self.discard(Failure::PeerLost),
+        match record.verdict(self.parties.epoch, &self.parties.source, &self.parties.from()) {
+            Verdict::Committed | Verdict::Adopted => self.adopt(),
+            Verdict::Over | Verdict::Taken | Verdict::GivenBack => self.discard(Failure::PeerLost),
             Verdict::Open => self.go(State::Asking, [self.ask()]),
         }
     }
@@ -238,30 +258,39 @@ impl Target {
             Some(record) => format!("the target's owner record says that {record}"),
             None => "the target's ledger refuses the VM".into(),
         };
-        let failure = Failure::Other(why);
-        self.go(
-            State::GivingBack { failure, adopted: false },
-            [Action::EndQemu, self.relinquish(false)],
-        )
+        let mut actions = vec![Action::EndQemu];
+        actions.extend(self.give_back(Failure::Other(why), false));
+        actions
     }
 
-    fn relinquish(&self, adopted: bool) -> Action {
+    fn give_back(&mut self, failure: Failure, adopted: bool) -> Vec<Action> {
+        let swap = self.relinquish(adopted);
+        self.go(State::GivingBack { failure, adopted }, [Action::Swap(swap)])
+    }
+
+    fn relinquish(&self, adopted: bool) -> Swap {
         let Parties { epoch, heir, source, attempt, peer } = self.parties.clone();
         let adopted = adopted.then_some(heir);
-        Action::Swap(Swap::Relinquish { epoch, source, attempt, peer, adopted })
+        // What matters to an heir that lives does not matter to the heir itself.
+        Swap::Relinquish { epoch, source, attempt, peer, adopted, has_guest: true }
     }
 
     fn given_back(&mut self, failure: Failure, adopted: bool, answer: Answer) -> Vec<Action> {
-        match answer {
-            Answer::Unknown => {
-                self.go(State::GivingBack { failure, adopted }, [self.relinquish(adopted)])
-            }
-            Answer::Done(record) if self.is_ours(&record) => vec![],
-            // Refused: another VM of this name lives here, and this launcher can never adopt.
-            Answer::Done(_) | Answer::Refused(_) => {
+        let record = match answer {
+            Answer::Unknown => return self.give_back(failure, adopted),
+            // N.B. an answer to the adoption may come late.
+            Answer::Done(record) if self.is_ours(&record) => return vec![],
+            Answer::Done(record) => Some(record),
+            Answer::Refused(record) => record,
+        };
+        let of = self.parties.from();
+        match record.map(|r| r.verdict(self.parties.epoch, &self.parties.source, &of)) {
+            Some(Verdict::GivenBack | Verdict::Over) => {
                 let tell = Action::SendGaveBack(failure.clone());
                 self.go(State::GaveBack { failure }, [tell])
             }
+            // Another launcher took it, by force: that is between it and the source.
+            _ => self.go(State::Discarded { failure }, []),
         }
     }
 
@@ -280,6 +309,7 @@ impl Target {
             State::Asking => Waiting::for_decision("the source's ledger to say whose the guest is"),
             State::Adopting => Waiting::for_ledger("this host's ledger to adopt the guest"),
             State::Activating => Waiting::for_peer("QEMU to run the guest"),
+            State::Withdrawing { .. } => Waiting::for_peer("QEMU to end"),
             State::GivingBack { .. } => {
                 Waiting::for_ledger("this host's ledger to give the guest back")
             }
@@ -296,6 +326,7 @@ impl Target {
             State::Adopting => "Adopting",
             State::Activating => "Activating",
             State::Running => "Running",
+            State::Withdrawing { .. } => "Withdrawing",
             State::GivingBack { .. } => "GivingBack",
             State::GaveBack { .. } => "GaveBack",
             State::Discarded { .. } => "Discarded",

@@ -20,7 +20,7 @@ use crate::Failure;
 use serde::{Deserialize, Serialize};
 
 /// Most bytes of one message. The largest are lists of extents.
-pub const MAX_MESSAGE: usize = 16 << 20;
+pub const MAX_MESSAGE: usize = 1 << 20;
 /// Newest version that this build speaks.
 pub const CURRENT: u32 = 1;
 /// Oldest version that this build speaks.
