@@ -1,8 +1,9 @@
 //! What a VM is: the part that the guest sees and the part that is its host's.
 
 use serde::{Deserialize, Serialize};
-use std::collections::{BTreeMap, BTreeSet};
-use std::path::PathBuf;
+use std::collections::BTreeSet;
+use std::fmt::Debug;
+use std::path::{Path, PathBuf};
 
 /// A VM.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -16,10 +17,11 @@ pub struct VmSpec {
     /// Guest memory in MiB.
     #[serde(rename = "memoryMiB")]
     pub memory_mib: u64,
-    /// QEMU's machine type. `pc` and `q35` are not pinned to a version: name one to move between QEMUs.
+    /// QEMU's machine type: `pc`, `q35`, or a version of them (`pc-q35-7.2`). The first two are not
+    /// pinned to a version: name one to move between QEMUs.
     #[serde(default = "pc")]
     pub machine: String,
-    /// QEMU's CPU model; None is a plain one that every host has.
+    /// QEMU's CPU model. None is `host` with KVM, `Westmere-v1` with TCG.
     #[serde(default)]
     pub cpu: Option<String>,
     /// What runs the guest. Never chosen silently: a `/dev/kvm` that opens is no proof that it works.
@@ -36,7 +38,7 @@ pub struct VmSpec {
     /// A kernel that is started without a boot loader.
     #[serde(default)]
     pub boot: Option<DirectBoot>,
-    /// Names of the serial ports; the first is the console.
+    /// Names of the serial ports, as in [`Disk::name`]; the first is the console.
     #[serde(default = "console")]
     pub serials: Vec<String>,
 }
@@ -51,13 +53,13 @@ pub enum Accelerator {
     Tcg,
 }
 
-/// A disk.
+/// A disk. At most 15 on virtio, 6 on SATA, 24 in all.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Disk {
-    /// Its name, as in [`VmSpec::name`].
+    /// A letter, then at most 19 of a-z, 0-9 and '-'; QEMU's ids are made of it.
     pub name: String,
-    /// A raw file or a block device.
+    /// A raw file or a block device, by its absolute path.
     pub path: PathBuf,
     /// How the guest sees it.
     #[serde(default)]
@@ -86,11 +88,11 @@ pub enum Bus {
     Sata,
 }
 
-/// A network card.
+/// A network card; at most 8.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Nic {
-    /// Its name, as in [`VmSpec::name`].
+    /// As in [`Disk::name`].
     pub name: String,
     /// Its address.
     pub mac: String,
@@ -110,11 +112,12 @@ pub enum Backend {
     Tap(String),
 }
 
-/// UEFI firmware files.
+/// UEFI firmware. Its variables (boot entries, Secure Boot keys) are not kept: each start of QEMU
+/// begins with the firmware's own, and boots by the order of the disks.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Uefi {
-    /// The code, read only.
+    /// The code (`OVMF_CODE.fd`), by its absolute path; read only.
     pub code: PathBuf,
 }
 
@@ -122,9 +125,9 @@ pub struct Uefi {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct DirectBoot {
-    /// The kernel.
+    /// The kernel, by its absolute path.
     pub kernel: PathBuf,
-    /// The initial root filesystem.
+    /// The initial root filesystem, by its absolute path.
     #[serde(default)]
     pub initrd: Option<PathBuf>,
     /// The kernel's arguments.
@@ -158,8 +161,22 @@ pub struct Invalid {
 const MAX_VCPUS: u32 = 512;
 const MAX_MEMORY_MIB: u64 = 64 << 20;
 const MAX_DISKS: usize = 24;
+/// Slots from 0x10 to 0x1e; q35 has devices of its own in 0x1f.
+const MAX_VIRTIO_DISKS: usize = 15;
+/// Ports of an AHCI controller.
+const MAX_SATA_DISKS: usize = 6;
+/// Slots from 0x8 to 0xf.
+const MAX_NICS: usize = 8;
+/// ISA has four.
+const MAX_SERIALS: usize = 4;
+/// QEMU's node names hold 31 bytes; the longest suffix is 5.
+const MAX_ID: usize = 20;
+/// What QEMU's ids are made of names with.
+const SUFFIXES: [&str; 6] = ["-file", "-raw", "-tg", "-net", "-nic", "-disk"];
+/// Sockets of a launcher's folder, which a serial port's would replace.
+const SOCKETS: [&str; 4] = ["launcher", "streams", "qmp", "nbd"];
 
-/// Whether a name can stand for a file, a socket and a QEMU id.
+/// Whether a name can stand for a VM's folder.
 pub fn is_name(name: &str) -> bool {
     let bytes = name.as_bytes();
     (1..=63).contains(&bytes.len())
@@ -167,15 +184,62 @@ pub fn is_name(name: &str) -> bool {
         && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"-.".contains(b))
 }
 
+/// Whether QEMU's ids can be made of a name, such that no two of them are the same.
+fn is_id(name: &str) -> bool {
+    let bytes = name.as_bytes();
+    (1..=MAX_ID).contains(&bytes.len())
+        && bytes[0].is_ascii_lowercase()
+        && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+        && !SUFFIXES.iter().any(|suffix| name.ends_with(suffix))
+}
+
 fn is_mac(text: &str) -> bool {
     let parts: Vec<_> = text.split(':').collect();
-    let byte = |p: &&str| p.len() == 2 && u8::from_str_radix(p, 16).is_ok();
-    parts.len() == 6 && parts.iter().all(byte) && u8::from_str_radix(parts[0], 16).is_ok_and(|b| b & 1 == 0)
+    let byte = |p: &str| u8::from_str_radix(p, 16).ok().filter(|_| p.len() == 2 && !p.starts_with('+'));
+    let bytes: Vec<_> = parts.iter().filter_map(|p| byte(p)).collect();
+    parts.len() == 6 && bytes.len() == 6 && bytes[0] & 1 == 0
 }
 
 /// QEMU splits its options at commas; none of ours may smuggle one in.
 fn is_plain(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+=".contains(&b))
+}
+
+/// QEMU works in a folder of its own, and takes its arguments as text.
+fn is_place(path: &Path) -> bool {
+    path.is_absolute() && path.to_str().is_some_and(|text| !text.chars().any(char::is_control))
+}
+
+#[derive(Default)]
+struct Faults(Vec<String>);
+
+impl Faults {
+    fn demand(&mut self, holds: bool, fault: impl FnOnce() -> String) {
+        if !holds {
+            self.0.push(fault());
+        }
+    }
+
+    fn names<'a>(&mut self, what: &str, names: impl Iterator<Item = &'a String>) {
+        let mut seen = BTreeSet::new();
+        for name in names {
+            self.demand(is_id(name), || {
+                format!(
+                    "{what} name '{name}' must be a letter, then at most {} of a-z, 0-9 and '-', and \
+                     not end in {}",
+                    MAX_ID - 1,
+                    SUFFIXES.join(", ")
+                )
+            });
+            self.demand(seen.insert(name), || format!("two {what}s are named '{name}'"));
+        }
+    }
+
+    fn place(&mut self, what: &str, path: &Path) {
+        self.demand(is_place(path), || {
+            format!("{what}: path '{}' must be absolute, in UTF-8 and printable", path.display())
+        });
+    }
 }
 
 impl VmSpec {
@@ -184,81 +248,175 @@ impl VmSpec {
     /// # Errors
     /// [`Invalid`] with all faults at once.
     pub fn validate(&self) -> Result<(), Invalid> {
-        let mut faults = Vec::new();
-        let mut demand = |holds: bool, fault: String| {
-            if !holds {
-                faults.push(fault);
-            }
-        };
-        demand(is_name(&self.name), "name must be 1 to 63 of a-z, 0-9, '-' and '.'".into());
-        demand((1..=MAX_VCPUS).contains(&self.vcpus), format!("vcpus must be 1 to {MAX_VCPUS}"));
-        demand(
-            (16..=MAX_MEMORY_MIB).contains(&self.memory_mib),
-            format!("memoryMiB must be 16 to {MAX_MEMORY_MIB}"),
-        );
-        demand(is_plain(&self.machine), format!("machine '{}' is no machine type", self.machine));
-        let cpu = self.cpu.as_deref().unwrap_or("max");
-        demand(cpu.split(',').all(is_plain), format!("cpu '{cpu}' is no CPU model"));
-        demand(self.disks.len() <= MAX_DISKS, format!("at most {MAX_DISKS} disks"));
-        let names = |what: &str, names: Vec<&String>, faults: &mut Vec<String>| {
-            let mut seen = BTreeSet::new();
-            for name in names {
-                if !is_name(name) {
-                    faults.push(format!("{what} name '{name}' must be 1 to 63 of a-z, 0-9, '-' and '.'"));
-                }
-                if !seen.insert(name) {
-                    faults.push(format!("two {what}s are named '{name}'"));
-                }
-            }
-        };
-        names("disk", self.disks.iter().map(|d| &d.name).collect(), &mut faults);
-        names("nic", self.nics.iter().map(|n| &n.name).collect(), &mut faults);
-        names("serial port", self.serials.iter().collect(), &mut faults);
-        for nic in &self.nics {
-            if !is_mac(&nic.mac) {
-                faults.push(format!("nic {}: '{}' is no unicast MAC address", nic.name, nic.mac));
-            }
-            if let Backend::Tap(tap) = &nic.backend
-                && !(is_plain(tap) && tap.len() < 16)
-            {
-                faults.push(format!("nic {}: '{tap}' is no interface name", nic.name));
-            }
-        }
-        for disk in &self.disks {
-            if disk.size.is_some_and(|size| size == 0 || size % 512 != 0) {
-                faults.push(format!("disk {}: size must be a multiple of 512", disk.name));
-            }
-        }
-        if self.serials.is_empty() || self.serials.len() > 4 {
-            faults.push("serials must name 1 to 4 serial ports".into());
-        }
+        let mut faults = Faults::default();
+        faults.demand(is_name(&self.name), || {
+            "name must be 1 to 63 of a-z, 0-9, '-' and '.', and begin with a letter or a digit".into()
+        });
+        self.check_machine(&mut faults);
+        self.check_disks(&mut faults);
+        self.check_nics(&mut faults);
+        self.check_boot(&mut faults);
+        let Faults(faults) = faults;
         if faults.is_empty() { Ok(()) } else { Err(Invalid { name: self.name.clone(), faults }) }
     }
 
-    /// The same guest with its disks at other places: what a target makes of the source's spec.
-    pub fn with_disk_paths(&self, paths: &BTreeMap<String, PathBuf>) -> Self {
-        let mut spec = self.clone();
-        for disk in &mut spec.disks {
-            if let Some(path) = paths.get(&disk.name) {
-                disk.path.clone_from(path);
+    /// Whether it is of the q35 kind, which has other buses than pc.
+    pub fn is_q35(&self) -> bool {
+        self.machine == "q35" || self.machine.starts_with("pc-q35-")
+    }
+
+    fn check_machine(&self, faults: &mut Faults) {
+        let Self { machine, vcpus, memory_mib, serials, .. } = self;
+        faults.demand((1..=MAX_VCPUS).contains(vcpus), || {
+            format!("vcpus must be 1 to {MAX_VCPUS}")
+        });
+        faults.demand((16..=MAX_MEMORY_MIB).contains(memory_mib), || {
+            format!("memoryMiB must be 16 to {MAX_MEMORY_MIB}")
+        });
+        let known = self.is_q35() || machine == "pc" || machine.starts_with("pc-i440fx-");
+        faults.demand(known && is_plain(machine), || {
+            format!("machine '{machine}' must be pc, q35, pc-i440fx-VERSION or pc-q35-VERSION")
+        });
+        if let Some(cpu) = &self.cpu {
+            faults.demand(cpu.split(',').all(is_plain), || format!("cpu '{cpu}' is no CPU model"));
+        }
+        faults.demand((1..=MAX_SERIALS).contains(&serials.len()), || {
+            format!("serials must name 1 to {MAX_SERIALS} serial ports")
+        });
+        faults.names("serial port", serials.iter());
+        for name in serials.iter().filter(|name| SOCKETS.contains(&name.as_str())) {
+            faults.0.push(format!("serial port name '{name}' is taken by the launcher"));
+        }
+    }
+
+    fn check_disks(&self, faults: &mut Faults) {
+        faults.names("disk", self.disks.iter().map(|disk| &disk.name));
+        let on = |bus| self.disks.iter().filter(|disk| disk.bus == bus).count();
+        for (count, most, what) in [
+            (self.disks.len(), MAX_DISKS, "disks"),
+            (on(Bus::Virtio), MAX_VIRTIO_DISKS, "virtio disks"),
+            (on(Bus::Sata), MAX_SATA_DISKS, "SATA disks"),
+        ] {
+            faults.demand(count <= most, || format!("at most {most} {what}"));
+        }
+        let mut paths = BTreeSet::new();
+        for Disk { name, path, size, .. } in &self.disks {
+            faults.place(&format!("disk {name}"), path);
+            faults.demand(paths.insert(path), || {
+                format!("disk {name}: another disk has its path {}", path.display())
+            });
+            faults.demand(size.is_none_or(|size| size > 0 && size % 512 == 0), || {
+                format!("disk {name}: size must be a multiple of 512")
+            });
+        }
+    }
+
+    fn check_nics(&self, faults: &mut Faults) {
+        faults.names("nic", self.nics.iter().map(|nic| &nic.name));
+        faults.demand(self.nics.len() <= MAX_NICS, || format!("at most {MAX_NICS} nics"));
+        for Nic { name, mac, backend } in &self.nics {
+            faults.demand(is_mac(mac), || format!("nic {name}: '{mac}' is no unicast MAC address"));
+            if let Backend::Tap(tap) = backend {
+                faults.demand(is_plain(tap) && tap.len() < 16, || {
+                    format!("nic {name}: '{tap}' is no interface name")
+                });
             }
         }
-        spec
     }
+
+    fn check_boot(&self, faults: &mut Faults) {
+        if let Some(uefi) = &self.uefi {
+            faults.place("uefi code", &uefi.code);
+        }
+        if let Some(boot) = &self.boot {
+            faults.place("kernel", &boot.kernel);
+            if let Some(initrd) = &boot.initrd {
+                faults.place("initrd", initrd);
+            }
+            faults.demand(!boot.cmdline.chars().any(char::is_control), || {
+                "cmdline must be one printable line".into()
+            });
+        }
+    }
+
+    /// All in which the guests of two specs differ, this one's value first: a guest of one cannot
+    /// move to the other unless there is nothing.
+    ///
+    /// A host's own affairs do not count: paths, shown sizes, what a network card is connected to.
+    pub fn differences(&self, other: &Self) -> Vec<String> {
+        // N.B. all fields by name: one that is added has to be thought of here.
+        let Self { name, vcpus, memory_mib, machine, cpu, accelerator, disks, nics, uefi, boot, serials } =
+            self;
+        let mut found = Differences::default();
+        found.compare("name", name, &other.name);
+        found.compare("vcpus", vcpus, &other.vcpus);
+        found.compare("memoryMiB", memory_mib, &other.memory_mib);
+        found.compare("machine", machine, &other.machine);
+        found.compare("cpu", cpu, &other.cpu);
+        found.compare("accelerator", accelerator, &other.accelerator);
+        found.compare("uefi", &uefi.is_some(), &other.uefi.is_some());
+        found.compare("boot", &guest_boot(boot), &guest_boot(&other.boot));
+        found.compare("serials", serials, &other.serials);
+        found.compare("disks", &names(disks, |d| &d.name), &names(&other.disks, |d| &d.name));
+        for (disk, other) in disks.iter().zip(&other.disks).filter(|(a, b)| a.name == b.name) {
+            let Disk { name, path: _, bus, read_only, shared, size: _ } = disk;
+            found.compare(&format!("disk {name}: bus"), bus, &other.bus);
+            found.compare(&format!("disk {name}: readOnly"), read_only, &other.read_only);
+            found.compare(&format!("disk {name}: shared"), shared, &other.shared);
+        }
+        found.compare("nics", &names(nics, |n| &n.name), &names(&other.nics, |n| &n.name));
+        for (nic, other) in nics.iter().zip(&other.nics).filter(|(a, b)| a.name == b.name) {
+            let Nic { name, mac, backend: _ } = nic;
+            let mac = |mac: &str| mac.to_ascii_lowercase();
+            found.compare(&format!("nic {name}: mac"), &mac(&nic.mac), &mac(&other.mac));
+        }
+        found.0
+    }
+}
+
+#[derive(Default)]
+struct Differences(Vec<String>);
+
+impl Differences {
+    fn compare<T: PartialEq + Debug>(&mut self, what: &str, own: &T, other: &T) {
+        if own != other {
+            self.0.push(format!("{what}: {own:?} and {other:?}"));
+        }
+    }
+}
+
+fn names<T>(all: &[T], name: impl Fn(&T) -> &String) -> Vec<&String> {
+    all.iter().map(name).collect()
+}
+
+/// Where the files lie is the host's affair; whether there is an initrd is not.
+fn guest_boot(boot: &Option<DirectBoot>) -> Option<(bool, &str)> {
+    boot.as_ref().map(|boot| (boot.initrd.is_some(), boot.cmdline.as_str()))
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
 
+    const GOOD: &str = r#"{"name":"web","memoryMiB":64,"accelerator":"tcg",
+        "disks":[{"name":"root","path":"/disks/root"}],"boot":{"kernel":"/boot/kernel","cmdline":"quiet"},
+        "nics":[{"name":"lan","mac":"52:54:00:AA:00:01"}]}"#;
+
+    fn spec(text: &str) -> VmSpec {
+        serde_json::from_str(text).unwrap()
+    }
+
     #[test]
     fn a_bad_spec_is_told_all_its_faults_at_once() {
-        let text = r#"{"name":"Web!","memoryMiB":1,"accelerator":"tcg","machine":"pc,foo=1","vcpus":0,
-            "disks":[{"name":"a","path":"x"},{"name":"a","path":"y","size":100}],
-            "nics":[{"name":"n","mac":"01:00:00:00:00:00","backend":{"tap":"a,b"}}],"serials":[]}"#;
-        let spec: VmSpec = serde_json::from_str(text).unwrap();
-        let faults = spec.validate().unwrap_err().faults;
-        assert_eq!(faults.len(), 9, "{faults:#?}");
+        spec(GOOD).validate().unwrap();
+        let bad = spec(
+            r#"{"name":"Web!","memoryMiB":1,"accelerator":"tcg","machine":"pc,foo=1","vcpus":0,
+            "disks":[{"name":"a","path":"x"},{"name":"a","path":"/y","size":100},{"name":"b-raw","path":"/y"}],
+            "nics":[{"name":"a-name-that-is-too-long","mac":"01:00:00:00:00:00","backend":{"tap":"a,b"}}],
+            "boot":{"kernel":"vmlinuz","initrd":"/a\u0000b"},"serials":["qmp"]}"#,
+        );
+        let faults = bad.validate().unwrap_err().faults;
+        assert_eq!(faults.len(), 15, "{faults:#?}");
     }
 
     #[test]
@@ -266,5 +424,18 @@ mod test {
         assert!(serde_json::from_str::<VmSpec>(r#"{"name":"a","memoryMiB":64}"#).is_err());
         let extra = r#"{"name":"a","memoryMiB":64,"accelerator":"tcg","color":"red"}"#;
         assert!(serde_json::from_str::<VmSpec>(extra).unwrap_err().to_string().contains("color"));
+    }
+
+    #[test]
+    fn all_that_the_guest_sees_differ_is_named_and_nothing_of_its_host() {
+        let here = spec(GOOD);
+        let host = GOOD.replace("/disks/root\"", "/other\",\"size\":512").replace("/boot/kernel", "/k");
+        let host = host.replace("01\"", "01\",\"backend\":{\"tap\":\"tap0\"}").replace("AA", "aa");
+        assert_eq!(here.differences(&spec(&host)), [""; 0]);
+        let guest = GOOD.replace(":64", ":128").replace("quiet", "").replace("root", "data").replace("00:01", "00:02");
+        let told = here.differences(&spec(&guest)).join("; ");
+        for what in ["memoryMiB: 64 and 128", "boot", "disks", "nic lan: mac"] {
+            assert!(told.contains(what), "{told}");
+        }
     }
 }

@@ -9,10 +9,12 @@
 //!        file or device   raw, size=N     throttle node   virtio, scsi, sata
 //! ```
 
-use crate::spec::{Accelerator, Backend, Bus, Disk, VmSpec};
+use crate::spec::{Accelerator, Backend, Bus, Disk, Nic, VmSpec};
 use mover::disk::Medium;
 use serde_json::json;
+use std::borrow::Cow;
 use std::ffi::OsString;
+use std::path::Path;
 
 /// How QEMU is to begin.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,6 +33,16 @@ pub struct Facts {
     /// Whether it can be used past the page cache.
     pub direct: bool,
 }
+
+/// PCI slots, free on `pc` and `q35` alike. See [`crate::spec`] for how many each kind may have.
+const RNG_SLOT: usize = 0x2;
+const SCSI_SLOT: usize = 0x3;
+const AHCI_SLOT: usize = 0x4;
+const NIC_SLOT: usize = 0x8;
+const VIRTIO_SLOT: usize = 0x10;
+
+/// The node of the firmware; no disk's node can be named like it.
+const FIRMWARE: &str = "uefi-file";
 
 /// QMP's socket, in the launcher's folder.
 pub const QMP: &str = "qmp.sock";
@@ -60,7 +72,8 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
     add(&["-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"]);
     let (accelerator, cpu) = match spec.accelerator {
         Accelerator::Kvm => ("kvm", "host"),
-        Accelerator::Tcg => ("tcg", "max"),
+        // N.B. not `max`, whose features differ from one QEMU to the next.
+        Accelerator::Tcg => ("tcg", "Westmere-v1"),
     };
     add(&["-machine", &spec.machine, "-accel", accelerator]);
     add(&["-cpu", spec.cpu.as_deref().unwrap_or(cpu)]);
@@ -74,35 +87,29 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
         add(&["-device", &format!("isa-serial,chardev=serial{i},id=serial-{i},index={i}")]);
     }
     add(&["-object", "rng-random,id=rng0,filename=/dev/urandom"]);
-    add(&["-device", "virtio-rng-pci,rng=rng0,id=rng-0"]);
+    add(&["-device", &format!("virtio-rng-pci,rng=rng0,id=rng-0,addr={RNG_SLOT:#x}")]);
     if let Some(uefi) = &spec.uefi {
-        let code = uefi.code.to_string_lossy();
-        let node = json!({"driver": "file", "node-name": "uefi-code", "filename": code, "read-only": true});
-        add(&["-blockdev", &node.to_string(), "-machine", "pflash0=uefi-code"]);
+        let node = json!({
+            "driver": "file", "node-name": FIRMWARE, "filename": text(&uefi.code), "read-only": true,
+        });
+        add(&["-blockdev", &node.to_string(), "-machine", &format!("pflash0={FIRMWARE}")]);
     }
-    if spec.disks.iter().any(|d| d.bus == Bus::Scsi) {
-        add(&["-device", "virtio-scsi-pci,id=scsi0"]);
-    }
-    if spec.disks.iter().any(|d| d.bus == Bus::Sata) && !spec.machine.contains("q35") {
-        add(&["-device", "ich9-ahci,id=sata0"]);
-    }
-    let mut sata = 0;
-    for (disk, facts) in spec.disks.iter().zip(facts) {
-        disk_arguments(&mut add, spec, disk, *facts, &mut sata);
-    }
-    for nic in &spec.nics {
-        let backend = match &nic.backend {
+    disks(&mut add, spec, facts);
+    for (i, nic) in spec.nics.iter().enumerate() {
+        let Nic { name, mac, backend } = nic;
+        let backend = match backend {
             Backend::User => "user".to_owned(),
-            Backend::Tap(name) => format!("tap,ifname={name},script=no,downscript=no"),
+            Backend::Tap(tap) => format!("tap,ifname={tap},script=no,downscript=no"),
         };
-        add(&["-netdev", &format!("{backend},id={}-net", nic.name)]);
-        let device = format!("virtio-net-pci,netdev={0}-net,id={0}-nic,mac={1},romfile=", nic.name, nic.mac);
+        add(&["-netdev", &format!("{backend},id={name}-net")]);
+        let slot = NIC_SLOT + i;
+        let device = format!("virtio-net-pci,netdev={name}-net,id={name}-nic,mac={mac},addr={slot:#x},romfile=");
         add(&["-device", &device]);
     }
     if let Some(boot) = &spec.boot {
-        add(&["-kernel", &boot.kernel.to_string_lossy(), "-append", &boot.cmdline]);
+        add(&["-kernel", &text(&boot.kernel), "-append", &boot.cmdline]);
         if let Some(initrd) = &boot.initrd {
-            add(&["-initrd", &initrd.to_string_lossy()]);
+            add(&["-initrd", &text(initrd)]);
         }
     }
     if mode == Mode::Incoming {
@@ -111,13 +118,48 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
     arguments.into_iter().map(OsString::from).collect()
 }
 
-fn disk_arguments(
-    add: &mut impl FnMut(&[&str]),
-    spec: &VmSpec,
-    disk: &Disk,
-    facts: Facts,
-    sata: &mut u32,
-) {
+fn disks(add: &mut impl FnMut(&[&str]), spec: &VmSpec, facts: &[Facts]) {
+    if spec.disks.iter().any(|d| d.bus == Bus::Scsi) {
+        add(&["-device", &format!("virtio-scsi-pci,id=scsi0,addr={SCSI_SLOT:#x}")]);
+    }
+    // q35 has one built in, whose buses are ide.0 to ide.5.
+    let ahci = if spec.is_q35() { "ide" } else { "sata0" };
+    if spec.disks.iter().any(|d| d.bus == Bus::Sata) && !spec.is_q35() {
+        add(&["-device", &format!("ich9-ahci,id=sata0,addr={AHCI_SLOT:#x}")]);
+    }
+    let mut places = Places::default();
+    for (i, (disk, facts)) in spec.disks.iter().zip(facts).enumerate() {
+        let name = &disk.name;
+        nodes(add, disk, *facts);
+        let device = match disk.bus {
+            Bus::Virtio => format!("virtio-blk-pci,addr={:#x}", VIRTIO_SLOT + next(&mut places.virtio)),
+            Bus::Scsi => format!("scsi-hd,bus=scsi0.0,scsi-id={},lun=0", next(&mut places.scsi)),
+            Bus::Sata => format!("ide-hd,bus={ahci}.{}", next(&mut places.sata)),
+        };
+        // The guest flushes because it sees a write cache; we never keep one.
+        let mut device = format!("{device},drive={name},id={name}-disk,write-cache=on");
+        if spec.boot.is_none() {
+            device.push_str(&format!(",bootindex={}", i + 1));
+        }
+        add(&["-device", &device]);
+    }
+}
+
+/// The next free place on each bus.
+#[derive(Default)]
+struct Places {
+    virtio: usize,
+    scsi: usize,
+    sata: usize,
+}
+
+fn next(place: &mut usize) -> usize {
+    *place += 1;
+    *place - 1
+}
+
+/// N.B. `discard` at each of a disk's nodes: one without it swallows what the guest discards.
+fn nodes(add: &mut impl FnMut(&[&str]), disk: &Disk, facts: Facts) {
     let name = &disk.name;
     let group = throttle_group(name);
     add(&["-object", &json!({"qom-type": "throttle-group", "id": group}).to_string()]);
@@ -126,28 +168,17 @@ fn disk_arguments(
         Medium::Block => "host_device",
     };
     let file = json!({
-        "driver": driver, "node-name": format!("{name}-file"), "filename": disk.path.to_string_lossy(),
+        "driver": driver, "node-name": format!("{name}-file"), "filename": text(&disk.path),
         "cache": {"direct": facts.direct, "no-flush": false}, "aio": "threads", "discard": "unmap",
         "locking": "on", "read-only": disk.read_only, "auto-read-only": false,
     });
-    add(&["-blockdev", &file.to_string()]);
-    add(&["-blockdev", &raw_node(disk).to_string()]);
     let throttle = json!({
-        "driver": "throttle", "node-name": name, "throttle-group": group,
+        "driver": "throttle", "node-name": name, "throttle-group": group, "discard": "unmap",
         "file": format!("{name}-raw"), "read-only": disk.read_only,
     });
-    add(&["-blockdev", &throttle.to_string()]);
-    let device = match disk.bus {
-        Bus::Virtio => format!("virtio-blk-pci,drive={name},id={name}-disk"),
-        Bus::Scsi => format!("scsi-hd,bus=scsi0.0,drive={name},id={name}-disk"),
-        Bus::Sata => {
-            let controller = if spec.machine.contains("q35") { "ide" } else { "sata0" };
-            *sata += 1;
-            format!("ide-hd,bus={controller}.{},drive={name},id={name}-disk", *sata - 1)
-        }
-    };
-    // The guest flushes because it sees a write cache; we never keep one.
-    add(&["-device", &format!("{device},write-cache=on,share-rw={}", on(disk.shared))]);
+    for node in [file, raw_node(disk), throttle] {
+        add(&["-blockdev", &node.to_string()]);
+    }
 }
 
 /// The raw node of a disk, as `blockdev-reopen` takes it too.
@@ -155,7 +186,7 @@ pub fn raw_node(disk: &Disk) -> serde_json::Value {
     let name = &disk.name;
     let mut node = json!({
         "driver": "raw", "node-name": format!("{name}-raw"), "file": format!("{name}-file"),
-        "read-only": disk.read_only,
+        "discard": "unmap", "read-only": disk.read_only,
     });
     if let Some(size) = disk.size {
         node["size"] = size.into();
@@ -163,6 +194,7 @@ pub fn raw_node(disk: &Disk) -> serde_json::Value {
     node
 }
 
-fn on(yes: bool) -> &'static str {
-    if yes { "on" } else { "off" }
+/// N.B. nothing is lost: a valid spec's paths are UTF-8.
+fn text(path: &Path) -> Cow<'_, str> {
+    path.to_string_lossy()
 }

@@ -1,11 +1,13 @@
 //! One QEMU: its command line, its process, its QMP connection.
 
 mod command;
+mod log;
 mod process;
 
 pub use command::{Facts, Mode, QMP, bitmap_node, raw_node, serial_socket, throttle_group};
 pub use process::{Error, Exit, Process, shim, start_time};
 
+use crate::folder;
 use crate::spec::VmSpec;
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -13,9 +15,10 @@ use std::time::Duration;
 
 /// The oldest QEMU that this was tried on.
 const OLDEST: (u32, u32) = (7, 2);
-/// QEMU opens its socket within milliseconds; a busy machine takes longer.
+/// QEMU answers within milliseconds; a busy machine takes longer.
 const START_DEADLINE: Duration = Duration::from_secs(30);
-const POLL: Duration = Duration::from_millis(5);
+/// A connection that breaks is most often followed by QEMU's end.
+const END_DEADLINE: Duration = Duration::from_secs(2);
 
 /// How QEMU is run.
 #[derive(Debug, Clone)]
@@ -58,12 +61,11 @@ impl Qemu {
         facts: &[Facts],
         mode: Mode,
     ) -> Result<Self, Error> {
-        let socket = config.folder.join(QMP);
         // The socket of an earlier QEMU would be taken for this one's.
-        let _ = std::fs::remove_file(&socket);
+        folder::remove(&config.folder, QMP)?;
         let arguments = command::arguments(spec, facts, mode);
-        let process = Process::start(&config.shim, &config.program, &arguments, &config.folder)?;
-        match connect(&socket, &process).await {
+        let process = Process::start(config, &arguments)?;
+        match connect(&config.folder.join(QMP), &process).await {
             Ok(qmp) => Ok(Self { qmp, process, spec: spec.clone() }),
             Err(error) => {
                 process.kill().await;
@@ -73,31 +75,34 @@ impl Qemu {
     }
 }
 
+/// N.B. only a connection that was negotiated proves a start: QEMU listens
+/// before it has opened its disks, and ends if it cannot.
 async fn connect(socket: &Path, process: &Process) -> Result<qmp::Client, Error> {
-    let until = tokio::time::Instant::now() + START_DEADLINE;
-    loop {
-        if let Some(exit) = process.exit() {
-            return Err(Error::Ended { exit, words: process.last_words() });
-        }
-        let failed = match qmp::Client::connect(socket, qmp::Options::default()).await {
-            Ok(client) => return check_version(client, process),
-            Err(error) => error,
-        };
-        if tokio::time::Instant::now() > until {
-            return Err(Error::Mute { why: failed.to_string(), words: process.last_words() });
-        }
-        tokio::time::sleep(POLL).await;
+    let connected = tokio::select! {
+        connected = qmp::Client::connect(socket, START_DEADLINE) => connected,
+        exit = process.ended() => return Err(ended(process, exit)),
+    };
+    match connected {
+        Ok(client) => check_version(client, process),
+        Err(source) => match tokio::time::timeout(END_DEADLINE, process.ended()).await {
+            Ok(exit) => Err(ended(process, exit)),
+            Err(_) => Err(Error::Mute { words: process.last_words(), source }),
+        },
     }
 }
 
+fn ended(process: &Process, exit: Exit) -> Error {
+    Error::Ended { exit, words: process.last_words() }
+}
+
 fn check_version(client: qmp::Client, process: &Process) -> Result<qmp::Client, Error> {
-    let version = &client.version().qemu;
+    let version = client.version().qemu;
     if (version.major, version.minor) >= OLDEST {
         return Ok(client);
     }
-    let why = format!(
-        "it is version {}.{}; Godwit needs {}.{} or later",
-        version.major, version.minor, OLDEST.0, OLDEST.1
-    );
-    Err(Error::Mute { why, words: process.last_words() })
+    Err(Error::Old {
+        program: process.program().display().to_string(),
+        version: client.version().to_string(),
+        oldest: format!("{}.{}", OLDEST.0, OLDEST.1),
+    })
 }

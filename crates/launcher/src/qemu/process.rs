@@ -1,20 +1,18 @@
 //! QEMU as a process that never outlives its launcher.
 
+use super::Config;
+use super::log::{Log, Words};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
-use std::collections::VecDeque;
 use std::ffi::OsString;
-use std::io::{self, Write};
+use std::io;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
-use std::sync::{Arc, Mutex, PoisonError};
-use tokio::io::AsyncReadExt;
+use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 
-/// The last words of QEMU that are kept for error messages.
-const LAST_WORDS: usize = 4096;
-/// The most that one QEMU may write into its log.
-const MAX_LOG: u64 = 1 << 20;
+/// What QEMU said before its end is in the pipe already.
+const LAST_WORDS_DEADLINE: Duration = Duration::from_secs(1);
 
 /// Why QEMU could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +26,9 @@ pub enum Error {
         #[source]
         source: io::Error,
     },
+    /// The launcher's folder does not take what QEMU needs.
+    #[error(transparent)]
+    Folder(#[from] crate::folder::Error),
     /// It ended before it was ready.
     #[error("QEMU ended before it was ready ({exit}): {words}")]
     Ended {
@@ -37,12 +38,23 @@ pub enum Error {
         words: String,
     },
     /// It runs but does not answer.
-    #[error("QEMU does not answer on its QMP socket: {why}; it said: {words}")]
+    #[error("QEMU runs but cannot be spoken to; it said: '{words}'")]
     Mute {
-        /// What failed.
-        why: String,
         /// What it said last.
         words: String,
+        /// What failed.
+        #[source]
+        source: qmp::connect::Error,
+    },
+    /// It is too old.
+    #[error("{program} is QEMU {version}; install {oldest} or later, or set GODWIT_QEMU")]
+    Old {
+        /// The program.
+        program: String,
+        /// Its version.
+        version: String,
+        /// The oldest that will do.
+        oldest: String,
     },
 }
 
@@ -70,9 +82,10 @@ impl std::fmt::Display for Exit {
 #[derive(Debug, Clone)]
 pub struct Process {
     pid: u32,
+    program: PathBuf,
     kill: mpsc::Sender<()>,
     exit: watch::Receiver<Option<Exit>>,
-    words: Arc<Mutex<VecDeque<u8>>>,
+    words: Words,
 }
 
 /// The body of the hidden `exec` command: becomes `argv`, tied to the life of
@@ -95,28 +108,27 @@ pub fn shim(parent: u32, argv: &[OsString]) -> io::Error {
 }
 
 impl Process {
-    /// Starts `program` through `shim` (a command that ends in [`shim`]) in `folder`.
+    /// Starts QEMU through the shim, in the launcher's folder.
     ///
     /// N.B. to be called from a thread that lives as long as the launcher: the
     /// kernel sends the death signal when the *thread* ends.
     ///
     /// # Errors
-    /// [`Error::Run`].
-    pub fn start(
-        shim: &[OsString],
-        program: &Path,
-        arguments: &[OsString],
-        folder: &Path,
-    ) -> Result<Self, Error> {
-        let fail = |source| Error::Run { program: program.display().to_string(), source };
+    /// [`Error::Run`], [`Error::Folder`].
+    pub fn start(config: &Config, arguments: &[OsString]) -> Result<Self, Error> {
+        let fail =
+            |source| Error::Run { program: config.program.display().to_string(), source };
         let empty = || io::Error::new(io::ErrorKind::InvalidInput, "no shim is configured");
-        let (first, rest) = shim.split_first().ok_or_else(empty).map_err(fail)?;
+        let (first, rest) = config.shim.split_first().ok_or_else(empty).map_err(fail)?;
+        let program = find(&config.program).map_err(fail)?;
+        let mut log = Log::open(&config.folder)?;
+        log.write(line_of(&program, arguments).as_bytes());
         let mut child = tokio::process::Command::new(first)
             .args(rest)
             .args(["--parent", &std::process::id().to_string(), "--"])
-            .arg(program)
+            .arg(&program)
             .args(arguments)
-            .current_dir(folder)
+            .current_dir(&config.folder)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
@@ -124,30 +136,28 @@ impl Process {
             .spawn()
             .map_err(fail)?;
         let pid = child.id().unwrap_or_default();
-        let (kill, mut killed) = mpsc::channel(1);
+        let words = Words::default();
+        let hearing = child.stderr.take().map(|stderr| tokio::spawn(words.clone().hear(stderr, log)));
+        let (kill, killed) = mpsc::channel(1);
         let (ended, exit) = watch::channel(None);
-        let words = Arc::new(Mutex::new(VecDeque::new()));
-        let stderr = child.stderr.take();
-        let log = tokio::spawn(keep_words(stderr, words.clone(), folder.join("qemu.log")));
         tokio::spawn(async move {
-            let status = tokio::select! {
-                status = child.wait() => status,
-                // A request, or the last handle is gone.
-                _ = killed.recv() => {
-                    // It may have ended by itself: that is the aim.
-                    let _ = child.start_kill();
-                    child.wait().await
-                }
-            };
-            let _ = log.await;
+            let status = run(&mut child, killed).await;
+            if let Some(hearing) = hearing {
+                let _ = tokio::time::timeout(LAST_WORDS_DEADLINE, hearing).await;
+            }
             ended.send_replace(Some(Exit(status.ok())));
         });
-        Ok(Self { pid, kill, exit, words })
+        Ok(Self { pid, program, kill, exit, words })
     }
 
     /// Its process id.
     pub fn pid(&self) -> u32 {
         self.pid
+    }
+
+    /// What it runs.
+    pub fn program(&self) -> &Path {
+        &self.program
     }
 
     /// How it ended, if it did.
@@ -171,35 +181,45 @@ impl Process {
         self.ended().await
     }
 
-    /// What it said last on stderr.
+    /// What it said last on stderr, at most 4 KiB.
     pub fn last_words(&self) -> String {
-        let words = self.words.lock().unwrap_or_else(PoisonError::into_inner);
-        let bytes: Vec<u8> = words.iter().copied().collect();
-        String::from_utf8_lossy(&bytes).trim().to_owned()
+        self.words.last()
     }
 }
 
-async fn keep_words(
-    stderr: Option<tokio::process::ChildStderr>,
-    words: Arc<Mutex<VecDeque<u8>>>,
-    log: PathBuf,
-) {
-    let Some(mut stderr) = stderr else { return };
-    // Without a log the last words are still kept.
-    let mut file = std::fs::File::create(log).ok();
-    let (mut written, mut buffer) = (0u64, vec![0; 4096]);
-    while let Ok(n @ 1..) = stderr.read(&mut buffer).await {
-        if written < MAX_LOG
-            && let Some(file) = &mut file
-        {
-            let _ = file.write_all(&buffer[..n]);
-            written += n as u64;
+/// Until it ends by itself, it is asked for, or the last handle is gone.
+async fn run(
+    child: &mut tokio::process::Child,
+    mut killed: mpsc::Receiver<()>,
+) -> io::Result<ExitStatus> {
+    tokio::select! {
+        status = child.wait() => status,
+        _ = killed.recv() => {
+            // It may have ended by itself: that is the aim.
+            let _ = child.start_kill();
+            child.wait().await
         }
-        let mut words = words.lock().unwrap_or_else(PoisonError::into_inner);
-        words.extend(&buffer[..n]);
-        let excess = words.len().saturating_sub(LAST_WORDS);
-        words.drain(..excess);
     }
+}
+
+/// Where a program is: the shim could say only in QEMU's stead that it is nowhere.
+fn find(program: &Path) -> io::Result<PathBuf> {
+    let is_program = |path: &PathBuf| {
+        rustix::fs::access(path, rustix::fs::Access::EXEC_OK).is_ok() && path.is_file()
+    };
+    let missing = || io::Error::new(io::ErrorKind::NotFound, "there is no such program");
+    if program.components().count() > 1 {
+        let path = std::path::absolute(program)?;
+        return Some(path).filter(is_program).ok_or_else(missing);
+    }
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let mut paths = std::env::split_paths(&folders).map(|folder| folder.join(program));
+    paths.find(is_program).ok_or_else(missing)
+}
+
+fn line_of(program: &Path, arguments: &[OsString]) -> String {
+    let arguments: Vec<_> = arguments.iter().map(|a| format!("'{}'", a.to_string_lossy())).collect();
+    format!("{} {}\n", program.display(), arguments.join(" "))
 }
 
 /// The moment at which a process began, as the kernel counts it: with it a
@@ -208,6 +228,6 @@ pub fn start_time(pid: u32) -> Option<u64> {
     Pid::from_raw(i32::try_from(pid).ok()?)?;
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The name may hold anything, even brackets: fields are counted from its last one.
-    let after_name = &stat[stat.rfind(')')? + 2..];
+    let after_name = stat.get(stat.rfind(')')? + 2..)?;
     after_name.split(' ').nth(19)?.parse().ok()
 }
