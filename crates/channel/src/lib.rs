@@ -20,6 +20,7 @@ mod copy;
 pub mod gateway;
 pub mod identity;
 pub mod preface;
+pub mod resumable;
 pub mod socket;
 pub mod tls;
 pub mod tokens;
