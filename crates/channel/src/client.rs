@@ -11,9 +11,10 @@ use tokio::time::timeout;
 use crate::gateway::Counters;
 use crate::identity::SpiffeId;
 use crate::preface::{self, CONFIRM, Delivery, Preface, Refusal, Reply};
+use crate::resumable::{LinkError, Links};
 use crate::tokens::Token;
 use crate::wire::{Failure, GATEWAY_SOCKET, Request, Response};
-use crate::{socket, wire};
+use crate::{socket, wire, with_source};
 
 /// A gateway answers within its own deadlines, which are shorter.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -144,6 +145,38 @@ impl GatewayClient {
         match response {
             Response::Failed(failure) => Err(failure.into()),
             response => Ok((stream, response)),
+        }
+    }
+}
+
+/// Links for [`crate::resumable::run`]: dials one stream again and again, each time with
+/// the token that the last connection was handed.
+#[derive(Debug)]
+pub struct Redial {
+    client: GatewayClient,
+    address: String,
+    expect: SpiffeId,
+    preface: Preface,
+}
+
+impl Redial {
+    /// For the stream that `preface` names, at the gateway `expect`.
+    pub fn new(client: GatewayClient, address: &str, expect: SpiffeId, preface: Preface) -> Self {
+        Self { client, address: address.into(), expect, preface }
+    }
+}
+
+impl Links for Redial {
+    type Link = UnixStream;
+
+    async fn next(&mut self) -> Result<UnixStream, LinkError> {
+        match self.client.dial(&self.address, &self.expect, &self.preface).await {
+            Ok((stream, successor)) => {
+                self.preface.token = successor;
+                Ok(stream)
+            }
+            Err(e) if e.is_transient() => Err(LinkError::Transient(with_source(&e))),
+            Err(e) => Err(LinkError::Fatal(with_source(&e))),
         }
     }
 }

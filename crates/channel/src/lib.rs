@@ -20,9 +20,21 @@ mod copy;
 pub mod gateway;
 pub mod identity;
 pub mod preface;
+pub mod relay;
 pub mod resumable;
 pub mod socket;
 pub mod tls;
 pub mod tokens;
 mod traffic;
 mod wire;
+
+/// An error and its causes on one line, for a log or a peer.
+pub(crate) fn with_source(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}

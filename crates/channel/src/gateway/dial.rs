@@ -9,13 +9,13 @@ use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 
 use super::Shared;
-use super::incoming::{TLS_BUFFER, with_source};
+use super::incoming::TLS_BUFFER;
 use crate::identity::SpiffeId;
 use crate::preface::{self, Opening, Preface, Refusal, Reply, code};
 use crate::tokens::Token;
 use crate::traffic::Counted;
 use crate::wire::Failure;
-use crate::{tls, wire};
+use crate::{tls, wire, with_source};
 
 type Tls = TlsStream<Counted<TcpStream>>;
 

@@ -13,7 +13,7 @@ use crate::identity::SpiffeId;
 use crate::preface::{self, Delivery, Opening, Preface, Refusal, Reply, code};
 use crate::socket;
 use crate::traffic::Counted;
-use crate::{copy, wire};
+use crate::{copy, wire, with_source};
 
 type Tls = TlsStream<Counted<TcpStream>>;
 
@@ -134,15 +134,4 @@ async fn answer(shared: &Shared, tls: &mut Tls, peer: &SpiffeId) -> Result<(), R
         Err(_) => tracing::debug!(%peer, "an answer was not taken in time"),
     }
     Ok(())
-}
-
-/// An error and its causes on one line, for a log or a peer.
-pub(super) fn with_source(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
-    text
 }
