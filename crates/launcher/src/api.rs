@@ -8,7 +8,7 @@
 //! POST   /v1/kill  /v1/pause  /v1/resume
 //! POST   /v1/prepare                a move to here: its ticket
 //! POST   /v1/send  /v1/cancel       a move away from here; 202, the status tells the rest
-//! POST   /v1/verify                 compares a disk with the one that was left
+//! POST   /v1/verify/{begin,send,judge}  compares disks with those that were left: see [`migration::verify`]
 //! POST   /v1/failpoint  DELETE      tests only: 404 unless failpoints are on
 //! ```
 //!
@@ -17,7 +17,8 @@
 
 use crate::chain;
 use crate::migration::ticket::Ticket;
-use crate::migration::{self, PrepareRequest, SendRequest, VerifyReport, VerifyRequest};
+use crate::migration::verify::{self, Differing, VerifyReport, VerifyTicket};
+use crate::migration::{self, PrepareRequest, SendRequest};
 use crate::spec::VmSpec;
 use crate::status::Status;
 use crate::vm::{self, Handle};
@@ -37,6 +38,8 @@ pub const SOCKET: &str = "launcher.sock";
 pub const MAX_WAIT: Duration = Duration::from_secs(60);
 /// A spec is a few kilobytes, a move's ticket or report not much more.
 const MAX_BODY: usize = 1 << 20;
+/// The most that a comparison of disks may find.
+pub(crate) const MAX_REPORT: usize = 16 << 20;
 
 /// Which status is wanted.
 #[derive(Debug, Clone, Copy, Default, Serialize, Deserialize)]
@@ -110,7 +113,9 @@ fn router(launcher: Handle) -> Router {
         .route("/v1/prepare", post(prepare))
         .route("/v1/send", post(send))
         .route("/v1/cancel", post(cancel))
-        .route("/v1/verify", post(verify))
+        .route("/v1/verify/begin", post(verify_begin))
+        .route("/v1/verify/send", post(verify_send))
+        .route("/v1/verify/judge", post(verify_judge).layer(DefaultBodyLimit::max(MAX_REPORT)))
         .route("/v1/failpoint", post(arm).delete(release))
         .fallback(async || Refusal::new(StatusCode::NOT_FOUND, "there is no such request"))
         .method_not_allowed_fallback(async || {
@@ -187,8 +192,7 @@ type Answer<T> = Result<Json<T>, Refusal>;
 
 fn seconds(name: &str, seconds: f64) -> Result<Duration, Refusal> {
     let wrong = || format!("{name} is {seconds}, which is no time");
-    Duration::try_from_secs_f64(seconds)
-        .map_err(|_| Refusal::new(StatusCode::BAD_REQUEST, wrong()))
+    Duration::try_from_secs_f64(seconds).map_err(|_| Refusal::new(StatusCode::BAD_REQUEST, wrong()))
 }
 
 fn now(launcher: &Handle) -> Json<Status> {
@@ -230,10 +234,7 @@ async fn start(State(launcher): State<Handle>, body: Body<StartRequest>) -> Answ
     Ok(now(&launcher))
 }
 
-async fn shut_down(
-    State(launcher): State<Handle>,
-    body: Body<ShutdownRequest>,
-) -> Answer<Status> {
+async fn shut_down(State(launcher): State<Handle>, body: Body<ShutdownRequest>) -> Answer<Status> {
     let Json(ShutdownRequest { grace_seconds }) = body?;
     let grace = seconds("grace_seconds", grace_seconds)?;
     let here = launcher.clone();
@@ -280,12 +281,28 @@ async fn cancel(State(launcher): State<Handle>) -> Result<(StatusCode, Json<Stat
     Ok((StatusCode::ACCEPTED, now(&launcher)))
 }
 
-async fn verify(
+async fn verify_begin(
     State(launcher): State<Handle>,
-    body: Body<VerifyRequest>,
-) -> Answer<VerifyReport> {
+    body: Body<verify::BeginRequest>,
+) -> Answer<VerifyTicket> {
     let Json(request) = body?;
-    finish(async move { migration::verify(&launcher, request).await }).await.map(Json)
+    finish(async move { verify::verify_begin(&launcher, request).await }).await.map(Json)
+}
+
+async fn verify_send(
+    State(launcher): State<Handle>,
+    body: Body<verify::SendRequest>,
+) -> Answer<Vec<Differing>> {
+    let Json(request) = body?;
+    finish(async move { verify::verify_send(&launcher, request).await }).await.map(Json)
+}
+
+async fn verify_judge(
+    State(launcher): State<Handle>,
+    body: Body<Vec<Differing>>,
+) -> Answer<VerifyReport> {
+    let Json(differing) = body?;
+    finish(async move { verify::verify_judge(&launcher, differing).await }).await.map(Json)
 }
 
 async fn arm(State(launcher): State<Handle>, body: Body<FailpointRequest>) -> Answer<Status> {

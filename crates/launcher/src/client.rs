@@ -1,11 +1,10 @@
 //! Speaks to a launcher through its [`api`].
 
-use crate::api::{
-    self, Failure, FailpointRequest, ShutdownRequest, StartRequest,
-};
+use crate::api::{self, FailpointRequest, Failure, ShutdownRequest, StartRequest};
 use crate::chain;
 use crate::migration::ticket::Ticket;
-use crate::migration::{PrepareRequest, SendRequest, VerifyReport, VerifyRequest};
+use crate::migration::verify::{self, Differing, VerifyReport, VerifyTicket};
+use crate::migration::{PrepareRequest, SendRequest};
 use crate::spec::VmSpec;
 use crate::status::Status;
 use http_body_util::{BodyExt, Full, Limited};
@@ -23,8 +22,6 @@ const ANSWER: Duration = Duration::from_secs(30);
 const START: Duration = Duration::from_secs(120);
 /// Comparing disks takes as long as reading them.
 const VERIFY: Duration = Duration::from_secs(24 * 3600);
-/// Reports are the longest answers.
-const MAX_ANSWER: usize = 4 << 20;
 
 /// Why a launcher did not do what was asked.
 #[derive(Debug, thiserror::Error)]
@@ -189,12 +186,34 @@ impl Client {
         self.post("/v1/cancel", &(), ANSWER).await
     }
 
-    /// Compares the guest's disks with those that were left.
+    /// See [`verify::verify_begin`].
     ///
     /// # Errors
     /// [`Error`].
-    pub async fn verify(&self, request: &VerifyRequest) -> Result<VerifyReport, Error> {
-        self.post("/v1/verify", request, VERIFY).await
+    pub async fn verify_begin(
+        &self,
+        request: &verify::BeginRequest,
+    ) -> Result<VerifyTicket, Error> {
+        self.post("/v1/verify/begin", request, ANSWER).await
+    }
+
+    /// See [`verify::verify_send`].
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn verify_send(
+        &self,
+        request: &verify::SendRequest,
+    ) -> Result<Vec<Differing>, Error> {
+        self.post("/v1/verify/send", request, VERIFY).await
+    }
+
+    /// See [`verify::verify_judge`].
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn verify_judge(&self, differing: &[Differing]) -> Result<VerifyReport, Error> {
+        self.post("/v1/verify/judge", &differing, ANSWER).await
     }
 
     /// Has the next move stop at a point.
@@ -267,7 +286,7 @@ impl Client {
         let answer = async {
             let answer = sender.send_request(request).await.map_err(|e| self.lost(&e))?;
             let (head, body) = answer.into_parts();
-            let body = Limited::new(body, MAX_ANSWER).collect().await;
+            let body = Limited::new(body, api::MAX_REPORT).collect().await;
             Ok((head.status, body.map_err(|e| self.lost(&*e))?.to_bytes()))
         };
         tokio::pin!(answer);

@@ -195,7 +195,8 @@ fn is_id(name: &str) -> bool {
 
 fn is_mac(text: &str) -> bool {
     let parts: Vec<_> = text.split(':').collect();
-    let byte = |p: &str| u8::from_str_radix(p, 16).ok().filter(|_| p.len() == 2 && !p.starts_with('+'));
+    let byte =
+        |p: &str| u8::from_str_radix(p, 16).ok().filter(|_| p.len() == 2 && !p.starts_with('+'));
     let bytes: Vec<_> = parts.iter().filter_map(|p| byte(p)).collect();
     parts.len() == 6 && bytes.len() == 6 && bytes[0] & 1 == 0
 }
@@ -250,7 +251,8 @@ impl VmSpec {
     pub fn validate(&self) -> Result<(), Invalid> {
         let mut faults = Faults::default();
         faults.demand(is_name(&self.name), || {
-            "name must be 1 to 63 of a-z, 0-9, '-' and '.', and begin with a letter or a digit".into()
+            "name must be 1 to 63 of a-z, 0-9, '-' and '.', and begin with a letter or a digit"
+                .into()
         });
         self.check_machine(&mut faults);
         self.check_disks(&mut faults);
@@ -267,9 +269,8 @@ impl VmSpec {
 
     fn check_machine(&self, faults: &mut Faults) {
         let Self { machine, vcpus, memory_mib, serials, .. } = self;
-        faults.demand((1..=MAX_VCPUS).contains(vcpus), || {
-            format!("vcpus must be 1 to {MAX_VCPUS}")
-        });
+        faults
+            .demand((1..=MAX_VCPUS).contains(vcpus), || format!("vcpus must be 1 to {MAX_VCPUS}"));
         faults.demand((16..=MAX_MEMORY_MIB).contains(memory_mib), || {
             format!("memoryMiB must be 16 to {MAX_MEMORY_MIB}")
         });
@@ -345,8 +346,19 @@ impl VmSpec {
     /// A host's own affairs do not count: paths, shown sizes, what a network card is connected to.
     pub fn differences(&self, other: &Self) -> Vec<String> {
         // N.B. all fields by name: one that is added has to be thought of here.
-        let Self { name, vcpus, memory_mib, machine, cpu, accelerator, disks, nics, uefi, boot, serials } =
-            self;
+        let Self {
+            name,
+            vcpus,
+            memory_mib,
+            machine,
+            cpu,
+            accelerator,
+            disks,
+            nics,
+            uefi,
+            boot,
+            serials,
+        } = self;
         let mut found = Differences::default();
         found.compare("name", name, &other.name);
         found.compare("vcpus", vcpus, &other.vcpus);
@@ -367,8 +379,8 @@ impl VmSpec {
         found.compare("nics", &names(nics, |n| &n.name), &names(&other.nics, |n| &n.name));
         for (nic, other) in nics.iter().zip(&other.nics).filter(|(a, b)| a.name == b.name) {
             let Nic { name, mac, backend: _ } = nic;
-            let mac = |mac: &str| mac.to_ascii_lowercase();
-            found.compare(&format!("nic {name}: mac"), &mac(&nic.mac), &mac(&other.mac));
+            let (mac, other) = (mac.to_ascii_lowercase(), other.mac.to_ascii_lowercase());
+            found.compare(&format!("nic {name}: mac"), &mac, &other);
         }
         found.0
     }
@@ -429,10 +441,15 @@ mod test {
     #[test]
     fn all_that_the_guest_sees_differ_is_named_and_nothing_of_its_host() {
         let here = spec(GOOD);
-        let host = GOOD.replace("/disks/root\"", "/other\",\"size\":512").replace("/boot/kernel", "/k");
+        let host =
+            GOOD.replace("/disks/root\"", "/other\",\"size\":512").replace("/boot/kernel", "/k");
         let host = host.replace("01\"", "01\",\"backend\":{\"tap\":\"tap0\"}").replace("AA", "aa");
         assert_eq!(here.differences(&spec(&host)), [""; 0]);
-        let guest = GOOD.replace(":64", ":128").replace("quiet", "").replace("root", "data").replace("00:01", "00:02");
+        let guest = GOOD
+            .replace(":64", ":128")
+            .replace("quiet", "")
+            .replace("root", "data")
+            .replace("00:01", "00:02");
         let told = here.differences(&spec(&guest)).join("; ");
         for what in ["memoryMiB: 64 and 128", "boot", "disks", "nic lan: mac"] {
             assert!(told.contains(what), "{told}");

@@ -103,7 +103,9 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
         };
         add(&["-netdev", &format!("{backend},id={name}-net")]);
         let slot = NIC_SLOT + i;
-        let device = format!("virtio-net-pci,netdev={name}-net,id={name}-nic,mac={mac},addr={slot:#x},romfile=");
+        let device = format!(
+            "virtio-net-pci,netdev={name}-net,id={name}-nic,mac={mac},addr={slot:#x},romfile="
+        );
         add(&["-device", &device]);
     }
     if let Some(boot) = &spec.boot {
@@ -132,7 +134,9 @@ fn disks(add: &mut impl FnMut(&[&str]), spec: &VmSpec, facts: &[Facts]) {
         let name = &disk.name;
         nodes(add, disk, *facts);
         let device = match disk.bus {
-            Bus::Virtio => format!("virtio-blk-pci,addr={:#x}", VIRTIO_SLOT + next(&mut places.virtio)),
+            Bus::Virtio => {
+                format!("virtio-blk-pci,addr={:#x}", VIRTIO_SLOT + next(&mut places.virtio))
+            }
             Bus::Scsi => format!("scsi-hd,bus=scsi0.0,scsi-id={},lun=0", next(&mut places.scsi)),
             Bus::Sata => format!("ide-hd,bus={ahci}.{}", next(&mut places.sata)),
         };

@@ -44,7 +44,8 @@ impl Log {
     }
 
     fn turn(&mut self) {
-        let turned = folder::rename(&self.folder, LOG, OLD_LOG).and_then(|()| Self::open(&self.folder));
+        let turned =
+            folder::rename(&self.folder, LOG, OLD_LOG).and_then(|()| Self::open(&self.folder));
         match turned {
             Ok(new) => *self = new,
             Err(error) => {

@@ -116,8 +116,7 @@ impl Process {
     /// # Errors
     /// [`Error::Run`], [`Error::Folder`].
     pub fn start(config: &Config, arguments: &[OsString]) -> Result<Self, Error> {
-        let fail =
-            |source| Error::Run { program: config.program.display().to_string(), source };
+        let fail = |source| Error::Run { program: config.program.display().to_string(), source };
         let empty = || io::Error::new(io::ErrorKind::InvalidInput, "no shim is configured");
         let (first, rest) = config.shim.split_first().ok_or_else(empty).map_err(fail)?;
         let program = find(&config.program).map_err(fail)?;
@@ -137,7 +136,8 @@ impl Process {
             .map_err(fail)?;
         let pid = child.id().unwrap_or_default();
         let words = Words::default();
-        let hearing = child.stderr.take().map(|stderr| tokio::spawn(words.clone().hear(stderr, log)));
+        let hearing =
+            child.stderr.take().map(|stderr| tokio::spawn(words.clone().hear(stderr, log)));
         let (kill, killed) = mpsc::channel(1);
         let (ended, exit) = watch::channel(None);
         tokio::spawn(async move {
@@ -218,7 +218,8 @@ fn find(program: &Path) -> io::Result<PathBuf> {
 }
 
 fn line_of(program: &Path, arguments: &[OsString]) -> String {
-    let arguments: Vec<_> = arguments.iter().map(|a| format!("'{}'", a.to_string_lossy())).collect();
+    let arguments: Vec<_> =
+        arguments.iter().map(|a| format!("'{}'", a.to_string_lossy())).collect();
     format!("{} {}\n", program.display(), arguments.join(" "))
 }
 
