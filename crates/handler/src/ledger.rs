@@ -35,7 +35,9 @@ pub enum Error {
         source: io::Error,
     },
     /// The file is there but cannot be understood. It is never overwritten.
-    #[error("the owner record {file} cannot be understood ({why}); find out where the VM runs, then repair or remove the file by hand")]
+    #[error(
+        "the owner record {file} cannot be understood ({why}); find out where the VM runs, then repair or remove the file by hand"
+    )]
     Broken {
         /// The file.
         file: PathBuf,
@@ -69,7 +71,8 @@ impl Ledger {
         let path = host.join("ledger");
         match std::fs::create_dir(&path) {
             Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-            _ => {}
+            // N.B. in both cases: whoever made it may not have come to make it last.
+            _ => File::open(host)?.sync_all()?,
         }
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let folder = rustix::fs::open(&path, flags, Mode::empty())?;
@@ -82,17 +85,23 @@ impl Ledger {
     /// [`Error`]: a record that cannot be read is never taken for none.
     pub fn read(&self, vm: &VmId) -> Result<Option<Record>, Error> {
         let name = file_name(vm)?;
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let broken = |why: String| Error::Broken { file: self.path.join(&name), why };
+        let io = |error: io::Error| self.fail("read", vm, error);
+        // N.B. a pipe of that name must not make anybody wait.
+        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         let file = match rustix::fs::openat(&self.folder, &name, flags, Mode::empty()) {
             Ok(fd) => File::from(fd),
             Err(rustix::io::Errno::NOENT) => return Ok(None),
-            Err(errno) => return Err(self.fail("read", vm, errno.into())),
+            Err(rustix::io::Errno::LOOP) => return Err(broken("it is a symbolic link".into())),
+            Err(errno) => return Err(io(errno.into())),
         };
-        let mut text = String::new();
-        file.take(MAX_RECORD).read_to_string(&mut text).map_err(|e| self.fail("read", vm, e))?;
-        let broken = |why: String| Error::Broken { file: self.path.join(&name), why };
+        if !file.metadata().map_err(io)?.is_file() {
+            return Err(broken("it is no regular file".into()));
+        }
+        let mut text = Vec::new();
+        file.take(MAX_RECORD).read_to_end(&mut text).map_err(io)?;
         let head: serde_json::Value =
-            serde_json::from_str(&text).map_err(|e| broken(e.to_string()))?;
+            serde_json::from_slice(&text).map_err(|e| broken(e.to_string()))?;
         if head["format"] != FORMAT {
             return Err(broken(format!(
                 "it has format {}, this build knows {FORMAT}; use the build that wrote it",
@@ -133,7 +142,7 @@ impl Ledger {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let own = rustix::fs::openat(&self.folder, ".", flags, Mode::empty())?;
         // Held for one small write; another holder is another short one.
-        rustix::fs::flock(&own, FlockOperation::LockExclusive)?;
+        rustix::io::retry_on_intr(|| rustix::fs::flock(&own, FlockOperation::LockExclusive))?;
         Ok(own)
     }
 

@@ -4,7 +4,7 @@
 pub mod ledger;
 pub mod watch;
 
-use handover::handler::{Qemu, local, peer};
+use handover::handler::{local, peer};
 use handover::ledger::{Request, Response};
 use handover::record::{HostId, InstanceId};
 use std::path::Path;
@@ -20,9 +20,9 @@ impl Handler {
     /// The agent of the host whose folder this is.
     ///
     /// # Errors
-    /// When the ledger cannot be opened.
+    /// When the ledger or the list of watched processes cannot be opened.
     pub fn open(host: &Path) -> std::io::Result<Self> {
-        Ok(Self { ledger: ledger::Ledger::open(host)?, watch: watch::Watch::default() })
+        Ok(Self { ledger: ledger::Ledger::open(host)?, watch: watch::Watch::open(host)? })
     }
 
     /// Answers a launcher of this host.
@@ -33,7 +33,7 @@ impl Handler {
                 Err(error) => failed(&error),
             },
             Request::Swap { vm, change } => {
-                let qemu = |instance: &InstanceId| self.qemu_of(instance);
+                let qemu = |instance: &InstanceId| self.watch.qemu_of(instance);
                 answer(self.ledger.swap(vm, |current| local(vm, current, qemu, change)))
             }
             Request::Watch { instance, pid, start_time } => {
@@ -50,23 +50,13 @@ impl Handler {
         let Request::Swap { vm, change } = request else {
             return Response::Failed { why: "another host may not ask this".into() };
         };
-        let qemu = |instance: &InstanceId| self.qemu_of(instance);
+        let qemu = |instance: &InstanceId| self.watch.qemu_of(instance);
         answer(self.ledger.swap(vm, |current| peer(vm, current, asker, qemu, change)))
-    }
-
-    fn qemu_of(&self, instance: &InstanceId) -> Qemu {
-        match self.watch.has_ended(instance) {
-            true => Qemu::Ended,
-            false => Qemu::Unknown,
-        }
     }
 }
 
 fn answer(
-    swapped: Result<
-        Result<handover::record::Record, handover::record::Refused>,
-        ledger::Error,
-    >,
+    swapped: Result<Result<handover::record::Record, handover::record::Refused>, ledger::Error>,
 ) -> Response {
     match swapped {
         Ok(Ok(record)) => Response::Done { record },

@@ -1,67 +1,197 @@
-//! Which QEMU processes have ended, as the kernel says it.
+//! Which QEMU processes live, as the kernel says it.
+//!
+//! A process is named by its id and the moment at which it began, and is held
+//! by a pidfd: a later process that gets the same id is never taken for it.
+//! What is watched is written down, so that a handler that starts again knows
+//! what it knew before; after a reboot it knows that all have ended.
 
+use handover::handler::Qemu;
 use handover::record::InstanceId;
+use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
-use std::collections::HashMap;
-use std::io;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use tokio::io::unix::AsyncFd;
+use serde::{Deserialize, Serialize};
+use std::fs::{File, OpenOptions};
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// Instances that are remembered; the oldest knowledge goes first.
+/// Processes that are remembered; of those that have ended the oldest go first.
 const MAX_WATCHED: usize = 10_000;
+/// What is read of the list: more than it can have grown to.
+const MAX_LIST: u64 = 16 << 20;
 
 /// The processes that are watched.
-#[derive(Debug, Clone, Default)]
+#[derive(Debug)]
 pub struct Watch {
-    ended: Arc<Mutex<HashMap<InstanceId, bool>>>,
+    path: PathBuf,
+    boot: String,
+    list: Mutex<List>,
+}
+
+#[derive(Debug)]
+struct List {
+    file: File,
+    /// Lines in the file: it is rewritten when it has grown too long.
+    lines: usize,
+    watched: Vec<Watched>,
+}
+
+#[derive(Debug)]
+struct Watched {
+    process: Process,
+    /// None: it has ended.
+    descriptor: Option<OwnedFd>,
+}
+
+/// One line of the file.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct Process {
+    instance: InstanceId,
+    pid: u32,
+    start_time: u64,
+    boot: String,
 }
 
 impl Watch {
-    /// Watches a launcher's QEMU. A process that is not the one meant counts
-    /// as ended: its id was given to another.
+    /// The processes that are watched on the host whose folder this is.
     ///
     /// # Errors
-    /// When the kernel gives no descriptor for a process that lives.
+    /// Those of the file system, and the kernel's when it gives no descriptor
+    /// for a process that lives.
+    pub fn open(host: &Path) -> io::Result<Self> {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        let path = host.join("watched");
+        let mut watched = Vec::new();
+        for process in read(&path)? {
+            let descriptor = hold(&process, &boot)?;
+            watched.push(Watched { process, descriptor });
+        }
+        forget(&mut watched);
+        let file = write(&path, &watched)?;
+        Ok(Self { path, boot, list: Mutex::new(List { file, lines: watched.len(), watched }) })
+    }
+
+    /// Watches one more process of a launcher. One that is not the one meant
+    /// counts as ended: its id was given to another.
+    ///
+    /// # Errors
+    /// When the kernel gives no descriptor for a process that lives, or the
+    /// list cannot be written.
     pub fn add(&self, instance: &InstanceId, pid: u32, start_time: u64) -> io::Result<()> {
-        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw);
-        let raw = raw.ok_or_else(|| io::Error::other(format!("{pid} is no process id")))?;
-        let descriptor = match rustix::process::pidfd_open(raw, PidfdFlags::empty()) {
-            Ok(descriptor) => descriptor,
-            Err(rustix::io::Errno::SRCH) => {
-                self.lock().insert(instance.clone(), true);
-                return Ok(());
-            }
-            Err(errno) => return Err(errno.into()),
-        };
-        // N.B. after the descriptor was opened: from here on it names one process.
-        if launcher::qemu::start_time(pid) != Some(start_time) {
-            self.lock().insert(instance.clone(), true);
+        let boot = self.boot.clone();
+        let process = Process { instance: instance.clone(), pid, start_time, boot };
+        let mut guard = self.lock();
+        let list = &mut *guard;
+        if list.watched.iter().any(|watched| watched.process == process) {
             return Ok(());
         }
-        let descriptor = AsyncFd::with_interest(descriptor, tokio::io::Interest::READABLE)?;
-        {
-            let mut ended = self.lock();
-            if ended.len() >= MAX_WATCHED {
-                ended.retain(|_, ended| !*ended);
-            }
-            ended.insert(instance.clone(), false);
+        let descriptor = hold(&process, &self.boot)?;
+        // N.B. written first: what is answered is never forgotten.
+        list.file.write_all(&line(&process)?)?;
+        list.file.sync_data()?;
+        list.lines += 1;
+        list.watched.push(Watched { process, descriptor });
+        if list.watched.len() > MAX_WATCHED {
+            list.watched.iter_mut().for_each(Watched::look);
+            forget(&mut list.watched);
         }
-        let (all, instance) = (self.clone(), instance.clone());
-        tokio::spawn(async move {
-            // A pidfd becomes readable when its process ends.
-            if descriptor.readable().await.is_ok() {
-                all.lock().insert(instance, true);
-            }
-        });
+        if list.lines > 2 * MAX_WATCHED {
+            list.file = write(&self.path, &list.watched)?;
+            list.lines = list.watched.len();
+        }
         Ok(())
     }
 
-    /// Whether an instance's QEMU was seen to end. False also when nobody knows.
-    pub fn has_ended(&self, instance: &InstanceId) -> bool {
-        self.lock().get(instance).copied().unwrap_or(false)
+    /// What is known of an instance's QEMU: it has ended when all processes
+    /// have that were named for the instance.
+    pub fn qemu_of(&self, instance: &InstanceId) -> Qemu {
+        let mut list = self.lock();
+        let mut known = Qemu::Unknown;
+        for watched in list.watched.iter_mut().filter(|w| w.process.instance == *instance) {
+            watched.look();
+            match watched.descriptor {
+                Some(_) => return Qemu::Alive,
+                None => known = Qemu::Ended,
+            }
+        }
+        known
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<InstanceId, bool>> {
-        self.ended.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, List> {
+        self.list.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+impl Watched {
+    /// Asks the kernel whether it has ended: then its pidfd is readable.
+    fn look(&mut self) {
+        let Some(descriptor) = &self.descriptor else { return };
+        let mut poll = [PollFd::new(descriptor, PollFlags::IN)];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        // An error says nothing: then it still lives.
+        if let Ok(1..) = rustix::event::poll(&mut poll, Some(&now))
+            && poll[0].revents().contains(PollFlags::IN)
+        {
+            self.descriptor = None;
+        }
+    }
+}
+
+/// Holds a process, if it is the one that is meant and lives.
+fn hold(process: &Process, boot: &str) -> io::Result<Option<OwnedFd>> {
+    if process.boot != boot {
+        return Ok(None);
+    }
+    let pid = i32::try_from(process.pid).ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| io::Error::other(format!("{} is no process id", process.pid)))?;
+    let descriptor = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+        Ok(descriptor) => descriptor,
+        Err(rustix::io::Errno::SRCH) => return Ok(None),
+        Err(errno) => return Err(errno.into()),
+    };
+    // N.B. after the descriptor was opened: from here on it names one process.
+    let same = launcher::qemu::start_time(process.pid) == Some(process.start_time);
+    Ok(same.then_some(descriptor))
+}
+
+/// Forgets what is too much, of those that have ended the oldest first.
+fn forget(watched: &mut Vec<Watched>) {
+    let mut surplus = watched.len().saturating_sub(MAX_WATCHED);
+    watched.retain(|watched| {
+        let goes = surplus > 0 && watched.descriptor.is_none();
+        surplus -= usize::from(goes);
+        !goes
+    });
+}
+
+fn line(process: &Process) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(process)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+/// The list of an earlier handler. A line that was cut off is nobody's knowledge.
+fn read(path: &Path) -> io::Result<Vec<Process>> {
+    let file = match File::open(path) {
+        Ok(file) => file,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(error),
+    };
+    let lines = BufReader::new(file.take(MAX_LIST)).split(b'\n');
+    lines.filter_map(|line| line.map(|l| serde_json::from_slice(&l).ok()).transpose()).collect()
+}
+
+/// Writes the list anew and returns the file, open for what follows.
+fn write(path: &Path, watched: &[Watched]) -> io::Result<File> {
+    let draft = path.with_extension("new");
+    let mut text = Vec::new();
+    for watched in watched {
+        text.extend(line(&watched.process)?);
+    }
+    let mut file = File::create(&draft)?;
+    file.write_all(&text)?;
+    file.sync_all()?;
+    std::fs::rename(&draft, path)?;
+    OpenOptions::new().append(true).open(path)
 }
