@@ -18,8 +18,9 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::{Instant, sleep_until};
 
-/// Bytes under way in one direction.
+/// Bytes and pieces under way in one direction.
 const UNDER_WAY: usize = 256 << 20;
+const PARCELS: usize = 64 << 10;
 const READ: usize = 256 << 10;
 /// What a limited link lets pass in one burst, as a router's queue does.
 const BURST: Duration = Duration::from_millis(5);
@@ -152,7 +153,7 @@ async fn relay(link: Arc<Link>, near: TcpStream, to: SocketAddr) {
 type Parcel = (Instant, Option<(Bytes, OwnedSemaphorePermit)>);
 
 async fn one_way(link: &Link, from: OwnedReadHalf, to: OwnedWriteHalf) -> io::Result<()> {
-    let (sender, receiver) = mpsc::unbounded_channel();
+    let (sender, receiver) = mpsc::channel(PARCELS);
     tokio::try_join!(take_in(link, from, sender), deliver(link, to, receiver))?;
     Ok(())
 }
@@ -160,7 +161,7 @@ async fn one_way(link: &Link, from: OwnedReadHalf, to: OwnedWriteHalf) -> io::Re
 async fn take_in(
     link: &Link,
     mut from: OwnedReadHalf,
-    under_way: mpsc::UnboundedSender<Parcel>,
+    under_way: mpsc::Sender<Parcel>,
 ) -> io::Result<()> {
     let room = Arc::new(Semaphore::new(UNDER_WAY));
     let mut buffer = BytesMut::new();
@@ -182,7 +183,7 @@ async fn take_in(
             Some((buffer.split().freeze(), permit.map_err(io::Error::other)?))
         };
         let ended = parcel.is_none();
-        if under_way.send((now + due, parcel)).is_err() || ended {
+        if under_way.send((now + due, parcel)).await.is_err() || ended {
             return Ok(());
         }
         if link.rate.is_some() {
@@ -194,7 +195,7 @@ async fn take_in(
 async fn deliver(
     link: &Link,
     mut to: OwnedWriteHalf,
-    mut under_way: mpsc::UnboundedReceiver<Parcel>,
+    mut under_way: mpsc::Receiver<Parcel>,
 ) -> io::Result<()> {
     while let Some((due, parcel)) = under_way.recv().await {
         if due > Instant::now() {

@@ -6,9 +6,8 @@
 //! ```
 //!
 //! What was sent stays in a bounded buffer until the other side has *delivered* it to its
-//! user. On every link both sides first tell how much they have ([`frame`]: `Resume`), and
-//! the rest is sent again: to both users a cut is a stall, nothing is lost, doubled or
-//! reordered. When the buffer is full the user waits. Pings notice a silent link.
+//! user. On every link both sides first tell how much they have, and the rest is sent
+//! again: to both users a cut is a stall, nothing is lost, doubled or reordered. When the buffer is full the user waits. Pings notice a silent link.
 //!
 //! The side that has role [`Role::Dialing`] makes links, again and again until its
 //! deadline; the other waits for them, and a new link replaces the one it has.

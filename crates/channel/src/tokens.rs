@@ -119,9 +119,9 @@ impl Tokens {
 
     /// Judges a token that was presented; returns the successor to answer with.
     ///
-    /// Presenting a successor proves that it was received: it confirms it. Presenting the
-    /// current token again proves the opposite: the successor offered before is void, and
-    /// so is the connection that it was offered to.
+    /// Presenting a successor proves that it was received: the token before is used then.
+    /// Presenting the current token again is answered with the same successor: a preface
+    /// that was delayed on its way must not void what the source was given meanwhile.
     pub fn offer(&mut self, stream: Stream, presented: &Token) -> Result<Token, Refusal> {
         let Some(chain) = self.streams.get_mut(&stream) else {
             return Err(Refusal::new(code::STREAM_UNKNOWN, format!("no {stream} is expected")));
@@ -135,11 +135,11 @@ impl Tokens {
             let text = format!("this token was not issued for {stream}");
             return Err(Refusal::new(code::TOKEN_UNKNOWN, text));
         }
-        Ok(chain.offered.insert(Token::random()).clone())
+        Ok(chain.offered.get_or_insert_with(Token::random).clone())
     }
 
     /// Notes that the source has `successor`. Only when this returns true does the
-    /// connection that it was offered to stand; otherwise a later one has taken its place,
+    /// connection on which it was confirmed stand; otherwise another has taken its place,
     /// and it must be dropped.
     #[must_use = "a connection whose successor is void must be dropped"]
     pub fn confirm(&mut self, stream: Stream, successor: &Token) -> bool {

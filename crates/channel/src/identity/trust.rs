@@ -107,7 +107,7 @@ pub(super) fn expiry_of(der: &CertificateDer<'_>) -> Result<SystemTime, Error> {
 
 fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, Error> {
     match X509Certificate::from_der(der) {
-        Ok((rest, certificate)) if rest.is_empty() => Ok(certificate),
+        Ok(([], certificate)) => Ok(certificate),
         Ok(_) => Err(unreadable(&"bytes follow it")),
         Err(e) => Err(unreadable(&e)),
     }
