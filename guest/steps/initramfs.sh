@@ -6,6 +6,7 @@ modules=(virtio_pci virtio_blk virtio_scsi sd_mod virtio_net ext4 button evdev)
 oracle=$out/build/x86_64-unknown-linux-gnu/release/oracle
 
 build_oracle() {
+  [[ -x $oracle ]] || say "oracle"
   # Its own target folder: these flags must not throw away the workspace's builds.
   (cd "$root" && CARGO_TARGET_DIR=$out/build RUSTFLAGS='-C target-feature=+crt-static' \
     CARGO_PROFILE_RELEASE_PANIC=abort CARGO_PROFILE_RELEASE_LTO=true \

@@ -27,7 +27,7 @@ pub struct Vm {
     qemu: Child,
     shell: Port,
     oracle: Port,
-    dir: PathBuf,
+    qmp: BufReader<UnixStream>,
 }
 
 /// A serial port: what the guest says comes as chunks, whenever it says it.
@@ -46,11 +46,11 @@ pub fn built(name: &str) -> PathBuf {
 }
 
 impl Vm {
-    /// Boots from `disk` with `memory` MiB; sockets go to `dir`.
-    pub fn boot(dir: &Path, disk: &Path, memory: u32, boot: Boot) -> Vm {
+    /// Boots with `disk` and `memory` (as `-m` has it); sockets go to `dir`.
+    pub fn boot(dir: &Path, disk: &Path, memory: &str, boot: Boot, more: &[&str]) -> Vm {
         let mut command = Command::new("qemu-system-x86_64");
         command.args("-machine pc,accel=tcg -nodefaults -display none".split(' '));
-        command.args(["-m", &memory.to_string()]);
+        command.args(["-m", memory]).args(more);
         if let Boot::Direct = boot {
             let cmdline = std::fs::read_to_string(built("cmdline")).unwrap();
             command.arg("-kernel").arg(built("vmlinuz"));
@@ -66,11 +66,40 @@ impl Vm {
         }
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", dir.join("qmp").display())]);
         let qemu = command.stdin(Stdio::null()).spawn().expect("qemu-system-x86_64 starts");
-        Vm {
-            qemu,
-            shell: Port::open(&dir.join("shell")),
-            oracle: Port::open(&dir.join("oracle")),
-            dir: dir.to_owned(),
+        let shell = Port::open(&dir.join("shell"));
+        let oracle = Port::open(&dir.join("oracle"));
+        let qmp = connect(&dir.join("qmp"));
+        qmp.set_read_timeout(Some(DEADLINE)).unwrap();
+        let mut vm = Vm { qemu, shell, oracle, qmp: BufReader::new(qmp) };
+        vm.qmp("qmp_capabilities", "{}");
+        vm
+    }
+
+    /// Executes a command, whose arguments are JSON; gives the answer's line.
+    pub fn qmp(&mut self, command: &str, arguments: &str) -> String {
+        writeln!(self.qmp.get_mut(), r#"{{"execute":"{command}","arguments":{arguments}}}"#)
+            .unwrap();
+        loop {
+            let mut line = String::new();
+            self.qmp.by_ref().take(1 << 20).read_line(&mut line).expect("QMP answers");
+            assert!(!line.is_empty(), "{command}: QEMU has ended");
+            assert!(!line.starts_with(r#"{"error""#), "{command}: {line}");
+            if line.starts_with(r#"{"return""#) {
+                return line;
+            }
+        }
+    }
+
+    /// Asks `query-migrate` until it says `completed`.
+    pub fn wait_until_moved(&mut self) {
+        let end = Instant::now() + DEADLINE;
+        loop {
+            let answer = self.qmp("query-migrate", "{}");
+            if answer.contains(r#""status": "completed""#) {
+                return;
+            }
+            assert!(!answer.contains("failed") && Instant::now() < end, "{answer}");
+            thread::sleep(Duration::from_millis(20));
         }
     }
 
@@ -115,15 +144,7 @@ impl Vm {
 
     /// Presses the power button and waits until QEMU ends.
     pub fn power_off(mut self) -> ExitStatus {
-        let mut qmp = connect(&self.dir.join("qmp"));
-        let mut answers = BufReader::new(qmp.try_clone().unwrap()).take(1 << 20);
-        for line in ["{'execute':'qmp_capabilities'}", "{'execute':'system_powerdown'}"] {
-            writeln!(qmp, "{}", line.replace('\'', "\"")).unwrap();
-        }
-        let mut line = String::new();
-        for _ in ["greeting", "capabilities", "powerdown"] {
-            answers.read_line(&mut line).unwrap();
-        }
+        self.qmp("system_powerdown", "{}");
         let end = Instant::now() + DEADLINE;
         loop {
             if let Some(status) = self.qemu.try_wait().unwrap() {
