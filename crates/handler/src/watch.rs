@@ -10,6 +10,7 @@ use handover::record::InstanceId;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
+use std::collections::HashSet;
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::fd::OwnedFd;
@@ -62,18 +63,22 @@ impl Watch {
     pub fn open(host: &Path) -> io::Result<Self> {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
         let path = host.join("watched");
-        let mut watched = Vec::new();
-        for process in read(&path)? {
-            let descriptor = hold(&process, &boot)?;
-            watched.push(Watched { process, descriptor });
+        let (mut watched, mut known) = (Vec::new(), HashSet::new());
+        for process in read(&path)?.into_iter().rev() {
+            if known.insert(process.instance.clone()) {
+                let descriptor = hold(&process, &boot)?;
+                watched.push(Watched { process, descriptor });
+            }
         }
+        watched.reverse();
         forget(&mut watched);
         let file = write(&path, &watched)?;
         Ok(Self { path, boot, list: Mutex::new(List { file, lines: watched.len(), watched }) })
     }
 
-    /// Watches one more process of a launcher. One that is not the one meant
-    /// counts as ended: its id was given to another.
+    /// Watches the process that stands for an instance from now on: first the
+    /// launcher's own, then its QEMU's. One that is not the one meant counts as
+    /// ended: its id was given to another.
     ///
     /// # Errors
     /// When the kernel gives no descriptor for a process that lives, or the
@@ -91,6 +96,7 @@ impl Watch {
         list.file.write_all(&line(&process)?)?;
         list.file.sync_data()?;
         list.lines += 1;
+        list.watched.retain(|watched| watched.process.instance != *instance);
         list.watched.push(Watched { process, descriptor });
         if list.watched.len() > MAX_WATCHED {
             list.watched.iter_mut().for_each(Watched::look);
@@ -103,19 +109,15 @@ impl Watch {
         Ok(())
     }
 
-    /// What is known of an instance's QEMU: it has ended when all processes
-    /// have that were named for the instance.
+    /// What is known of an instance's QEMU.
     pub fn qemu_of(&self, instance: &InstanceId) -> Qemu {
         let mut list = self.lock();
-        let mut known = Qemu::Unknown;
-        for watched in list.watched.iter_mut().filter(|w| w.process.instance == *instance) {
-            watched.look();
-            match watched.descriptor {
-                Some(_) => return Qemu::Alive,
-                None => known = Qemu::Ended,
-            }
-        }
-        known
+        let Some(watched) = list.watched.iter_mut().find(|w| w.process.instance == *instance)
+        else {
+            return Qemu::Unknown;
+        };
+        watched.look();
+        if watched.descriptor.is_some() { Qemu::Alive } else { Qemu::Ended }
     }
 
     fn lock(&self) -> MutexGuard<'_, List> {

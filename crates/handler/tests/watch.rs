@@ -73,12 +73,21 @@ fn a_process_with_a_reused_id_is_not_taken_for_the_one_meant() {
     let qemu = Process::begin();
     watch.add(&instance(), qemu.pid(), qemu.began() - 1).unwrap();
     assert_eq!(watch.qemu_of(&instance()), Qemu::Ended);
-    // Once the right one is named it lives, whatever was named before.
-    watch.add(&instance(), qemu.pid(), qemu.began()).unwrap();
-    assert_eq!(watch.qemu_of(&instance()), Qemu::Alive);
     for nonsense in [0, u32::MAX] {
         watch.add(&instance(), nonsense, 1).unwrap_err();
     }
+}
+
+#[test]
+fn the_process_that_was_named_last_stands_for_the_instance() {
+    let host = tempfile::tempdir().unwrap();
+    let watch = Watch::open(host.path()).unwrap();
+    let (launcher, mut qemu) = (Process::begin(), Process::begin());
+    watch.add(&instance(), launcher.pid(), launcher.began()).unwrap();
+    watch.add(&instance(), qemu.pid(), qemu.began()).unwrap();
+    qemu.kill();
+    assert_eq!(watch.qemu_of(&instance()), Qemu::Ended);
+    assert_eq!(Watch::open(host.path()).unwrap().qemu_of(&instance()), Qemu::Ended);
 }
 
 #[test]

@@ -93,7 +93,9 @@ pub fn peer(
                 }
             }
             State::Idle | State::Armed(_) | State::Committed(_) if now.epoch > *epoch => {
-                Ok(veiled(now, None))
+                // N.B. refused: what is granted is written.
+                let current = Some(veiled(now, None));
+                Err(Refused { current, why: "the attempt is over".into() })
             }
             _ => Err(nothing("no attempt of yours is under way")),
         },
