@@ -1,1 +1,35 @@
-//! The `godwit` command: CLI, roles, wiring.
+//! The `godwit` command: CLI, roles, wiring. It decides nothing.
+
+pub mod cli;
+mod host;
+mod moving;
+mod roles;
+pub mod view;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+/// Runs the command line of this process.
+pub fn main() -> ExitCode {
+    let arguments = cli::Arguments::parse();
+    // N.B. before any thread: the child that becomes QEMU must be of this very thread.
+    if let cli::Command::Exec { parent, command } = &arguments.command {
+        let error = launcher::qemu::shim(*parent, command);
+        eprintln!("godwit: cannot run {}: {error}", command[0].display());
+        return ExitCode::from(127);
+    }
+    roles::log();
+    // One thread: QEMU dies with the thread that started it, and a launcher stays small.
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let outcome = match runtime {
+        Ok(runtime) => runtime.block_on(cli::run(arguments.command)),
+        Err(error) => Err(error.into()),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("godwit: {}", launcher::chain(error.as_ref()));
+            ExitCode::FAILURE
+        }
+    }
+}

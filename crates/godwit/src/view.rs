@@ -100,12 +100,22 @@ pub fn block(status: &Status) -> Vec<String> {
         let done = share(disk.left, disk.total);
         let left = bytes(disk.left);
         let total = bytes(disk.total);
-        lines.push(format!("{:<10} {} {:>3.0} %  {left} of {total} left", disk.name, bar(done), done * 100.0));
+        lines.push(format!(
+            "{:<10} {} {:>3.0} %  {left} of {total} left",
+            disk.name,
+            bar(done),
+            done * 100.0
+        ));
     }
     if let Some(memory) = &progress.memory {
         let done = share(memory.left, memory.total);
         let dirty = bytes(memory.dirty_rate);
-        lines.push(format!("{:<10} {} {:>3.0} %  dirtied {dirty}/s", "memory", bar(done), done * 100.0));
+        lines.push(format!(
+            "{:<10} {} {:>3.0} %  dirtied {dirty}/s",
+            "memory",
+            bar(done),
+            done * 100.0
+        ));
     }
     lines.push(figures(progress));
     if let Some(outcome) = &status.outcome {
@@ -196,9 +206,14 @@ mod test {
     #[test]
     fn a_failure_says_why_where_the_guest_is_and_what_to_do() {
         let mut status = Status::begin("m", Half::Source, "seeding");
-        status.outcome = Some(Outcome::Failed { reason: "the link is cut".into(), resumable: true });
+        status.outcome =
+            Some(Outcome::Failed { reason: "the link is cut".into(), resumable: true });
         let line = line(&status);
-        assert!(line.contains("the link is cut") && line.contains("runs where it ran") && line.contains("--resume"));
+        assert!(
+            line.contains("the link is cut")
+                && line.contains("runs where it ran")
+                && line.contains("--resume")
+        );
     }
 
     #[test]

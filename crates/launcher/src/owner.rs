@@ -10,7 +10,7 @@ use handover::source::Answer;
 pub enum Error {
     /// No answer.
     #[error("this host's handler does not answer; is `godwit gateway` running for this host?")]
-    Silent(#[source] channel::client::Error),
+    Silent(#[source] channel::client::DialError),
     /// An answer that is none.
     #[error("this host's handler cannot answer: {0}")]
     Failed(String),

@@ -47,7 +47,7 @@ pub enum Error {
 ///
 /// # Errors
 /// [`Error`]; then nothing runs.
-pub async fn run(config: Config, spec: Option<VmSpec>) -> Result<(), Error> {
+pub async fn run(config: Config, spec: Option<VmSpec>, forced: bool) -> Result<(), Error> {
     if !is_name(&config.vm) {
         return Err(Error::Name(config.vm));
     }
@@ -56,17 +56,17 @@ pub async fn run(config: Config, spec: Option<VmSpec>) -> Result<(), Error> {
     }
     let held = folder::take(&config.host.join("vms").join(&config.vm))?;
     let launcher = Launcher::new(config);
-    let ended = live(&launcher, spec).await;
+    let ended = live(&launcher, spec, forced).await;
     held.sweep()?;
     ended
 }
 
-async fn live(launcher: &Handle, spec: Option<VmSpec>) -> Result<(), Error> {
+async fn live(launcher: &Handle, spec: Option<VmSpec>, forced: bool) -> Result<(), Error> {
     let mut ends = Ends::new().map_err(Error::Signals)?;
     let streams = migration::serve(launcher)?;
     let api = api::serve(launcher)?;
     let ended = tokio::select! {
-        started = start(launcher, spec) => match started {
+        started = start(launcher, spec, forced) => match started {
             Ok(()) => {
                 ends.wait().await;
                 Ok(())
@@ -87,9 +87,9 @@ async fn live(launcher: &Handle, spec: Option<VmSpec>) -> Result<(), Error> {
     ended
 }
 
-async fn start(launcher: &Handle, spec: Option<VmSpec>) -> Result<(), Error> {
+async fn start(launcher: &Handle, spec: Option<VmSpec>, forced: bool) -> Result<(), Error> {
     match spec {
-        Some(spec) => launcher.start(spec, false).await.map_err(Error::Start),
+        Some(spec) => launcher.start(spec, forced).await.map_err(Error::Start),
         None => Ok(()),
     }
 }

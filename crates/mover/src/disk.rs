@@ -99,7 +99,7 @@ pub struct Identity {
     /// Size in bytes.
     pub size: u64,
     /// Last write in nanoseconds since 1970 (files), 0 for a device, which keeps none.
-    pub modified_ns: i128,
+    pub modified_ns: i64,
 }
 
 /// An open disk.
@@ -215,8 +215,8 @@ impl Disk {
                 device: meta.dev(),
                 inode: meta.ino(),
                 size: self.size,
-                modified_ns: i128::from(meta.mtime()) * 1_000_000_000
-                    + i128::from(meta.mtime_nsec()),
+                // Good until 2262.
+                modified_ns: meta.mtime().saturating_mul(1_000_000_000) + meta.mtime_nsec(),
             },
             Medium::Block => {
                 Identity { device: meta.rdev(), inode: 0, size: self.size, modified_ns: 0 }

@@ -40,7 +40,7 @@ const REPLY_TIME: Duration = Duration::from_secs(10);
 #[derive(Debug)]
 pub struct Receiver {
     shared: Arc<Shared>,
-    syncer: Option<JoinHandle<()>>,
+    syncer: Mutex<Option<JoinHandle<()>>>,
 }
 
 #[derive(Debug)]
@@ -89,7 +89,7 @@ impl Receiver {
         let shared = Arc::new(Shared { disks, access, fault, state, changed: Condvar::new() });
         let syncer = {
             let shared = shared.clone();
-            Some(std::thread::spawn(move || shared.sync_forever()))
+            Mutex::new(Some(std::thread::spawn(move || shared.sync_forever())))
         };
         Self { shared, syncer }
     }
@@ -149,7 +149,7 @@ impl Receiver {
     ///
     /// # Errors
     /// What the disks say to the sync.
-    pub fn stop(mut self) -> Result<(), crate::disk::Error> {
+    pub fn stop(&self) -> Result<(), crate::disk::Error> {
         self.end();
         match self.shared.access {
             Access::Write => self.shared.disks.iter().try_for_each(|disk| disk.sync()),
@@ -157,7 +157,8 @@ impl Receiver {
         }
     }
 
-    fn end(&mut self) {
+    /// Ends all streams; afterwards nothing writes the disks.
+    pub fn end(&self) {
         let connections: Vec<Connection> = {
             let mut state = self.shared.lock();
             state.stopped = true;
@@ -167,7 +168,8 @@ impl Receiver {
         for connection in connections {
             connection.end();
         }
-        if let Some(syncer) = self.syncer.take() {
+        let syncer = self.syncer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(syncer) = syncer {
             // A panic there has been printed; there is nothing left to wait for.
             let _ = syncer.join();
         }

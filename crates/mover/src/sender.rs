@@ -36,7 +36,7 @@ pub enum Error {
         /// Why it could not be connected again.
         why: String,
     },
-    /// [`Sender::stop`] was called.
+    /// [`Sender::finish`] was called.
     #[error("the disk streams were stopped")]
     Stopped,
     /// The wait's deadline passed.
@@ -84,7 +84,7 @@ pub enum Mode {
 #[derive(Debug)]
 pub struct Sender {
     shared: Arc<Shared>,
-    threads: Vec<JoinHandle<()>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 struct Shared {
@@ -144,7 +144,7 @@ impl Sender {
                 std::thread::spawn(move || shared.run(stream))
             })
             .collect();
-        Self { shared, threads }
+        Self { shared, threads: Mutex::new(threads) }
     }
 
     /// Adds a round's work for a disk. Returns the bytes of it that will travel
@@ -227,9 +227,11 @@ impl Sender {
 
     /// Ends the streams, waits for their threads and returns, per disk, what
     /// is not safe at the target.
-    pub fn stop(mut self) -> Vec<Outstanding> {
+    pub fn finish(&self) -> Vec<Outstanding> {
         self.shared.end(Error::Stopped);
-        for thread in self.threads.drain(..) {
+        let threads =
+            std::mem::take(&mut *self.threads.lock().unwrap_or_else(PoisonError::into_inner));
+        for thread in threads {
             // A panic of a stream's thread has already been printed; what it
             // had not finished is outstanding.
             let _ = thread.join();

@@ -143,7 +143,7 @@ proptest! {
         sender.push(0, Mode::Over, &delta).unwrap();
         sender.wait(SOON).unwrap();
         prop_assert_eq!(sender.left(), 0);
-        sender.stop();
+        sender.finish();
         prop_assert!(content(&world.target)[..size as usize] == expected[..]);
     }
 }
@@ -209,7 +209,7 @@ fn what_is_outstanding_after_a_stop_is_all_that_a_resumption_needs() {
     while sender.counters().safe < 5 * MIB {
         std::thread::sleep(Duration::from_millis(1));
     }
-    let outstanding = sender.stop();
+    let outstanding = sender.finish();
     assert!(outstanding[0].copy.bytes() < size, "something was acknowledged");
     let sender = world.sender(vec![], options(1, Compression::Off), Fault::default());
     sender.push(0, Mode::Over, &outstanding[0].copy).unwrap();

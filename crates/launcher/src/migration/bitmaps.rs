@@ -131,7 +131,7 @@ impl Bitmaps {
         let merge = |node: &Node| BlockDirtyBitmapMerge {
             node: node.name.clone(),
             target: new.to_owned(),
-            bitmaps: vec![BitmapRef::Name(old.to_owned())],
+            bitmaps: vec![BitmapRef::from(old)],
         };
         let actions = self.nodes.iter().map(|node| merge(node).into()).collect();
         self.transact("merge", new, actions).await
@@ -150,7 +150,7 @@ impl Bitmaps {
                 let merge = BlockDirtyBitmapMerge {
                     node: node.name.clone(),
                     target: copy.clone(),
-                    bitmaps: vec![BitmapRef::Name(name.to_owned())],
+                    bitmaps: vec![BitmapRef::from(name)],
                 };
                 [add(node, &copy, true).into(), merge.into()]
             })
@@ -159,14 +159,6 @@ impl Bitmaps {
         let read = self.read(&copy).await;
         self.remove(&copy).await?;
         read
-    }
-
-    /// Bytes that the round bitmap has recorded so far.
-    ///
-    /// # Errors
-    /// [`Error::Qmp`].
-    pub async fn recorded(&self) -> Result<u64, Error> {
-        Ok(self.counts(&round_name(self.round)).await?.iter().sum())
     }
 
     async fn counts(&self, name: &str) -> Result<Vec<u64>, Error> {
@@ -267,7 +259,7 @@ impl Bitmaps {
             node_name: node.name.clone(),
             name: Some(node.name.clone()),
             writable: Some(false),
-            bitmaps: Some(vec![BitmapRef::Name(name.to_owned())]),
+            bitmaps: Some(vec![BitmapRef::from(name)]),
             ..BlockExportAdd::default()
         };
         let added = self.qmp.execute(export, QMP_DEADLINE).await;
@@ -314,6 +306,21 @@ impl Bitmaps {
             tokio::time::sleep(Duration::from_millis(1)).await;
         }
     }
+}
+
+/// Bytes that the round bitmaps of a VM have recorded so far.
+///
+/// # Errors
+/// QEMU's refusal.
+pub async fn recorded(qmp: &qmp::Client) -> Result<u64, qmp::Error> {
+    let all = qmp.execute(QueryNamedBlockNodes { flat: Some(true) }, QMP_DEADLINE).await?;
+    let bitmaps = all.iter().flat_map(|node| &node.dirty_bitmaps);
+    let rounds = bitmaps.filter(|b| b.recording && b.name.as_deref().is_some_and(is_round));
+    Ok(rounds.map(|b| b.count).sum())
+}
+
+fn is_round(name: &str) -> bool {
+    name.starts_with("godwit-round-")
 }
 
 fn round_name(round: u32) -> String {

@@ -1,7 +1,7 @@
 //! What a source needs in order to reach the target that was prepared for it.
 
 use channel::identity::SpiffeId;
-use channel::preface::Token;
+use channel::tokens::Token;
 use serde::{Deserialize, Serialize};
 
 /// A host's gateway.

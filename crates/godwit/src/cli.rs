@@ -1,0 +1,268 @@
+//! What can be said on the command line.
+
+use crate::view::Output;
+use crate::{host, moving, roles};
+use anyhow::Result;
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use mover::codec::Compression;
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Moves running virtual machines between hosts without stopping them.
+#[derive(Debug, Parser)]
+#[command(name = "godwit", version, disable_help_subcommand = true)]
+pub struct Arguments {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What to do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Make a folder a host: give it an identity that other hosts believe.
+    Host(Host),
+    /// Run a host's gateway: the one port that moves pass, and the ledger of who owns which VM.
+    Gateway(Gateway),
+    /// Run one VM, or wait for one that moves in.
+    Launcher(Launcher),
+    /// Move a running VM from one host to another.
+    Move(Move),
+    /// Compare the disks that a VM left with those that it runs on now.
+    Verify(Verify),
+    /// Connect to a VM's serial console. End with Ctrl-].
+    Console(Console),
+    /// Show what a VM does.
+    Status(Status),
+    /// Let a VM shut itself down.
+    Shutdown(Shutdown),
+    /// Become another program that ends with its parent.
+    #[command(hide = true)]
+    Exec {
+        /// The parent's process id.
+        #[arg(long)]
+        parent: u32,
+        /// The program and its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+}
+
+/// `godwit host`
+#[derive(Debug, Args)]
+pub struct Host {
+    /// The folder.
+    pub dir: PathBuf,
+    /// Folder of the CA that vouches for the hosts; made if there is none.
+    #[arg(long)]
+    pub ca: PathBuf,
+    /// The host's name.
+    #[arg(long)]
+    pub name: String,
+    /// The name of the cluster that a new CA is for.
+    #[arg(long, default_value = "godwit")]
+    pub cluster: String,
+}
+
+/// `godwit gateway`
+#[derive(Debug, Args)]
+pub struct Gateway {
+    /// The host's folder.
+    #[arg(long)]
+    pub host: PathBuf,
+    /// The address to listen on, and on no other. Port 0 takes a free one.
+    #[arg(long)]
+    pub listen: SocketAddr,
+    /// What other hosts dial, if that is another address (`host:port`).
+    #[arg(long)]
+    pub advertise: Option<String>,
+}
+
+/// `godwit launcher`
+#[derive(Debug, Args)]
+pub struct Launcher {
+    /// The host's folder.
+    #[arg(long)]
+    pub host: PathBuf,
+    /// The VM's spec (YAML or JSON): start it.
+    #[arg(long, conflicts_with = "vm", required_unless_present = "vm")]
+    pub spec: Option<PathBuf>,
+    /// The VM's name: wait for it to move in.
+    #[arg(long)]
+    pub vm: Option<String>,
+    /// Start it though its disks are marked, or its owner record says that it left.
+    #[arg(long)]
+    pub force: bool,
+    /// Let tests stop moves at failpoints.
+    #[arg(long, hide = true)]
+    pub failpoints: bool,
+    /// Put a fault into moves that arrive: the checks must find it.
+    #[arg(long, hide = true)]
+    pub inject: Option<launcher::migration::Fault>,
+}
+
+/// Which way.
+#[derive(Debug, Args)]
+pub struct Way {
+    /// The VM.
+    pub vm: String,
+    /// The folder of the host that it leaves.
+    #[arg(long)]
+    pub from: PathBuf,
+    /// The folder of the host that it goes to.
+    #[arg(long)]
+    pub to: PathBuf,
+    /// Where a disk lies on the other host (NAME=PATH); default: the VM's folder there.
+    #[arg(long = "disk", value_parser = name_and_path)]
+    pub disks: Vec<(String, PathBuf)>,
+    /// How to show it.
+    #[arg(short, long, value_enum, default_value = "text")]
+    pub output: Output,
+}
+
+/// `godwit move`
+#[derive(Debug, Args)]
+pub struct Move {
+    /// Which way.
+    #[command(flatten)]
+    pub way: Way,
+    /// Go on with a move that failed; refuse to begin a new one.
+    #[arg(long)]
+    pub resume: bool,
+    /// Most bytes per second, disks and memory together (10M, 1G).
+    #[arg(long, value_parser = size)]
+    pub bandwidth: Option<u64>,
+    /// Compression of the disks.
+    #[arg(long, value_enum, default_value = "auto")]
+    pub compression: Codec,
+    /// The pause to aim at, milliseconds.
+    #[arg(long, default_value_t = 50)]
+    pub downtime: u64,
+    /// The longest pause, where the guest does not let itself be caught, milliseconds.
+    #[arg(long, default_value_t = 300)]
+    pub max_downtime: u64,
+    /// Fail rather than slow down the guest's disk writes.
+    #[arg(long)]
+    pub no_throttle: bool,
+    /// Disk streams.
+    #[arg(long, default_value_t = 2)]
+    pub streams: u16,
+    /// QEMU's additional memory channels.
+    #[arg(long, default_value_t = 0)]
+    pub multifd: u8,
+    /// Seconds that a lost link may take to come back.
+    #[arg(long, default_value_t = 30.0)]
+    pub reconnect: f64,
+}
+
+/// Compression of disks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Codec {
+    /// When it makes the move faster.
+    Auto,
+    /// Never.
+    Off,
+    /// Always LZ4.
+    Lz4,
+    /// Always Zstandard.
+    Zstd,
+}
+
+impl From<Codec> for Compression {
+    fn from(codec: Codec) -> Self {
+        match codec {
+            Codec::Auto => Compression::Auto,
+            Codec::Off => Compression::Off,
+            Codec::Lz4 => Compression::Lz4,
+            Codec::Zstd => Compression::Zstd,
+        }
+    }
+}
+
+/// `godwit verify`
+#[derive(Debug, Args)]
+pub struct Verify {
+    /// Which way the VM went.
+    #[command(flatten)]
+    pub way: Way,
+}
+
+/// `godwit console`
+#[derive(Debug, Args)]
+pub struct Console {
+    /// The VM.
+    pub vm: String,
+    /// The host's folder.
+    #[arg(long)]
+    pub host: PathBuf,
+    /// The serial port.
+    #[arg(long, default_value = "console")]
+    pub serial: String,
+}
+
+/// `godwit status`
+#[derive(Debug, Args)]
+pub struct Status {
+    /// The VM.
+    pub vm: String,
+    /// The host's folder.
+    #[arg(long)]
+    pub host: PathBuf,
+    /// How to show it.
+    #[arg(short, long, value_enum, default_value = "text")]
+    pub output: Output,
+}
+
+/// `godwit shutdown`
+#[derive(Debug, Args)]
+pub struct Shutdown {
+    /// The VM.
+    pub vm: String,
+    /// The host's folder.
+    #[arg(long)]
+    pub host: PathBuf,
+    /// Seconds until it is ended.
+    #[arg(long, default_value_t = 30)]
+    pub grace: u64,
+}
+
+/// Carries a command out.
+///
+/// # Errors
+/// For a person.
+pub async fn run(command: Command) -> Result<ExitCode> {
+    match command {
+        Command::Host(arguments) => host::init(&arguments),
+        Command::Gateway(arguments) => roles::gateway(arguments).await,
+        Command::Launcher(arguments) => roles::launcher(arguments).await,
+        Command::Move(arguments) => moving::run(arguments).await,
+        Command::Verify(arguments) => moving::verify(arguments).await,
+        Command::Console(arguments) => host::console(arguments).await,
+        Command::Status(arguments) => host::status(&arguments).await,
+        Command::Shutdown(arguments) => host::shutdown(&arguments).await,
+        // Handled before there is a runtime.
+        Command::Exec { .. } => Ok(ExitCode::FAILURE),
+    }
+}
+
+fn name_and_path(text: &str) -> Result<(String, PathBuf), String> {
+    let (name, path) = text.split_once('=').ok_or("say NAME=PATH")?;
+    let path = std::path::absolute(path).map_err(|e| e.to_string())?;
+    Ok((name.to_owned(), path))
+}
+
+fn size(text: &str) -> Result<u64, String> {
+    let (digits, shift) = match text.as_bytes().last() {
+        Some(b'K' | b'k') => (&text[..text.len() - 1], 10),
+        Some(b'M' | b'm') => (&text[..text.len() - 1], 20),
+        Some(b'G' | b'g') => (&text[..text.len() - 1], 30),
+        _ => (text, 0),
+    };
+    let number: u64 = digits.parse().map_err(|_| "say a number, with K, M or G if you like")?;
+    number
+        .checked_shl(shift)
+        .filter(|n| n >> shift == number && *n > 0)
+        .ok_or("out of range".into())
+}

@@ -1,0 +1,147 @@
+//! The long-running roles: a host's gateway, a VM's launcher.
+
+use crate::cli;
+use crate::host::IDENTITY;
+use anyhow::{Context, Result};
+use channel::gateway::{Answer, Config, Gateway, Limits, Service};
+use channel::identity::{Identity, SpiffeId, Trust};
+use handler::Handler;
+use handover::ledger::{Request, Response};
+use handover::record::HostId;
+use launcher::migration::ticket::{Here, Peer};
+use launcher::spec::VmSpec;
+use serde_json::Value;
+use std::io::Read;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// Log to stderr, as `GODWIT_LOG` says (default: info for the roles).
+pub fn log() {
+    let filter = tracing_subscriber::EnvFilter::try_from_env("GODWIT_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+}
+
+/// The handler's answers, behind the gateway.
+struct Agent(Handler);
+
+impl Agent {
+    fn reply(response: &Response) -> Value {
+        serde_json::to_value(response).unwrap_or(Value::Null)
+    }
+
+    fn understood(request: Value) -> Result<Request, Response> {
+        serde_json::from_value(request).map_err(|e| Response::Failed { why: e.to_string() })
+    }
+}
+
+impl Service for Agent {
+    fn peer<'a>(&'a self, peer: &'a SpiffeId, request: Value) -> Answer<'a> {
+        Box::pin(async move {
+            let response = match Self::understood(request) {
+                Ok(request) => self.0.peer(&HostId(peer.to_string()), &request),
+                Err(response) => response,
+            };
+            Self::reply(&response)
+        })
+    }
+
+    fn local(&self, request: Value) -> Answer<'_> {
+        Box::pin(async move {
+            let response = match Self::understood(request) {
+                Ok(request) => self.0.local(&request),
+                Err(response) => response,
+            };
+            Self::reply(&response)
+        })
+    }
+}
+
+/// Runs a host's gateway and handler until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When it cannot listen.
+pub async fn gateway(arguments: cli::Gateway) -> Result<ExitCode> {
+    let host = std::path::absolute(&arguments.host)?;
+    let folder = host.join(IDENTITY);
+    let identity = Identity::load(&folder)
+        .with_context(|| format!("{} is no host; run `godwit host` first", host.display()))?;
+    let trust = Trust::load([folder.join("trust.pem")])?;
+    let id = identity.id().clone();
+    let service = Arc::new(Agent(Handler::open(&host).context("cannot open the host's ledger")?));
+    let gateway = Gateway::start(Config {
+        listen: arguments.listen,
+        host_dir: host.clone(),
+        identity,
+        trust,
+        service,
+        limits: Limits::default(),
+    })?;
+    let address = arguments.advertise.unwrap_or_else(|| gateway.local_addr().to_string());
+    let here = Here { peer: Peer { address: address.clone(), id: id.clone() } };
+    publish(&host, &here)?;
+    tracing::info!(%address, %id, "gateway is ready");
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    gateway.shutdown().await;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn publish(host: &Path, here: &Here) -> Result<()> {
+    let draft = host.join("gateway.json.new");
+    std::fs::write(&draft, serde_json::to_vec_pretty(here)?)?;
+    std::fs::rename(&draft, host.join("gateway.json")).context("cannot say where the gateway is")
+}
+
+/// A spec is a page of text.
+const MAX_SPEC: u64 = 1 << 20;
+
+/// Runs one VM until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When the spec is wrong or the VM cannot be started.
+pub async fn launcher(arguments: cli::Launcher) -> Result<ExitCode> {
+    let spec = arguments.spec.as_deref().map(read_spec).transpose()?;
+    let vm = match (&spec, arguments.vm) {
+        (Some(spec), _) => spec.name.clone(),
+        (None, vm) => vm.context("say --spec or --vm")?,
+    };
+    let own = std::env::current_exe().context("cannot find this program")?;
+    let config = launcher::vm::Config {
+        host: std::path::absolute(&arguments.host)?,
+        vm,
+        shim: vec![own.into(), "exec".into()],
+        failpoints: arguments.failpoints,
+        fault: arguments.inject.unwrap_or_default(),
+    };
+    launcher::run(config, spec, arguments.force).await?;
+    Ok(ExitCode::SUCCESS)
+}
+
+fn read_spec(path: &Path) -> Result<VmSpec> {
+    let mut text = String::new();
+    std::fs::File::open(path)
+        .and_then(|file| file.take(MAX_SPEC).read_to_string(&mut text))
+        .with_context(|| format!("cannot read the spec {}", path.display()))?;
+    let mut spec: VmSpec = serde_saphyr::from_str(&text)
+        .with_context(|| format!("{} is no VM spec", path.display()))?;
+    // Paths in a spec are relative to it.
+    let base = std::path::absolute(path)?.parent().map(Path::to_owned).unwrap_or_default();
+    for disk in &mut spec.disks {
+        disk.path = base.join(&disk.path);
+    }
+    if let Some(boot) = &mut spec.boot {
+        boot.kernel = base.join(&boot.kernel);
+        boot.initrd = boot.initrd.as_ref().map(|initrd| base.join(initrd));
+    }
+    Ok(spec)
+}

@@ -1,0 +1,335 @@
+//! The guest's memory on its way: QEMU's own migration, through resumable streams.
+//!
+//! Source: QEMU connects to the launcher's `memory.sock`, its main channel
+//! first. Target: the launcher connects to QEMU's `incoming.sock`, stream 0
+//! first, because QEMU 7.2 takes the first connection for the main channel.
+
+use super::links::Links;
+use crate::qemu::Qemu;
+use crate::vm::QMP_DEADLINE;
+use channel::resumable::{self, Error, LinkError, Links as _};
+use qmp::commands::{
+    AnnounceSelf, Cont, Migrate, MigrateCancel, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
+    MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
+    MigrationParameters, MigrationStatus, QueryMigrate, QueryStatus, RunState,
+};
+use std::path::Path;
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+use tokio::time::Instant;
+
+/// Source's socket for QEMU, in the launcher's folder.
+pub const OUTGOING: &str = "memory.sock";
+/// QEMU's socket at the target, in the launcher's folder.
+pub const INCOMING: &str = "incoming.sock";
+/// QEMU's status is asked this often where its events do not tell.
+const POLL: Duration = Duration::from_millis(5);
+/// QEMU's own limit on its bandwidth is out of the way: ours is the token bucket.
+const NO_LIMIT: u64 = 64 << 30;
+
+/// What both sides set before a migration.
+///
+/// # Errors
+/// QEMU's refusal.
+pub async fn set_up(qemu: &Qemu, multifd: u8, downtime: Duration) -> Result<(), qmp::Error> {
+    let on = |capability, state| MigrationCapabilityStatus { capability, state };
+    let capabilities = vec![
+        on(MigrationCapability::PauseBeforeSwitchover, true),
+        on(MigrationCapability::LateBlockActivate, true),
+        on(MigrationCapability::Events, true),
+        on(MigrationCapability::Multifd, multifd > 0),
+    ];
+    qemu.qmp.execute(MigrateSetCapabilities { capabilities }, QMP_DEADLINE).await?;
+    let parameters = MigrationParameters {
+        max_bandwidth: Some(NO_LIMIT),
+        downtime_limit: Some(u64::try_from(downtime.as_millis()).unwrap_or(u64::MAX).max(1)),
+        multifd_channels: (multifd > 0).then_some(multifd),
+        // QEMU would announce the guest when its state is loaded, before it runs.
+        announce_rounds: Some(0),
+        ..MigrationParameters::default()
+    };
+    qemu.qmp.execute(MigrateSetParameters(parameters), QMP_DEADLINE).await?;
+    Ok(())
+}
+
+/// Puts back what [`set_up`] changed.
+///
+/// # Errors
+/// QEMU's refusal.
+pub async fn reset(qemu: &Qemu) -> Result<(), qmp::Error> {
+    let off = |capability| MigrationCapabilityStatus { capability, state: false };
+    let capabilities = vec![
+        off(MigrationCapability::PauseBeforeSwitchover),
+        off(MigrationCapability::LateBlockActivate),
+        off(MigrationCapability::Events),
+        off(MigrationCapability::Multifd),
+    ];
+    qemu.qmp.execute(MigrateSetCapabilities { capabilities }, QMP_DEADLINE).await?;
+    Ok(())
+}
+
+/// The streams between one QEMU and the other launcher.
+#[derive(Debug, Default)]
+pub struct Pumps {
+    tasks: JoinSet<Result<(), String>>,
+}
+
+impl Pumps {
+    /// Takes QEMU's connections as they come and carries each over the next of `links`.
+    ///
+    /// # Errors
+    /// When the socket cannot be made.
+    pub fn outgoing(
+        &mut self,
+        folder: &Path,
+        links: Vec<Links>,
+        config: impl Fn() -> resumable::Config + Send + 'static,
+    ) -> Result<(), channel::socket::Error> {
+        let listener = channel::socket::bind_beneath(folder, OUTGOING)?;
+        self.tasks.spawn(async move {
+            let mut streams = JoinSet::new();
+            for links in links {
+                tokio::select! {
+                    accepted = listener.accept() => {
+                        let (qemu, _) = accepted.map_err(|e| e.to_string())?;
+                        streams.spawn(resumable::run(qemu, links, config()));
+                    }
+                    Some(ended) = streams.join_next(), if !streams.is_empty() => {
+                        ended.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+                        return Err("QEMU closed a memory stream".to_owned());
+                    }
+                }
+            }
+            drain(streams).await
+        });
+        Ok(())
+    }
+
+    /// Carries each of `links` to QEMU's incoming socket, the first of them first.
+    pub fn incoming(
+        &mut self,
+        folder: &Path,
+        links: Vec<Links>,
+        config: impl Fn() -> resumable::Config + Send + 'static,
+        stale_page: Option<u64>,
+    ) {
+        let folder = folder.to_owned();
+        let (main, connected) = watch::channel(false);
+        self.tasks.spawn(async move {
+            let mut streams = JoinSet::new();
+            for (n, mut links) in links.into_iter().enumerate() {
+                let (folder, config, main) = (folder.clone(), config(), main.clone());
+                let mut connected = connected.clone();
+                streams.spawn(async move {
+                    // QEMU hears of a stream when the source opens it, not before.
+                    let first = links.next().await.map_err(|e| Error::Refused(e.to_string()))?;
+                    if n > 0 {
+                        // The main channel stands, or all is over.
+                        let _ = connected.wait_for(|main| *main).await;
+                    }
+                    let qemu = channel::socket::connect_beneath(&folder, INCOMING).await;
+                    let qemu = qemu.map_err(|e| Error::Local(e.to_string()))?;
+                    main.send_replace(true);
+                    let qemu = spoiled(qemu, stale_page).map_err(|e| Error::Local(e.to_string()))?;
+                    resumable::run(qemu, Resumed { first: Some(first), links }, config).await
+                });
+            }
+            drain(streams).await
+        });
+    }
+
+    /// Waits for the first stream that fails; for ever when none does.
+    pub async fn failed(&mut self) -> String {
+        while let Some(ended) = self.tasks.join_next().await {
+            match ended {
+                Ok(Ok(())) => {}
+                Ok(Err(why)) => return why,
+                Err(error) => return error.to_string(),
+            }
+        }
+        std::future::pending().await
+    }
+
+    /// Ends all streams.
+    pub fn end(&mut self) {
+        self.tasks.abort_all();
+    }
+}
+
+async fn drain(
+    mut streams: JoinSet<Result<resumable::Summary, Error>>,
+) -> Result<(), String> {
+    while let Some(ended) = streams.join_next().await {
+        ended.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+    }
+    Ok(())
+}
+
+/// Links of which the first has come already.
+struct Resumed {
+    first: Option<UnixStream>,
+    links: Links,
+}
+
+impl resumable::Links for Resumed {
+    type Link = UnixStream;
+
+    async fn next(&mut self) -> Result<UnixStream, LinkError> {
+        match self.first.take() {
+            Some(first) => Ok(first),
+            None => self.links.next().await,
+        }
+    }
+}
+
+/// QEMU's connection, behind a fault if one is put in.
+fn spoiled(qemu: UnixStream, stale_page: Option<u64>) -> std::io::Result<UnixStream> {
+    let Some(number) = stale_page else { return Ok(qemu) };
+    let (near, far) = UnixStream::pair()?;
+    tokio::spawn(async move {
+        let (mut from_source, mut to_source) = far.into_split();
+        let (mut from_qemu, mut to_qemu) = qemu.into_split();
+        let there = super::fault::stale_page(&mut from_source, &mut to_qemu, number);
+        let back = tokio::io::copy(&mut from_qemu, &mut to_source);
+        // A broken stream shows at its other end.
+        let _ = tokio::join!(there, back);
+    });
+    Ok(near)
+}
+
+/// Has the target's QEMU listen for the memory.
+///
+/// # Errors
+/// QEMU's refusal.
+pub async fn listen(qemu: &Qemu) -> Result<(), qmp::Error> {
+    let uri = format!("unix:{INCOMING}");
+    qemu.qmp.execute(MigrateIncoming { uri }, QMP_DEADLINE).await?;
+    Ok(())
+}
+
+/// QEMU's view of the migration.
+///
+/// # Errors
+/// QEMU's refusal.
+pub async fn look(qemu: &Qemu) -> Result<MigrationInfo, qmp::Error> {
+    qemu.qmp.execute(QueryMigrate, QMP_DEADLINE).await
+}
+
+/// Waits until the target's QEMU says that everything is loaded.
+///
+/// # Errors
+/// Why it will not be.
+pub async fn loaded(qemu: &Qemu) -> Result<(), String> {
+    loop {
+        let info = look(qemu).await.map_err(|e| e.to_string())?;
+        match info.status {
+            Some(MigrationStatus::Completed) => return Ok(()),
+            Some(MigrationStatus::Failed) => {
+                return Err(info.error_desc.unwrap_or("QEMU could not load the guest".into()));
+            }
+            _ => tokio::time::sleep(POLL).await,
+        }
+    }
+}
+
+/// Lets QEMU send the rest, out of its pre-switchover pause.
+///
+/// # Errors
+/// QEMU's refusal.
+pub async fn finish(qemu: &Qemu) -> Result<(), qmp::Error> {
+    let state = MigrationStatus::PreSwitchover;
+    qemu.qmp.execute(MigrateContinue { state }, QMP_DEADLINE).await?;
+    Ok(())
+}
+
+/// Sends the memory until QEMU has stopped the guest for the switchover.
+///
+/// # Errors
+/// Why QEMU will not get there.
+pub async fn send(
+    qemu: &Qemu,
+    multifd: u8,
+    downtime: Duration,
+    stall: Duration,
+) -> Result<(), String> {
+    set_up(qemu, multifd, downtime).await.map_err(|e| e.to_string())?;
+    let uri = format!("unix:{OUTGOING}");
+    qemu.qmp.execute(Migrate { uri }, QMP_DEADLINE).await.map_err(|e| e.to_string())?;
+    let (mut sent, mut since) = (0, Instant::now());
+    loop {
+        let info = look(qemu).await.map_err(|e| e.to_string())?;
+        match info.status {
+            Some(MigrationStatus::PreSwitchover) => return Ok(()),
+            Some(MigrationStatus::Failed) => {
+                return Err(info.error_desc.unwrap_or("QEMU could not send the memory".into()));
+            }
+            Some(MigrationStatus::Cancelled) => return Err("the memory was cancelled".into()),
+            _ => {}
+        }
+        let now = info.ram.map_or(0, |ram| ram.transferred);
+        if now != sent {
+            (sent, since) = (now, Instant::now());
+        } else if since.elapsed() > stall {
+            return Err(format!("no memory was sent for {stall:?}: the link or the target hangs"));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+/// Tells the network where the guest is.
+pub async fn announce(qemu: &Qemu) {
+    let announce = AnnounceSelf { initial: 50, max: 550, rounds: 5, step: 100, ..AnnounceSelf::default() };
+    if let Err(error) = qemu.qmp.execute(announce, QMP_DEADLINE).await {
+        tracing::warn!(%error, "the guest could not be announced to the network");
+    }
+}
+
+/// Ends the migration at the source and sees to it that the guest runs again,
+/// whatever state QEMU is in. Idempotent.
+///
+/// # Errors
+/// What QEMU says when it cannot be brought back within `deadline`.
+pub async fn bring_back(qemu: &Qemu, deadline: Duration) -> Result<(), String> {
+    let until = Instant::now() + deadline;
+    let mut cancelled = false;
+    loop {
+        let info = look(qemu).await.map_err(|e| e.to_string())?;
+        let state = qemu.qmp.execute(QueryStatus, QMP_DEADLINE).await.map_err(|e| e.to_string())?;
+        let under_way = !matches!(
+            info.status,
+            None | Some(
+                MigrationStatus::None
+                    | MigrationStatus::Completed
+                    | MigrationStatus::Failed
+                    | MigrationStatus::Cancelled
+            )
+        );
+        if !under_way && state.running {
+            return Ok(());
+        }
+        if under_way && !cancelled {
+            // A refusal means that there is nothing left to cancel: the next look tells.
+            let _ = qemu.qmp.execute(MigrateCancel, QMP_DEADLINE).await;
+            cancelled = true;
+        }
+        if !under_way {
+            if info.status == Some(MigrationStatus::Failed) && state.status == RunState::FinishMigrate {
+                // A multifd source whose target died in pre-switchover: only this lets it go.
+                let release = MigrateContinue { state: MigrationStatus::Failed };
+                let _ = qemu.qmp.execute(release, QMP_DEADLINE).await;
+            }
+            // Refused while QEMU is still letting go: then the next turn tries again.
+            if let Err(error) = qemu.qmp.execute(Cont, QMP_DEADLINE).await
+                && Instant::now() > until
+            {
+                return Err(error.to_string());
+            }
+        }
+        if Instant::now() > until {
+            return Err(format!("QEMU stays in {:?} after {deadline:?}", state.status));
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}

@@ -1,0 +1,153 @@
+//! What the source shows of a move.
+
+use super::Shell;
+use crate::migration::progress::{DiskProgress, MemoryProgress, Outlook};
+use crate::migration::status::{Outcome, Waiting, now};
+use crate::migration::{disks, memory};
+use handover::Deadline;
+use handover::source::State;
+use mover::counters::Limit;
+use std::time::Duration;
+
+impl Shell {
+    pub(super) fn show_phase(&self) {
+        let waiting = self.core.waiting().map(|waiting| Waiting {
+            reason: waiting.reason.to_owned(),
+            deadline_seconds: match waiting.deadline {
+                Deadline::Data => None,
+                kind => Some(self.request.policy.deadline(kind).as_secs_f64()),
+            },
+        });
+        self.launcher.show(|status| {
+            if let Some(migration) = &mut status.migration {
+                migration.phase = self.core.phase().to_owned();
+                migration.since = now();
+                migration.waiting = waiting;
+                migration.outcome = None;
+            }
+        });
+    }
+
+    pub(super) async fn show_progress(&mut self) {
+        let Some(sender) = &self.sender else { return };
+        let counters = sender.counters();
+        let (per_disk, left) = (sender.per_disk(), sender.left());
+        self.meter.sample(self.begun.elapsed(), counters);
+        let (rate, limit) = self.meter.rate();
+        let running = matches!(self.core.state, State::Seeding | State::Arming | State::Converging);
+        let recorded = match running {
+            true => disks::recorded(&self.guest.qemu).await.unwrap_or(0),
+            false => 0,
+        };
+        let memory = match &self.core.state {
+            State::Converging | State::Paused | State::Loading => self.memory_progress().await,
+            _ => None,
+        };
+        let dirty_rate = self.dirty_rate(recorded);
+        let total_memory = self.guest.qemu.spec.memory_mib << 20;
+        let outlook = Outlook {
+            disk_left: left,
+            disk_rate: rate.max(self.disk_rate()),
+            disk_dirty_rate: dirty_rate,
+            memory_left: memory.as_ref().map_or(total_memory, |m| m.left),
+            memory_rate: memory.as_ref().map_or(rate.max(self.disk_rate()), |m| m.rate),
+            memory_dirty_rate: memory.as_ref().map_or(0.0, |m| m.dirty_rate),
+            buffered: 0,
+            rtt: self.rtt(),
+            fixed: FIXED,
+        };
+        let limit = match limit {
+            Some(_) if rate > 0.0 && dirty_rate >= rate => Some(Limit::GuestDirtyRate),
+            limit => limit,
+        };
+        let names = self.guest.qemu.spec.disks.iter().zip(per_disk);
+        let disks = names.map(|(disk, (total, left))| DiskProgress {
+            name: disk.name.clone(),
+            size: total.max(disk.size.unwrap_or(0)),
+            total,
+            left,
+        });
+        let disks: Vec<_> = disks.collect();
+        let failpoint = self.launcher.failpoints.standing_at();
+        self.launcher.show(|status| {
+            let Some(migration) = &mut status.migration else { return };
+            migration.failpoint = failpoint;
+            let progress = &mut migration.progress;
+            progress.disks = disks;
+            progress.bytes_total = counters.asked;
+            progress.bytes_left = left;
+            progress.bytes_sent = counters.sent;
+            progress.bytes_again = counters.again;
+            progress.rate = rate as u64;
+            progress.dirty_rate = dirty_rate as u64;
+            progress.eta_seconds = outlook.eta();
+            progress.predicted_downtime_ms = outlook.downtime(recorded);
+            progress.limit = limit;
+            if let Some(memory) = memory {
+                progress.memory = Some(memory.shown());
+            }
+        });
+    }
+
+    fn dirty_rate(&mut self, recorded: u64) -> f64 {
+        let now = self.begun.elapsed();
+        let (at, before) = std::mem::replace(&mut self.recorded, (now, recorded));
+        let span = now.saturating_sub(at).as_secs_f64();
+        // A swap between two looks makes the record smaller: keep what was known.
+        if span > 0.0 && recorded >= before {
+            self.dirtied = (recorded - before) as f64 / span;
+        }
+        self.dirtied
+    }
+
+    async fn memory_progress(&self) -> Option<Memory> {
+        let ram = memory::look(&self.guest.qemu).await.ok()?.ram?;
+        Some(Memory {
+            total: ram.total,
+            left: ram.remaining,
+            sent: ram.transferred,
+            rate: ram.mbps * 1e6 / 8.0,
+            dirty_rate: (ram.dirty_pages_rate * ram.page_size) as f64,
+        })
+    }
+
+    pub(super) fn show_end(&self, outcome: Outcome) {
+        let paused = self.resumed.or_else(|| self.paused.map(|at| at.elapsed()));
+        self.launcher.show(|status| {
+            let Some(migration) = &mut status.migration else { return };
+            migration.phase = self.core.phase().to_owned();
+            migration.waiting = None;
+            migration.failpoint = None;
+            migration.progress.throttle = None;
+            migration.paused_ms = paused.map(|p| p.as_secs_f64() * 1e3);
+            if outcome == Outcome::Succeeded {
+                migration.progress.bytes_left = 0;
+                migration.progress.disks.iter_mut().for_each(|disk| disk.left = 0);
+            }
+            migration.outcome = Some(outcome);
+        });
+    }
+}
+
+/// Stopping the guest, sending and loading its devices, and two swaps of owner
+/// records: measured under TCG on one machine, see docs/benchmarks.md.
+const FIXED: Duration = Duration::from_millis(25);
+
+struct Memory {
+    total: u64,
+    left: u64,
+    sent: u64,
+    rate: f64,
+    dirty_rate: f64,
+}
+
+impl Memory {
+    fn shown(&self) -> MemoryProgress {
+        MemoryProgress {
+            total: self.total,
+            left: self.left,
+            sent: self.sent,
+            dirty_rate: self.dirty_rate as u64,
+        }
+    }
+}

@@ -1,0 +1,336 @@
+//! Before anything moves: what comes is checked, disks and QEMU are made ready.
+
+use super::{Input, PrepareRequest, Received, Shell};
+use crate::migration::bitmaps::{Bitmaps, since_name};
+use crate::migration::control::{self, Control, Heard, Sent};
+use crate::migration::disks::nodes;
+use crate::migration::hall::Gate;
+use crate::migration::history::History;
+use crate::migration::links::Links;
+use crate::migration::marks::Mark;
+use crate::migration::memory::{self, Pumps};
+use crate::migration::offer::{Holds, MAX_DISK_STREAMS, MAX_MULTIFD, Offer, Prepared};
+use crate::migration::status::Outcome;
+use crate::qemu::{Facts, Mode, Qemu};
+use crate::status::Phase;
+use crate::vm::Handle;
+use channel::preface::Stream;
+use channel::resumable::Role;
+use handover::Failure;
+use handover::record::InstanceId;
+use handover::source::Answer;
+use handover::target::{Event, Parties, Target};
+use handover::wire::v1::{FromSource, FromTarget};
+use handover::wire::{Hello, Welcome};
+use mover::disk::Disk;
+use mover::receiver::{Access, Receiver};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::UnixStream;
+use tokio::sync::mpsc;
+
+/// Receives a guest, from the first connection to the end.
+pub(super) async fn receive(
+    launcher: Handle,
+    request: PrepareRequest,
+    heir: InstanceId,
+    gate: Arc<Gate>,
+    control: mpsc::Receiver<UnixStream>,
+) {
+    let patience = Duration::from_secs_f64(request.policy.reconnect_seconds);
+    let links = Links::Accept(control);
+    let Control { sent, mut heard, .. } =
+        Control::start(links, request.policy.reconnect_seconds);
+    let answer = Duration::from_secs_f64(request.policy.answer_seconds) + patience;
+    let (inputs, received) = mpsc::channel(64);
+    let opening = async {
+        let offer = shake(&sent, &mut heard).await?;
+        open(&launcher, &request, &heir, &gate, &sent, &inputs, offer).await
+    };
+    let opened = tokio::select! {
+        opened = tokio::time::timeout(answer, opening) => {
+            opened.unwrap_or_else(|_| Err(format!("the source did not come within {answer:?}")))
+        }
+        () = gate.cancel.notified() => Err("it was cancelled".into()),
+    };
+    match opened {
+        Ok(shell) => {
+            tokio::spawn(listen(heard, inputs));
+            shell.run(received).await;
+        }
+        Err(why) => {
+            sent.send(&FromTarget::Failed(Failure::Other(why.clone()))).await;
+            sent.close(Duration::from_secs(2)).await;
+            gate.close();
+            give_up(&launcher, why).await;
+        }
+    }
+}
+
+async fn give_up(launcher: &Handle, why: String) {
+    let mut vm = launcher.vm.lock().await;
+    vm.moving = None;
+    launcher.show(|status| {
+        status.phase = Phase::Empty;
+        if let Some(migration) = &mut status.migration {
+            migration.waiting = None;
+            migration.outcome = Some(Outcome::Failed { reason: why, resumable: true });
+        }
+    });
+}
+
+async fn shake(sent: &Sent, heard: &mut Heard) -> Result<Offer, String> {
+    let hello: Hello = heard.next().await?.ok_or("the source closed the control stream")?;
+    match hello.negotiate() {
+        Ok(version) => sent.send(&Welcome::Version(version)).await,
+        Err(error) => {
+            sent.send(&Welcome::Unwelcome(error.to_string())).await;
+            return Err(error.to_string());
+        }
+    }
+    match heard.next().await?.ok_or("the source closed the control stream")? {
+        FromSource::Offer(body) => {
+            serde_json::from_value(body).map_err(|e| format!("the source's offer is wrong: {e}"))
+        }
+        other => Err(format!("the source began with {other:?} instead of an offer")),
+    }
+}
+
+async fn open(
+    launcher: &Handle,
+    request: &PrepareRequest,
+    heir: &InstanceId,
+    gate: &Arc<Gate>,
+    sent: &Sent,
+    inputs: &mpsc::Sender<Input>,
+    offer: Offer,
+) -> Result<Shell, String> {
+    check(request, &offer)?;
+    let (disks, holds) = open_disks(launcher, request, &offer)?;
+    let qemu = start_qemu(launcher, request, &offer, &disks).await?;
+    launcher.owner.watch(heir, qemu.process.pid()).await;
+    let parts = disks.iter().map(|d| (d.name.as_str(), &d.disk));
+    let mut shown = nodes(parts);
+    for (node, size) in shown.iter_mut().zip(&offer.sizes) {
+        node.size = *size;
+    }
+    let bitmaps = Bitmaps::new(qemu.qmp.clone(), &launcher.folder, shown);
+    let ready = async {
+        memory::set_up(&qemu, offer.multifd, Duration::from_millis(300)).await.map_err(text)?;
+        memory::listen(&qemu).await.map_err(text)?;
+        bitmaps.start(&since_name(offer.epoch)).await.map_err(text)
+    };
+    if let Err(why) = ready.await {
+        qemu.process.kill().await;
+        return Err(why);
+    }
+    let all = disks.iter().map(|d| d.disk.clone()).collect();
+    let fault = launcher.config.fault;
+    let receiver = Receiver::start(all, offer.disk_streams, Access::Write, fault.disk);
+    let receiver = Arc::new(receiver);
+    let disk_tokens = (0..offer.disk_streams).map(|n| gate.admit_disk(n, &receiver)).collect();
+    let (memory_tokens, links): (Vec<_>, Vec<_>) = (0..=u16::from(offer.multifd))
+        .map(|n| gate.admit(Stream::Memory(n)))
+        .map(|(token, admitted)| (token, Links::Accept(admitted)))
+        .unzip();
+    let mut pumps = Pumps::default();
+    let reconnect = request.policy.reconnect_seconds;
+    let config = move || control::config(Role::Accepting, reconnect, None);
+    pumps.incoming(&launcher.folder, links, config, fault.stale_page);
+    let pumps = tokio::spawn(watch_pumps(pumps, inputs.clone()));
+    watch_qemu(&qemu, inputs.clone());
+    let parties = Parties {
+        epoch: offer.epoch,
+        heir: heir.clone(),
+        source: offer.source.clone(),
+        attempt: request.migration.as_str().into(),
+        peer: request.from.id.to_string().as_str().into(),
+    };
+    let expected = launcher.owner.swap(parties.expect()).await;
+    if !matches!(expected, Answer::Done(_)) {
+        qemu.process.kill().await;
+        return Err(match expected {
+            Answer::Refused(Some(record)) => {
+                format!("the target's ledger does not expect the VM: {record}")
+            }
+            _ => "the target's ledger did not answer; is its gateway running?".to_owned(),
+        });
+    }
+    let prepared = Prepared { disks: holds, disk_tokens, memory_tokens };
+    let body = serde_json::to_value(&prepared).map_err(text)?;
+    sent.send(&FromTarget::Prepared(body)).await;
+    let (swaps, asked) = mpsc::channel(8);
+    tokio::spawn(swap_in_turn(launcher.clone(), asked, inputs.clone()));
+    Ok(Shell {
+        launcher: launcher.clone(),
+        request: request.clone(),
+        core: Target::new(parties),
+        gate: gate.clone(),
+        control: sent.clone(),
+        inputs: inputs.clone(),
+        qemu,
+        disks,
+        receiver: Some(receiver),
+        pumps: Some(pumps),
+        history: History::arrived(offer.epoch),
+        swaps,
+    })
+}
+
+fn text(error: impl std::fmt::Display) -> String {
+    error.to_string()
+}
+
+/// Checks what the source offers against what this host was told to receive.
+fn check(request: &PrepareRequest, offer: &Offer) -> Result<(), String> {
+    let mut faults = request.spec.differences(&offer.spec);
+    if offer.sizes.len() != request.spec.disks.len() {
+        faults.push("the source sent no size for every disk".into());
+    }
+    if offer.sizes.iter().any(|size| *size == 0 || size % mover::disk::SECTOR != 0) {
+        faults.push("a disk's size is no multiple of 512".into());
+    }
+    if !(1..=MAX_DISK_STREAMS).contains(&offer.disk_streams) || offer.multifd > MAX_MULTIFD {
+        faults.push("the source wants too many streams".into());
+    }
+    if faults.is_empty() {
+        Ok(())
+    } else {
+        Err(format!("the guest that comes is not the one expected: {}", faults.join("; ")))
+    }
+}
+
+fn open_disks(
+    launcher: &Handle,
+    request: &PrepareRequest,
+    offer: &Offer,
+) -> Result<(Vec<Received>, Vec<Holds>), String> {
+    let mut disks = Vec::new();
+    let mut holds = Vec::new();
+    for (spec, size) in request.spec.disks.iter().zip(&offer.sizes) {
+        let (disk, created) = match spec.shared || spec.read_only {
+            true => (Disk::source(&spec.path).map_err(|e| crate::chain(&e))?, false),
+            false => Disk::target(&spec.path, *size).map_err(|e| crate::chain(&e))?,
+        };
+        if spec.shared && !disk.is_direct() {
+            return Err(format!(
+                "shared disk {} cannot be used past the page cache; use a filesystem with O_DIRECT",
+                spec.path.display()
+            ));
+        }
+        let copied = !spec.shared && !spec.read_only;
+        let mark = launcher.marks.get(&disk).map_err(|e| crate::chain(&e))?;
+        holds.push(match &mark {
+            _ if !copied => Holds::Shared,
+            _ if created => Holds::Zeros,
+            Some(Mark::Incomplete { copy, vm, .. }) if *vm == request.spec.name => {
+                Holds::Copy(copy.clone())
+            }
+            Some(Mark::Superseded { vm, epoch, left_as, .. })
+                if *vm == request.spec.name && disk.identity().is_ok_and(|now| now == *left_as) =>
+            {
+                Holds::Left(*epoch)
+            }
+            _ => Holds::Anything,
+        });
+        if copied {
+            // N.B. before its first byte is overwritten: what it was, it is no more.
+            let mark = Mark::Incomplete {
+                vm: request.spec.name.clone(),
+                copy: offer.copy.clone(),
+                disk: disk.identity().map_err(|e| crate::chain(&e))?,
+            };
+            launcher.marks.set(&disk, &mark).map_err(|e| crate::chain(&e))?;
+        }
+        let shown = (disk.size() > *size).then_some(*size);
+        disks.push(Received { name: spec.name.clone(), disk: Arc::new(disk), created, shown });
+    }
+    Ok((disks, holds))
+}
+
+async fn start_qemu(
+    launcher: &Handle,
+    request: &PrepareRequest,
+    offer: &Offer,
+    disks: &[Received],
+) -> Result<Qemu, String> {
+    let mut spec = request.spec.clone();
+    for (disk, received) in spec.disks.iter_mut().zip(disks) {
+        disk.size = received.shown;
+    }
+    // The machine type as the source's QEMU has it, where an alias hides it.
+    spec.machine.clone_from(&offer.spec.machine);
+    let facts: Vec<Facts> = disks
+        .iter()
+        .map(|d| Facts { medium: d.disk.medium(), direct: d.disk.is_direct() })
+        .collect();
+    let config = launcher.qemu_config();
+    Qemu::start(&config, &spec, &facts, Mode::Incoming).await.map_err(|e| crate::chain(&e))
+}
+
+fn watch_qemu(qemu: &Qemu, inputs: mpsc::Sender<Input>) {
+    let (process, loading) = (qemu.process.clone(), qemu.clone());
+    let told = inputs.clone();
+    tokio::spawn(async move {
+        process.ended().await;
+        tracing::info!(words = %process.last_words(), "the target's QEMU ended");
+        // A half that is gone does not care.
+        let _ = told.send(Input::Core(Event::QemuEnded)).await;
+    });
+    tokio::spawn(async move {
+        let event = match memory::loaded(&loading).await {
+            Ok(()) => Event::MemoryLoaded,
+            Err(why) => Event::Failed(Failure::Other(why)),
+        };
+        let _ = inputs.send(Input::Core(event)).await;
+    });
+}
+
+async fn watch_pumps(mut pumps: Pumps, inputs: mpsc::Sender<Input>) {
+    let why = pumps.failed().await;
+    let failure = Failure::Other(format!("a memory stream broke: {why}"));
+    let _ = inputs.send(Input::Core(Event::Failed(failure))).await;
+}
+
+async fn swap_in_turn(
+    launcher: Handle,
+    mut asked: mpsc::Receiver<handover::record::Swap>,
+    inputs: mpsc::Sender<Input>,
+) {
+    while let Some(swap) = asked.recv().await {
+        let answer = launcher.owner.swap(swap).await;
+        if answer == Answer::Unknown {
+            tokio::time::sleep(super::SETTLE).await;
+        }
+        if inputs.send(Input::Core(Event::Swapped(answer))).await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Turns the source's messages into inputs until it is lost.
+async fn listen(mut heard: Heard, inputs: mpsc::Sender<Input>) {
+    loop {
+        let input = match heard.next::<FromSource>().await {
+            Ok(Some(FromSource::Commit)) => Input::Core(Event::PeerCommitted),
+            Ok(Some(FromSource::Aborted(failure))) => Input::Core(Event::PeerAborted(failure)),
+            Ok(Some(FromSource::History(body))) => match serde_json::from_value(body) {
+                Ok(history) => Input::History(history),
+                Err(error) => {
+                    tracing::warn!(%error, "what changed before cannot be understood");
+                    continue;
+                }
+            },
+            Ok(Some(FromSource::Offer(_) | FromSource::MemoryStarts(_))) => continue,
+            Ok(None) => Input::Core(Event::PeerLost),
+            Err(why) => {
+                tracing::warn!(%why, "the control stream is lost");
+                Input::Core(Event::PeerLost)
+            }
+        };
+        let lost = matches!(input, Input::Core(Event::PeerLost));
+        if inputs.send(input).await.is_err() || lost {
+            return;
+        }
+    }
+}
