@@ -23,15 +23,28 @@ use std::time::Duration;
 
 use rustix::net::sockopt;
 use serde_json::Value;
+use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
 use crate::identity::{Identity, Role, SpiffeId, Trust};
-use crate::traffic::Traffic;
 pub use crate::traffic::{Bytes, Counters};
+use crate::traffic::{Connection, Counted, Traffic};
 use crate::wire::GATEWAY_SOCKET;
 use crate::{socket, tls};
+
+/// TLS takes so much at once before it makes the writer wait.
+const TLS_BUFFER: usize = 512 << 10;
+/// Read from the socket at once: TLS by itself reads 4 KiB, which costs a call each.
+const TCP_BUFFER: usize = 128 << 10;
+
+/// What is under TLS.
+type Wire = BufReader<Counted<TcpStream>>;
+
+fn wired(io: TcpStream, connection: Arc<Connection>) -> Wire {
+    BufReader::with_capacity(TCP_BUFFER, Counted { io, connection })
+}
 
 /// What a [`Service`] answers, later.
 pub type Answer<'a> = Pin<Box<dyn Future<Output = Value> + Send + 'a>>;

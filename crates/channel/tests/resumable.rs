@@ -324,3 +324,49 @@ fn messages_arrive_whole_and_in_order_over_links_that_are_cut() {
         waiting.await.expect("no panic").expect("ends well");
     });
 }
+
+#[test]
+fn a_limiter_is_asked_for_every_byte_once_and_does_not_hold_back_pings() {
+    use std::pin::Pin;
+    use std::sync::Arc;
+    use tokio::sync::Semaphore;
+
+    struct Bucket(Semaphore);
+
+    impl channel::resumable::Limiter for Bucket {
+        fn take(&self, n: u64) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
+            Box::pin(async move {
+                self.0.acquire_many(n as u32).await.expect("open").forget();
+            })
+        }
+    }
+
+    block_on(async {
+        let bucket = Arc::new(Bucket(Semaphore::new(0)));
+        let (accepting, links) = mpsc::channel(1);
+        let plan = [Cut { there: 30_000, back: u64::MAX }].into();
+        let limited = Config { limiter: Some(bucket.clone()), ..config(Role::Dialing, 1 << 20) };
+        let monitor = limited.monitor.clone();
+        let (user_a, a) = duplex(4 << 10);
+        let (user_b, b) = duplex(4 << 10);
+        let dialing = tokio::spawn(run(a, Dialer { accepting, plan }, limited));
+        let waiting = tokio::spawn(run(b, links, config(Role::Accepting, 1 << 20)));
+        let sent = numbered(100_000, 8);
+        let users = tokio::spawn(async move {
+            tokio::join!(
+                exchange(user_a, numbered(100_000, 8), 999),
+                exchange(user_b, Vec::new(), 1)
+            )
+            .1
+        });
+        // Nothing may pass yet, and still the link is measured.
+        while monitor.rtt().is_none() || monitor.buffered() < 100_000 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        bucket.0.add_permits(100_000);
+        assert!(users.await.expect("no panic") == sent, "the bytes differ");
+        let summary = dialing.await.expect("no panic").expect("ends well");
+        waiting.await.expect("no panic").expect("ends well");
+        assert_eq!((summary.reconnects, bucket.0.available_permits()), (1, 0));
+    });
+}

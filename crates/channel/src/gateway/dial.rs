@@ -8,16 +8,14 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 use tokio_rustls::client::TlsStream;
 
-use super::Shared;
-use super::incoming::TLS_BUFFER;
+use super::{Shared, TLS_BUFFER, Wire, wired};
 use crate::identity::SpiffeId;
 use crate::preface::{self, Opening, Preface, Refusal, Reply, code};
 use crate::tokens::Token;
-use crate::traffic::Counted;
 use crate::wire::Failure;
 use crate::{tls, wire, with_source};
 
-type Tls = TlsStream<Counted<TcpStream>>;
+type Tls = TlsStream<Wire>;
 
 /// Opens a stream at the gateway `expect`; returns it with the successor of its token.
 pub(super) async fn stream(
@@ -32,7 +30,7 @@ pub(super) async fn stream(
     let _ = preface::write(&mut tls, &Opening::Stream(preface)).await;
     match reply(shared, &mut tls, address).await? {
         Reply::Accepted { successor } => {
-            tls.get_ref().0.connection.relays(&migration);
+            tls.get_ref().0.get_ref().connection.relays(&migration);
             Ok((tls, successor))
         }
         Reply::Refused(refusal) => Err(Failure::Refused(refusal)),
@@ -80,7 +78,7 @@ async fn connect(shared: &Shared, address: &str, expect: &SpiffeId) -> Result<Tl
         Err(_) => return Err(unreachable(address, &"no connection in time")),
     };
     shared.tune(&tcp).map_err(|e| unreachable(address, &e))?;
-    let io = Counted { io: tcp, connection: shared.traffic.connection() };
+    let io = wired(tcp, shared.traffic.connection());
     let client = shared.client();
     let mut tls = match timeout(patience, client.connect(expect, io)).await {
         Ok(tls) => tls.map_err(|e| failure(address, &e))?,

@@ -8,17 +8,13 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 
-use super::Shared;
+use super::{Shared, TLS_BUFFER, Wire, wired};
 use crate::identity::SpiffeId;
 use crate::preface::{self, Delivery, Opening, Preface, Refusal, Reply, code};
 use crate::socket;
-use crate::traffic::Counted;
 use crate::{copy, wire, with_source};
 
-type Tls = TlsStream<Counted<TcpStream>>;
-
-/// TLS takes so much at once before it makes the writer wait.
-pub(super) const TLS_BUFFER: usize = 512 << 10;
+type Tls = TlsStream<Wire>;
 
 /// Serves one connection to its end. `handshake` is held until it has said what it is.
 pub(super) async fn serve(
@@ -36,7 +32,7 @@ pub(super) async fn serve(
         return refused(&error);
     }
     let server = shared.server();
-    let io = Counted { io: tcp, connection: connection.clone() };
+    let io = wired(tcp, connection.clone());
     let (mut tls, peer) = match timeout(shared.limits.handshake, server.accept(io)).await {
         Ok(Ok(accepted)) => accepted,
         Ok(Err(error)) => return refused(&with_source(&error)),

@@ -1,6 +1,7 @@
 //! The tasks around [`State`]: user to buffer, buffer to link, link to buffer, buffer to
 //! user. All run in the stream's one task; none of them holds the state while it waits.
 
+use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -17,6 +18,8 @@ use super::{Config, Error, Limiter, Monitor, Summary};
 
 /// Reads grow from the one to the other as they are filled.
 const READ: (usize, usize) = (16 << 10, 256 << 10);
+/// Buffers that wait to be used again.
+const KEPT: usize = 64;
 /// Asked from the limiter at once: small enough not to stall others that share it.
 const GRANT: u64 = 64 << 10;
 
@@ -90,33 +93,56 @@ impl Shared {
     }
 }
 
-/// Grows with what is read, so that a quiet stream holds little and a busy one copies less.
-struct Reads(usize);
+/// Reads into buffers that grow with what is read, so that a quiet stream holds little
+/// and a busy one copies less. Buffers are used again once their bytes have gone: new
+/// memory would cost more than the copying.
+struct Reads {
+    size: usize,
+    used: VecDeque<BytesMut>,
+}
 
 impl Reads {
-    /// Reads at most `most` bytes.
+    fn new() -> Self {
+        Self { size: READ.0, used: VecDeque::new() }
+    }
+
+    /// Reads at most `most` bytes; appends them to `into`.
     async fn read<R: AsyncRead + Unpin>(
         &mut self,
         from: &mut R,
         into: &mut BytesMut,
         most: usize,
     ) -> io::Result<usize> {
-        if into.capacity() - into.len() < self.0 / 2 {
-            into.reserve(self.0);
+        if into.capacity() - into.len() < self.size / 2 {
+            self.renew(into);
         }
         let space = into.capacity() - into.len();
         let n = from.read_buf(&mut into.limit(most.min(space))).await?;
-        if n == space {
-            self.0 = (self.0 * 4).min(READ.1);
+        if n == space && self.size < READ.1 {
+            self.size = (self.size * 4).min(READ.1);
+            // Too small from now on.
+            self.used.clear();
         }
         Ok(n)
+    }
+
+    fn renew(&mut self, buffer: &mut BytesMut) {
+        let free = self.used.front_mut().is_some_and(|oldest| {
+            oldest.clear();
+            oldest.try_reclaim(self.size)
+        });
+        let oldest = if free || self.used.len() == KEPT { self.used.pop_front() } else { None };
+        let mut fresh = oldest.filter(|_| free).unwrap_or_default();
+        fresh.reserve(self.size);
+        fresh.extend_from_slice(buffer);
+        self.used.push_back(std::mem::replace(buffer, fresh));
     }
 }
 
 /// User to buffer, until the user ends its side.
 pub(super) async fn read_user<S: AsyncRead>(shared: &Shared, mut user: ReadHalf<S>) {
     let mut buffer = BytesMut::new();
-    let mut reads = Reads(READ.0);
+    let mut reads = Reads::new();
     loop {
         let room = shared.lock().room();
         if room == 0 {
@@ -244,7 +270,7 @@ async fn read_link<L: AsyncRead>(
 ) -> Ended {
     let mut buffer = BytesMut::new();
     let mut parser = Parser::default();
-    let mut reads = Reads(READ.0);
+    let mut reads = Reads::new();
     loop {
         match reads.read(link, &mut buffer, usize::MAX).await {
             Ok(0) => return Ended::Broken("the connection was closed".into()),
