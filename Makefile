@@ -18,7 +18,8 @@ guest: setup ## build the test guest: target/guest/
 	@guest/build
 
 demo: guest ## watch a VM move
-	cargo run -q --release -p e2e --bin demo
+	cargo build -q --release -p godwit -p e2e --bins
+	target/release/demo $(if $(INJECT),--inject $(INJECT))
 
 test: guest ## run all tests, with real QEMU
 	cargo test --workspace

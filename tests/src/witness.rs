@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 /// Everything the oracle has said, wherever it ran.
 #[derive(Debug, Default)]
 struct Heard {
+    /// It listens.
+    ready: bool,
     /// When each tick arrived.
     ticks: BTreeMap<u64, Instant>,
     /// Highest acknowledged write of each writer.
@@ -75,6 +77,14 @@ impl Witness {
         }
     }
 
+    /// Waits until the oracle has said that it listens: what is sent before is cut.
+    ///
+    /// # Errors
+    /// When it does not in time.
+    pub fn wait_ready(&self, deadline: Duration) -> Result<()> {
+        self.wait("READY", deadline, |heard| heard.ready.then_some(()))
+    }
+
     /// Waits for a tick that arrives after this call: the guest runs now.
     ///
     /// # Errors
@@ -111,7 +121,7 @@ impl Witness {
         gaps.map(|w| w[1].saturating_duration_since(w[0])).max().unwrap_or_default()
     }
 
-    /// Ticks that arrived more than once: two instances of one guest ran.
+    /// Losses that the oracle reported by itself.
     pub fn losses(&self) -> Vec<String> {
         self.lock().losses.clone()
     }
@@ -194,6 +204,7 @@ impl Heard {
                 let newest = self.written.entry(id).or_default();
                 *newest = n.max(*newest);
             }
+            Ok(Report::Ready) => self.ready = true,
             Ok(Report::LostWrite { .. } | Report::LostPage { .. }) => {
                 self.losses.push(text.to_owned());
             }

@@ -5,6 +5,7 @@
 //! first, because QEMU 7.2 takes the first connection for the main channel.
 
 use super::links::Links;
+use super::policy::Policy;
 use crate::qemu::Qemu;
 use crate::vm::QMP_DEADLINE;
 use channel::resumable::{self, Error, LinkError, Links as _};
@@ -33,18 +34,24 @@ const NO_LIMIT: u64 = 64 << 30;
 ///
 /// # Errors
 /// QEMU's refusal.
-pub async fn set_up(qemu: &Qemu, multifd: u8, downtime: Duration) -> Result<(), qmp::Error> {
+pub async fn set_up(
+    qemu: &Qemu,
+    multifd: u8,
+    converge: bool,
+    downtime: Duration,
+) -> Result<(), qmp::Error> {
     let on = |capability, state| MigrationCapabilityStatus { capability, state };
     let capabilities = vec![
         on(MigrationCapability::PauseBeforeSwitchover, true),
         on(MigrationCapability::LateBlockActivate, true),
         on(MigrationCapability::Events, true),
         on(MigrationCapability::Multifd, multifd > 0),
+        on(MigrationCapability::AutoConverge, converge),
     ];
     qemu.qmp.execute(MigrateSetCapabilities { capabilities }, QMP_DEADLINE).await?;
     let parameters = MigrationParameters {
         max_bandwidth: Some(NO_LIMIT),
-        downtime_limit: Some(u64::try_from(downtime.as_millis()).unwrap_or(u64::MAX).max(1)),
+        downtime_limit: Some(millis(downtime)),
         multifd_channels: (multifd > 0).then_some(multifd),
         // QEMU would announce the guest when its state is loaded, before it runs.
         announce_rounds: Some(0),
@@ -52,6 +59,10 @@ pub async fn set_up(qemu: &Qemu, multifd: u8, downtime: Duration) -> Result<(), 
     };
     qemu.qmp.execute(MigrateSetParameters(parameters), QMP_DEADLINE).await?;
     Ok(())
+}
+
+fn millis(time: Duration) -> u64 {
+    u64::try_from(time.as_millis()).unwrap_or(u64::MAX).max(1)
 }
 
 /// Puts back what [`set_up`] changed.
@@ -65,6 +76,7 @@ pub async fn reset(qemu: &Qemu) -> Result<(), qmp::Error> {
         off(MigrationCapability::LateBlockActivate),
         off(MigrationCapability::Events),
         off(MigrationCapability::Multifd),
+        off(MigrationCapability::AutoConverge),
     ];
     qemu.qmp.execute(MigrateSetCapabilities { capabilities }, QMP_DEADLINE).await?;
     Ok(())
@@ -248,16 +260,16 @@ pub async fn finish(qemu: &Qemu) -> Result<(), qmp::Error> {
 ///
 /// # Errors
 /// Why QEMU will not get there.
-pub async fn send(
-    qemu: &Qemu,
-    multifd: u8,
-    downtime: Duration,
-    stall: Duration,
-) -> Result<(), String> {
-    set_up(qemu, multifd, downtime).await.map_err(|e| e.to_string())?;
+pub async fn send(qemu: &Qemu, policy: &Policy) -> Result<(), String> {
+    let stall = Duration::from_secs_f64(policy.stall_seconds);
+    let mut downtime = Duration::from_millis(policy.rounds.downtime_ms);
+    let longest = Duration::from_millis(policy.rounds.max_downtime_ms);
+    let converge = policy.rounds.throttle;
+    set_up(qemu, policy.multifd, converge, downtime).await.map_err(|e| e.to_string())?;
     let uri = format!("unix:{OUTGOING}");
     qemu.qmp.execute(Migrate { uri }, QMP_DEADLINE).await.map_err(|e| e.to_string())?;
     let (mut sent, mut since) = (0, Instant::now());
+    let mut patience = PASSES;
     loop {
         let info = look(qemu).await.map_err(|e| e.to_string())?;
         match info.status {
@@ -268,6 +280,13 @@ pub async fn send(
             Some(MigrationStatus::Cancelled) => return Err("the memory was cancelled".into()),
             _ => {}
         }
+        let passes = info.ram.as_ref().map_or(0, |ram| ram.dirty_sync_count);
+        if passes > patience && downtime < longest {
+            // The guest does not let itself be caught within the pause aimed at.
+            downtime = (downtime * 2).min(longest);
+            patience = passes + PASSES;
+            lengthen(qemu, downtime).await.map_err(|e| e.to_string())?;
+        }
         let now = info.ram.map_or(0, |ram| ram.transferred);
         if now != sent {
             (sent, since) = (now, Instant::now());
@@ -276,6 +295,17 @@ pub async fn send(
         }
         tokio::time::sleep(POLL).await;
     }
+}
+
+/// Passes over the memory after which a longer pause is allowed.
+const PASSES: u64 = 4;
+
+async fn lengthen(qemu: &Qemu, downtime: Duration) -> Result<(), qmp::Error> {
+    tracing::info!(?downtime, "the pause may be longer");
+    let parameters =
+        MigrationParameters { downtime_limit: Some(millis(downtime)), ..Default::default() };
+    qemu.qmp.execute(MigrateSetParameters(parameters), QMP_DEADLINE).await?;
+    Ok(())
 }
 
 /// Tells the network where the guest is.

@@ -90,9 +90,7 @@ impl Shell {
         let (qemu, inputs) = (self.guest.qemu.clone(), self.inputs.clone());
         let policy = self.request.policy.clone();
         self.memory = Some(tokio::spawn(async move {
-            let downtime = Duration::from_millis(policy.rounds.downtime_ms);
-            let stall = Duration::from_secs_f64(policy.stall_seconds);
-            let input = match memory::send(&qemu, policy.multifd, downtime, stall).await {
+            let input = match memory::send(&qemu, &policy).await {
                 Ok(()) => Input::Standing,
                 Err(why) => Input::Core(Event::Failed(Failure::Other(why))),
             };

@@ -116,7 +116,7 @@ async fn open(
     }
     let bitmaps = Bitmaps::new(qemu.qmp.clone(), &launcher.folder, shown);
     let ready = async {
-        memory::set_up(&qemu, offer.multifd, Duration::from_millis(300)).await.map_err(text)?;
+        memory::set_up(&qemu, offer.multifd, false, Duration::from_millis(300)).await.map_err(text)?;
         memory::listen(&qemu).await.map_err(text)?;
         bitmaps.start(&since_name(offer.epoch)).await.map_err(text)
     };
