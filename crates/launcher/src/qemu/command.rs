@@ -75,9 +75,10 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
         // N.B. not `max`, whose features differ from one QEMU to the next.
         Accelerator::Tcg => ("tcg", "Westmere-v1"),
     };
-    add(&["-machine", &spec.machine, "-accel", accelerator]);
+    // Without graphics SeaBIOS and boot loaders speak on the console.
+    add(&["-machine", &format!("{},graphics=off", spec.machine), "-accel", accelerator]);
     add(&["-cpu", spec.cpu.as_deref().unwrap_or(cpu)]);
-    add(&["-smp", &spec.vcpus.to_string(), "-m", &format!("{}M", spec.memory_mib)]);
+    add(&["-smp", &spec.vcpus.to_string(), "-m", &format!("{}k", memory_kib(spec))]);
     add(&["-chardev", &format!("socket,id=qmp,path={QMP},server=on,wait=off")]);
     add(&["-mon", "chardev=qmp,mode=control"]);
     for (i, serial) in spec.serials.iter().enumerate() {
@@ -118,6 +119,16 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
         add(&["-incoming", "defer"]);
     }
     arguments.into_iter().map(OsString::from).collect()
+}
+
+/// N.B. under TCG never a multiple of 256 KiB: QEMU before 9.0 then loses writes of a guest whose
+/// memory moves (its dirty bitmap's fast path does not tell the emulated TLB).
+fn memory_kib(spec: &VmSpec) -> u64 {
+    let odd = match spec.accelerator {
+        Accelerator::Kvm => 0,
+        Accelerator::Tcg => 8,
+    };
+    spec.memory_mib * 1024 + odd
 }
 
 fn disks(add: &mut impl FnMut(&[&str]), spec: &VmSpec, facts: &[Facts]) {

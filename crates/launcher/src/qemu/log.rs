@@ -81,3 +81,22 @@ impl Words {
         String::from_utf8_lossy(&bytes).trim().to_owned()
     }
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_log_goes_on_where_it_was_and_is_put_aside_when_it_is_long() {
+        let folder = tempfile::tempdir().unwrap();
+        let read = |name: &str| std::fs::read(folder.path().join(name)).unwrap();
+        Log::open(folder.path()).unwrap().write(b"first\n");
+        Log::open(folder.path()).unwrap().write(b"second\n");
+        assert_eq!(read(LOG), b"first\nsecond\n");
+        let mut log = Log::open(folder.path()).unwrap();
+        log.write(&vec![b'x'; MAX_LOG as usize]);
+        log.write(b"third\n");
+        assert_eq!(read(LOG), b"third\n");
+        assert!(read(OLD_LOG).starts_with(b"first\nsecond\nxxx"));
+    }
+}

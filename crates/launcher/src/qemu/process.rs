@@ -59,19 +59,27 @@ pub enum Error {
 }
 
 /// How QEMU ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Exit(Option<ExitStatus>);
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Exit {
+    status: Option<ExitStatus>,
+    asked: bool,
+}
 
 impl Exit {
     /// It ended by its own decision, without an error.
     pub fn is_clean(&self) -> bool {
-        self.0.is_some_and(|status| status.success())
+        self.status.is_some_and(|status| status.success())
+    }
+
+    /// [`Process::kill`] ended it.
+    pub fn is_asked(&self) -> bool {
+        self.asked
     }
 }
 
 impl std::fmt::Display for Exit {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        match self.0 {
+        match self.status {
             Some(status) => status.fmt(f),
             None => f.write_str("status unknown"),
         }
@@ -141,11 +149,11 @@ impl Process {
         let (kill, killed) = mpsc::channel(1);
         let (ended, exit) = watch::channel(None);
         tokio::spawn(async move {
-            let status = run(&mut child, killed).await;
+            let exit = run(&mut child, killed).await;
             if let Some(hearing) = hearing {
                 let _ = tokio::time::timeout(LAST_WORDS_DEADLINE, hearing).await;
             }
-            ended.send_replace(Some(Exit(status.ok())));
+            ended.send_replace(Some(exit));
         });
         Ok(Self { pid, program, kill, exit, words })
     }
@@ -169,8 +177,8 @@ impl Process {
     pub async fn ended(&self) -> Exit {
         let mut exit = self.exit.clone();
         match exit.wait_for(Option::is_some).await {
-            Ok(value) => value.unwrap_or(Exit(None)),
-            Err(_) => Exit(None),
+            Ok(value) => value.unwrap_or_default(),
+            Err(_) => Exit::default(),
         }
     }
 
@@ -188,16 +196,13 @@ impl Process {
 }
 
 /// Until it ends by itself, it is asked for, or the last handle is gone.
-async fn run(
-    child: &mut tokio::process::Child,
-    mut killed: mpsc::Receiver<()>,
-) -> io::Result<ExitStatus> {
+async fn run(child: &mut tokio::process::Child, mut killed: mpsc::Receiver<()>) -> Exit {
     tokio::select! {
-        status = child.wait() => status,
+        status = child.wait() => Exit { status: status.ok(), asked: false },
         _ = killed.recv() => {
             // It may have ended by itself: that is the aim.
             let _ = child.start_kill();
-            child.wait().await
+            Exit { status: child.wait().await.ok(), asked: true }
         }
     }
 }
