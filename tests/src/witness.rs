@@ -73,7 +73,8 @@ impl Witness {
             if left.is_zero() {
                 bail!("the guest's oracle did not say {what} within {deadline:?}; heard {heard:?}");
             }
-            heard = self.heard.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
+            heard =
+                self.heard.1.wait_timeout(heard, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -107,9 +108,7 @@ impl Witness {
     /// When it is not in time.
     pub fn wait_written(&self, n: u64, deadline: Duration) -> Result<()> {
         let what = format!("that write {n} is durable");
-        self.wait(&what, deadline, |heard| {
-            heard.written.get(&0).filter(|w| **w >= n).map(|_| ())
-        })
+        self.wait(&what, deadline, |heard| heard.written.get(&0).filter(|w| **w >= n).map(|_| ()))
     }
 
     /// The longest time that the guest stood still since `from`: the largest
@@ -142,9 +141,10 @@ impl Line {
     pub fn command(&mut self, command: &str, deadline: Duration) -> Result<Report> {
         self.witness.lock().answers.clear();
         self.stream.write_all(format!("{command}\n").as_bytes())?;
-        let answer = self.witness.wait(&format!("an answer to `{command}`"), deadline, |heard| {
-            (!heard.answers.is_empty()).then(|| heard.answers.remove(0))
-        })?;
+        let answer =
+            self.witness.wait(&format!("an answer to `{command}`"), deadline, |heard| {
+                (!heard.answers.is_empty()).then(|| heard.answers.remove(0))
+            })?;
         match answer {
             Report::Err(why) => bail!("the oracle refuses `{command}`: {why}"),
             answer => Ok(answer),

@@ -71,12 +71,8 @@ impl World {
         if !made.success() {
             bail!("host {name} could not be made");
         }
-        let mut host = Host {
-            dir,
-            program: self.program.clone(),
-            address: format!("{ip}:0"),
-            gateway: None,
-        };
+        let mut host =
+            Host { dir, program: self.program.clone(), address: format!("{ip}:0"), gateway: None };
         host.start_gateway()?;
         Ok(host)
     }
@@ -155,7 +151,9 @@ impl World {
     /// # Errors
     /// When it does not in time.
     pub fn wait_running(&self, host: &Host, vm: &str) -> Result<Status> {
-        self.wait_status(host, vm, "running", |s| s.phase == Phase::Running && s.migration.as_ref().is_none_or(|m| m.outcome.is_some()))
+        self.wait_status(host, vm, "running", |s| {
+            s.phase == Phase::Running && s.migration.as_ref().is_none_or(|m| m.outcome.is_some())
+        })
     }
 
     /// Bytes that a host's gateway has sent and received for moves, at its socket.

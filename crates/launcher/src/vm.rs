@@ -192,6 +192,23 @@ impl Launcher {
         });
     }
 
+    /// Stops a move at a failpoint, if a test armed it.
+    pub async fn pass(&self, point: &str) {
+        if !self.failpoints.stops_at(point) {
+            return;
+        }
+        let show = |at: Option<String>| {
+            self.show(|status| {
+                if let Some(migration) = &mut status.migration {
+                    migration.failpoint = at;
+                }
+            });
+        };
+        show(Some(point.to_owned()));
+        self.failpoints.stand(point).await;
+        show(None);
+    }
+
     /// Judges a wish.
     ///
     /// # Errors

@@ -146,10 +146,12 @@ pub fn parse(arguments: Vec<String>) -> Result<Config, String> {
             "serial" => {
                 let id = match argument.strip_prefix("chardev:") {
                     Some(id) => id.to_owned(),
-                    None => name("serial"),
+                    None => {
+                        let id = name("serial");
+                        config.chardevs.insert(id.clone(), short(&argument));
+                        id
+                    }
                 };
-                let given = short(&argument);
-                config.chardevs.entry(id.clone()).or_insert(given);
                 config.serials.push(Some(id));
             }
             "incoming" => config.incoming = Some(argument),

@@ -86,6 +86,8 @@ pub struct Qemu {
     pub graph: Arc<Mutex<Graph>>,
     /// The guest.
     pub guest: guest::Handle,
+    /// MiB of memory that `-m` asked for.
+    pub asked_memory: u64,
     /// MiB of memory that the guest really has.
     pub memory: u64,
     /// How many vCPUs to tell of.
@@ -114,6 +116,7 @@ pub struct Qemu {
 pub struct Parts {
     pub graph: Arc<Mutex<Graph>>,
     pub guest: guest::Handle,
+    pub asked_memory: u64,
     pub memory: u64,
     pub cpus: u64,
     pub no_shutdown: bool,
@@ -138,6 +141,7 @@ impl Qemu {
         Self {
             graph: parts.graph,
             guest: parts.guest,
+            asked_memory: parts.asked_memory,
             memory: parts.memory,
             cpus: parts.cpus,
             no_shutdown: parts.no_shutdown,

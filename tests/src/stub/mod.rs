@@ -46,6 +46,7 @@ use block::Graph;
 use chardev::{Backend, Chardev};
 use cli::{Config, Part};
 use machine::{Parts, Qemu};
+use schema::Schema;
 use std::os::unix::net::UnixListener;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
@@ -84,8 +85,21 @@ pub fn main(arguments: Vec<String>) -> ExitCode {
     }
 }
 
+/// Every chardev that something refers to must exist.
+fn check_chardevs(config: &Config) -> Result<(), String> {
+    let missing = |id: &&String| !config.chardevs.contains_key(*id);
+    if let Some(id) = config.monitors.iter().find(missing) {
+        return Err(format!("-mon chardev={id},mode=control: chardev \"{id}\" not found"));
+    }
+    match config.serials.iter().flatten().find(missing) {
+        Some(id) => Err(format!("Property 'isa-serial.chardev' can't find value '{id}'")),
+        None => Ok(()),
+    }
+}
+
 /// Builds the machine and lets it go.
 fn start(config: Config) -> Result<(Arc<Qemu>, mpsc::Receiver<()>), String> {
+    check_chardevs(&config)?;
     let graph = Arc::new(Mutex::new(graph(&config)?));
     let most = std::env::var("STUB_QEMU_MEMORY_MIB").ok().and_then(|mib| mib.parse().ok());
     let memory = config.memory.clamp(1, most.unwrap_or(MEMORY));
@@ -122,6 +136,7 @@ fn start(config: Config) -> Result<(Arc<Qemu>, mpsc::Receiver<()>), String> {
     let qemu = Arc::new(Qemu::new(Parts {
         graph,
         guest,
+        asked_memory: config.memory,
         memory,
         cpus: config.cpus,
         no_shutdown: config.no_shutdown,
@@ -154,14 +169,18 @@ fn serial(
 }
 
 fn graph(config: &Config) -> Result<Graph, String> {
-    let mut graph = Graph::default();
+    let (mut graph, schema) = (Graph::default(), Schema::load());
     for part in &config.parts {
         match part {
             Part::Group { id, limits, source } => {
                 graph.add_group(id, limits.as_ref()).map_err(|e| format!("{source}: {e}"))?;
             }
             Part::Node { options, source } => {
-                graph.add(options).map_err(|e| format!("{source}: {e}"))?;
+                let json = source.contains('{');
+                // N.B. the other syntax has text for numbers and flags.
+                let checked = if json { schema.check("blockdev-add", options) } else { Ok(()) };
+                let added = checked.and_then(|()| graph.add(options));
+                added.map_err(|e| format!("{source}: {e}"))?;
             }
         }
     }

@@ -38,8 +38,8 @@ impl Schema {
         let entry = self.get(command).filter(|entry| entry["meta-type"] == "command");
         let unknown = || Error::command(format!("The command {command} has not been found"));
         let arg_type = entry.ok_or_else(unknown)?["arg-type"].as_str().unwrap_or_default();
-        // N.B. QEMU does not check these two by its schema: their arguments are open.
-        if matches!(command, "device_add" | "object-add") {
+        // N.B. QEMU does not check these by its schema: they are open.
+        if matches!(command, "device_add") {
             return Ok(());
         }
         self.object(self.get(arg_type), arguments, "")

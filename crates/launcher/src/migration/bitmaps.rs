@@ -190,8 +190,7 @@ impl Bitmaps {
     /// [`Error::Qmp`].
     pub async fn remove(&self, name: &str) -> Result<(), Error> {
         for node in &self.nodes {
-            let remove =
-                BlockDirtyBitmapRemove { node: node.name.clone(), name: name.to_owned() };
+            let remove = BlockDirtyBitmapRemove { node: node.name.clone(), name: name.to_owned() };
             let removed = self.qmp.execute(remove, QMP_DEADLINE).await;
             removed.map_err(|source| self.fail("remove", name, source))?;
         }
@@ -269,11 +268,7 @@ impl Bitmaps {
         let ended = self.qmp.execute(end, QMP_DEADLINE).await;
         ended.map_err(|source| self.fail("end the export of", name, source))?;
         self.wait_until_idle(name).await?;
-        extents.map_err(|why| Error::Read {
-            bitmap: name.to_owned(),
-            node: node.name.clone(),
-            why,
-        })
+        extents.map_err(|why| Error::Read { bitmap: name.to_owned(), node: node.name.clone(), why })
     }
 
     async fn fetch(&self, node: &Node, name: &str) -> Result<ExtentSet, String> {

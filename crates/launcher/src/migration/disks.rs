@@ -174,7 +174,12 @@ impl Disks {
     ///
     /// # Errors
     /// [`Error`]; [`Error::Outrun`] when the guest cannot be caught.
-    pub async fn round(&mut self, policy: &Policy, rate: f64, stall: Duration) -> Result<Next, Error> {
+    pub async fn round(
+        &mut self,
+        policy: &Policy,
+        rate: f64,
+        stall: Duration,
+    ) -> Result<Next, Error> {
         let took = self.swapped.elapsed();
         let dirtied = self.swap().await?;
         let round = Round { dirtied, took, rate };

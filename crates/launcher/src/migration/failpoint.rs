@@ -37,16 +37,13 @@ impl Failpoints {
         self.at.send_replace(None);
     }
 
-    /// The point at which a move stands.
-    pub fn standing_at(&self) -> Option<String> {
-        self.at.borrow().clone()
+    /// Whether a move that comes by has to stop here. Disarms the point.
+    pub fn stops_at(&self, point: &str) -> bool {
+        self.on && self.lock().remove(point)
     }
 
-    /// Stops here if the point is armed.
-    pub async fn pass(&self, point: &str) {
-        if !self.on || !self.lock().remove(point) {
-            return;
-        }
+    /// Stands here until a test lets the move go on.
+    pub async fn stand(&self, point: &str) {
         tracing::info!(point, "standing at a failpoint");
         self.at.send_replace(Some(point.to_owned()));
         let mut at = self.at.subscribe();

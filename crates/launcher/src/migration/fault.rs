@@ -18,8 +18,9 @@ impl FromStr for Fault {
 
     /// `drop-writes@OFFSET`, `flip-byte@OFFSET`, `stale-page@NUMBER`.
     fn from_str(text: &str) -> Result<Self, String> {
-        let unknown =
-            || format!("'{text}' is no fault: drop-writes@OFFSET, flip-byte@OFFSET, stale-page@NUMBER");
+        let unknown = || {
+            format!("'{text}' is no fault: drop-writes@OFFSET, flip-byte@OFFSET, stale-page@NUMBER")
+        };
         let (kind, number) = text.split_once('@').ok_or_else(unknown)?;
         let number = Some(number.parse().map_err(|_| unknown())?);
         let mut fault = Self::default();

@@ -82,7 +82,9 @@ pub enum Error {
         source: io::Error,
     },
     /// It is there but cannot be understood; the disk counts as marked.
-    #[error("the mark {file} of disk {disk} cannot be understood ({why}); find out whether the disk is in use elsewhere, then remove the mark")]
+    #[error(
+        "the mark {file} of disk {disk} cannot be understood ({why}); find out whether the disk is in use elsewhere, then remove the mark"
+    )]
     Broken {
         /// The mark's file.
         file: PathBuf,
@@ -161,11 +163,8 @@ impl Marks {
         }
         let folder = self.folder_fd()?;
         let draft = format!("{name}.{}.new", std::process::id());
-        let flags = OFlags::WRONLY
-            | OFlags::CREATE
-            | OFlags::TRUNC
-            | OFlags::NOFOLLOW
-            | OFlags::CLOEXEC;
+        let flags =
+            OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let mode = Mode::from_raw_mode(0o600);
         let mut file = File::from(rustix::fs::openat(&folder, &draft, flags, mode)?);
         serde_json::to_writer(&mut file, mark)?;
@@ -220,11 +219,8 @@ mod test {
         let (disk, _) = Disk::target(&path, 4096).unwrap();
         let marks = Marks::of_host(host.path());
         assert_eq!(marks.get(&disk).unwrap(), None);
-        let mark = Mark::Incomplete {
-            vm: "web".into(),
-            copy: "1".into(),
-            disk: disk.identity().unwrap(),
-        };
+        let mark =
+            Mark::Incomplete { vm: "web".into(), copy: "1".into(), disk: disk.identity().unwrap() };
         marks.set(&disk, &mark).unwrap();
         assert_eq!(marks.get(&disk).unwrap(), Some(mark));
         // Another disk at the same path.

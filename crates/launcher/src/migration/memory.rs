@@ -10,9 +10,9 @@ use crate::qemu::Qemu;
 use crate::vm::QMP_DEADLINE;
 use channel::resumable::{self, Error, LinkError, Links as _};
 use qmp::commands::{
-    AnnounceSelf, Cont, Migrate, MigrateCancel, MigrateContinue, MigrateIncoming, MigrateSetCapabilities,
-    MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus, MigrationInfo,
-    MigrationParameters, MigrationStatus, QueryMigrate, QueryStatus, RunState,
+    AnnounceSelf, Cont, Migrate, MigrateCancel, MigrateContinue, MigrateIncoming,
+    MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus,
+    MigrationInfo, MigrationParameters, MigrationStatus, QueryMigrate, QueryStatus, RunState,
 };
 use std::path::Path;
 use std::time::Duration;
@@ -144,7 +144,8 @@ impl Pumps {
                     let qemu = channel::socket::connect_beneath(&folder, INCOMING).await;
                     let qemu = qemu.map_err(|e| Error::Local(e.to_string()))?;
                     main.send_replace(true);
-                    let qemu = spoiled(qemu, stale_page).map_err(|e| Error::Local(e.to_string()))?;
+                    let qemu =
+                        spoiled(qemu, stale_page).map_err(|e| Error::Local(e.to_string()))?;
                     resumable::run(qemu, Resumed { first: Some(first), links }, config).await
                 });
             }
@@ -170,9 +171,7 @@ impl Pumps {
     }
 }
 
-async fn drain(
-    mut streams: JoinSet<Result<resumable::Summary, Error>>,
-) -> Result<(), String> {
+async fn drain(mut streams: JoinSet<Result<resumable::Summary, Error>>) -> Result<(), String> {
     while let Some(ended) = streams.join_next().await {
         ended.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
     }
@@ -310,7 +309,8 @@ async fn lengthen(qemu: &Qemu, downtime: Duration) -> Result<(), qmp::Error> {
 
 /// Tells the network where the guest is.
 pub async fn announce(qemu: &Qemu) {
-    let announce = AnnounceSelf { initial: 50, max: 550, rounds: 5, step: 100, ..AnnounceSelf::default() };
+    let announce =
+        AnnounceSelf { initial: 50, max: 550, rounds: 5, step: 100, ..AnnounceSelf::default() };
     if let Err(error) = qemu.qmp.execute(announce, QMP_DEADLINE).await {
         tracing::warn!(%error, "the guest could not be announced to the network");
     }
@@ -345,7 +345,9 @@ pub async fn bring_back(qemu: &Qemu, deadline: Duration) -> Result<(), String> {
             cancelled = true;
         }
         if !under_way {
-            if info.status == Some(MigrationStatus::Failed) && state.status == RunState::FinishMigrate {
+            if info.status == Some(MigrationStatus::Failed)
+                && state.status == RunState::FinishMigrate
+            {
                 // A multifd source whose target died in pre-switchover: only this lets it go.
                 let release = MigrateContinue { state: MigrationStatus::Failed };
                 let _ = qemu.qmp.execute(release, QMP_DEADLINE).await;

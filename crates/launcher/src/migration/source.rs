@@ -50,7 +50,10 @@ pub struct Remote {
 /// What the half's own tasks tell it.
 enum Input {
     Core(Event),
-    Opened { sent: Sent, monitor: Monitor },
+    Opened {
+        sent: Sent,
+        monitor: Monitor,
+    },
     Prepared(Box<Prepared>),
     /// QEMU stands at pre-switchover; whether the delta fits is to be judged.
     Standing,
@@ -65,9 +68,16 @@ pub async fn send(launcher: &Handle, request: SendRequest) -> Result<(), vm::Err
     request.policy.validate().map_err(Error::Request)?;
     let mut vm = launcher.vm.lock().await;
     launcher.judge(&vm, Wish::Send)?;
-    let Some(guest) = vm.guest.clone() else {
+    let Some(guest) = &mut vm.guest else {
         return Err(Error::Request("no guest is here".into()).into());
     };
+    // An attempt that was aborted has raised the epoch.
+    match launcher.owner.read().await? {
+        Some(record) if record.owner == guest.instance => guest.epoch = record.epoch,
+        Some(record) => return Err(Error::Request(format!("{record}")).into()),
+        None => return Err(Error::Request("the host's ledger does not know the VM".into()).into()),
+    }
+    let guest = guest.clone();
     if request.ticket.vm != launcher.config.vm {
         let why = format!("the ticket is for VM {}", request.ticket.vm);
         return Err(Error::Request(why).into());
@@ -272,7 +282,8 @@ impl Shell {
         *since = tokio::time::Instant::now();
         let (reason, kind) =
             self.core.waiting().map_or(("", Deadline::Answer), |w| (w.reason, w.deadline));
-        if matches!(kind, Deadline::Ledger | Deadline::Decision) && self.core.state != State::Arming {
+        if matches!(kind, Deadline::Ledger | Deadline::Decision) && self.core.state != State::Arming
+        {
             self.show_doubt(reason);
             return Input::Core(Event::Failed(Failure::Other(format!("in doubt: {reason}"))));
         }
@@ -319,7 +330,7 @@ impl Shell {
             self.uncancellable.send_replace(self.core.can_cancel().err());
             self.show_phase();
             tracing::info!(from = before, to = self.core.phase(), "source");
-            self.launcher.failpoints.pass(&format!("source:{}", self.core.phase())).await;
+            self.launcher.pass(&format!("source:{}", self.core.phase())).await;
         }
         for action in actions {
             self.act(action).await;

@@ -183,7 +183,7 @@ impl Shell {
         if self.core.phase() != before {
             self.show_phase();
             tracing::info!(from = before, to = self.core.phase(), "target");
-            self.launcher.failpoints.pass(&format!("target:{}", self.core.phase())).await;
+            self.launcher.pass(&format!("target:{}", self.core.phase())).await;
         }
         for action in actions {
             self.act(action).await;
@@ -264,11 +264,9 @@ impl Shell {
 
     fn show_progress(&self) {
         let received = self.receiver.as_ref().map_or(0, |r| r.received());
-        let failpoint = self.launcher.failpoints.standing_at();
         self.launcher.show(|status| {
             if let Some(migration) = &mut status.migration {
                 migration.progress.bytes_total = received;
-                migration.failpoint = failpoint;
             }
         });
     }

@@ -21,6 +21,7 @@ use super::block::Graph;
 use super::chardev::Chardev;
 use super::lock;
 use jobs::Jobs;
+use oracle::block::fill;
 use oracle::protocol::Report;
 use serde::{Deserialize, Serialize};
 use std::collections::VecDeque;
@@ -260,6 +261,10 @@ impl Guest {
     pub fn resume(&mut self) {
         self.since = Some(Instant::now());
         if !std::mem::replace(&mut self.state.booted, true) {
+            // As a kernel and its programs would: no real guest's memory is all zeros.
+            for index in 0..self.ram.pages() / 2 {
+                fill(self.ram.page_mut(index), index as u64);
+            }
             self.console.say(b"stub guest: booted\r\n");
             self.state.output.extend(format!("{}\n", Report::Ready).into_bytes());
         }

@@ -7,6 +7,7 @@
 
 use super::stream::{CHANNEL, Device, Frame, Header, MAGIC};
 use super::{Migration, Ram, Status, Times};
+use crate::stub::block::reason;
 use crate::stub::chardev::connect;
 use crate::stub::error::Error;
 use crate::stub::guest::{PAGE, Page};
@@ -25,6 +26,8 @@ const BATCH: u64 = 64;
 const WINDOW: Duration = Duration::from_millis(100);
 /// How often the memory channels are looked at under `STUB_QEMU_MULTIFD_STUCK`.
 const GLANCE: Duration = Duration::from_millis(2);
+/// How long a status is true before the machine follows it.
+const GAP: Duration = Duration::from_millis(2);
 const FOR_EVER: Duration = Duration::from_secs(3600);
 
 type Guard<'a> = MutexGuard<'a, Machine>;
@@ -197,13 +200,17 @@ impl<'a> Outgoing<'a> {
             }
             machine = self.keep_rate(machine);
         }
+        // N.B. the status changes before the machine does, in QEMU too: for a moment `completed`
+        // or `failed` is true and `cont` is refused.
+        machine = self.qemu.wait(machine, GAP);
         self.finish(&mut machine);
     }
 
     fn greet(&mut self) -> io::Result<()> {
         let return_path = self.qemu.lock().migration.has("return-path");
         let channels = self.link.channels.len() as u64;
-        let header = Header { memory: self.qemu.memory, channels, return_path };
+        let memory = [self.qemu.asked_memory, self.qemu.memory];
+        let header = Header { memory, channels, return_path };
         self.link.main.write_all(&MAGIC)?;
         for channel in &mut self.link.channels {
             channel.write_all(&CHANNEL)?;
@@ -222,10 +229,13 @@ impl<'a> Outgoing<'a> {
 
     /// A connection is gone.
     fn failed(&self, machine: &mut Machine, error: &io::Error, from: Status) -> bool {
-        let text = format!("Unable to write to socket: {}", crate::stub::block::reason(error));
-        eprintln!("stub-qemu: {text}");
-        machine.migration.error = Some(text);
-        self.qemu.set_status(machine, from, Status::Failed)
+        let holds = self.qemu.set_status(machine, from, Status::Failed);
+        if holds {
+            let text = format!("Unable to write to socket: {}", reason(error));
+            eprintln!("stub-qemu: {text}");
+            machine.migration.error = Some(text);
+        }
+        holds
     }
 
     /// Sends some pages; true when the time for the switchover has come.
@@ -389,11 +399,18 @@ impl<'a> Outgoing<'a> {
         let since = |begin: Option<Instant>| begin.map_or(Duration::ZERO, |begin| begin.elapsed());
         times.total = since(times.begun);
         times.downtime = since(times.stopped);
+        let stopped = machine.state == RunState::FinishMigrate;
         match machine.migration.status {
             Status::Completed => machine.state = RunState::Postmigrate,
-            _ if machine.state != RunState::FinishMigrate => {}
-            _ if machine.migration.vm_was_running => self.qemu.start(machine),
-            _ => machine.state = RunState::Postmigrate,
+            Status::Failed | Status::Cancelled | Status::Cancelling if stopped => {
+                match machine.migration.vm_was_running {
+                    true => self.qemu.start(machine),
+                    false => machine.state = RunState::Postmigrate,
+                }
+            }
+            Status::Failed | Status::Cancelled | Status::Cancelling => {}
+            // A `migrate` came too early: QEMU forgets the guest, too.
+            status => eprintln!("stub-qemu: Unknown ending state {}", status.name()),
         }
         clean_up(self.qemu, machine);
     }

@@ -25,8 +25,8 @@ const LONGEST: u32 = 64 << 20;
 /// What the source has, and how it will send it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
-    /// MiB of memory.
-    pub memory: u64,
+    /// MiB of memory: what `-m` said, and what the guest really has.
+    pub memory: [u64; 2],
     /// Connections beside the main one.
     pub channels: u64,
     /// Whether it waits for the target's last word.
@@ -59,14 +59,14 @@ impl Frame {
     pub fn encode(&self) -> Vec<u8> {
         let (kind, body) = match self {
             Self::Header(header) => (1, json(header)),
-            Self::Pages(pages) => (2, pages.iter().flat_map(encode_page).collect()),
+            Self::Pages(pages) => (2, encode_pages(pages)),
             Self::Sync => (3, Vec::new()),
             Self::Device(device) => (4, json(device)),
             Self::End => (5, Vec::new()),
         };
         let mut bytes = vec![kind];
         bytes.extend((body.len() as u32).to_be_bytes());
-        bytes.extend(body);
+        bytes.extend_from_slice(&body);
         bytes
     }
 
@@ -98,11 +98,14 @@ fn json(value: &impl Serialize) -> Vec<u8> {
     serde_json::to_vec(value).expect("plain numbers and text")
 }
 
-fn encode_page(page: &Page) -> Vec<u8> {
-    let mut bytes = page.index.to_be_bytes().to_vec();
-    bytes.push(page.bytes.is_some().into());
-    bytes.extend(page.bytes.iter().flatten());
-    bytes
+fn encode_pages(pages: &[Page]) -> Vec<u8> {
+    let mut body = Vec::with_capacity(pages.len() * (5 + PAGE));
+    for page in pages {
+        body.extend_from_slice(&page.index.to_be_bytes());
+        body.push(page.bytes.is_some().into());
+        body.extend_from_slice(page.bytes.as_deref().unwrap_or_default());
+    }
+    body
 }
 
 fn decode_pages(mut body: &[u8]) -> io::Result<Vec<Page>> {
@@ -131,7 +134,7 @@ mod test {
             Page { index: 1 << 20, bytes: Some(vec![3; PAGE]) },
         ];
         for frame in [
-            Frame::Header(Header { memory: 4, channels: 2, return_path: true }),
+            Frame::Header(Header { memory: [64, 4], channels: 2, return_path: true }),
             Frame::Pages(pages),
             Frame::Sync,
             Frame::Device(Device { disks: 1, state: "running".into(), guest: vec![0, 255] }),

@@ -4,8 +4,10 @@
 
 use super::Status;
 use super::stream::{CHANNEL, Device, Frame, Header, MAGIC};
+use crate::stub::block::reason;
 use crate::stub::chardev::listen;
 use crate::stub::error::Error;
+use crate::stub::guest::Page;
 use crate::stub::lock;
 use crate::stub::machine::{Machine, Qemu, RunState};
 use std::io::{self, BufReader, Read, Write};
@@ -34,12 +36,20 @@ pub fn begin(qemu: &Arc<Qemu>, machine: &mut Machine, uri: &str) -> Result<(), E
     let (qemu, path) = (qemu.clone(), path.to_owned());
     std::thread::spawn(move || {
         if let Err(error) = run(&qemu, &listener, &path) {
-            eprintln!("stub-qemu: load of migration failed: {error}");
-            // N.B. without the end's tidying up: QEMU leaves its sockets, too.
-            std::process::exit(1);
+            end(&error);
         }
     });
     Ok(())
+}
+
+/// What QEMU does before 9.1. N.B. it leaves its sockets behind.
+fn end(error: &io::Error) -> ! {
+    let text = match error.kind() {
+        io::ErrorKind::UnexpectedEof => "Input/output error".to_owned(),
+        _ => reason(error),
+    };
+    eprintln!("stub-qemu: load of migration failed: {text}");
+    std::process::exit(1)
 }
 
 fn run(qemu: &Arc<Qemu>, listener: &UnixListener, path: &str) -> io::Result<()> {
@@ -66,8 +76,7 @@ fn run(qemu: &Arc<Qemu>, listener: &UnixListener, path: &str) -> io::Result<()> 
         let (qemu, barrier) = (qemu.clone(), barrier.clone());
         std::thread::spawn(move || {
             if let Err(error) = receive_channel(&qemu, channel, &barrier) {
-                eprintln!("stub-qemu: load of migration failed: {error}");
-                std::process::exit(1);
+                end(&error);
             }
         });
     }
@@ -109,7 +118,7 @@ fn receive_channel(qemu: &Qemu, channel: UnixStream, barrier: &Barrier) -> io::R
     }
 }
 
-fn put(qemu: &Qemu, pages: Vec<super::super::guest::Page>) -> io::Result<()> {
+fn put(qemu: &Qemu, pages: Vec<Page>) -> io::Result<()> {
     let good = qemu.guest.with(move |guest| pages.iter().all(|page| guest.ram.put(page)));
     if good { Ok(()) } else { Err(invalid("Illegal RAM offset")) }
 }
@@ -125,8 +134,9 @@ fn receive_main(
     let Frame::Header(header) = Frame::read(&mut from)? else {
         return Err(invalid("Not a migration stream"));
     };
-    if header.memory != qemu.memory {
-        let (theirs, ours) = (header.memory << 20, qemu.memory << 20);
+    let memory = [qemu.asked_memory, qemu.memory];
+    if let Some((theirs, ours)) = header.memory.iter().zip(memory).find(|(a, b)| *a != b) {
+        let (theirs, ours) = (theirs << 20, ours << 20);
         return Err(invalid(&format!("Size mismatch: pc.ram: {theirs:#x} != {ours:#x}")));
     }
     if header.channels != channels {

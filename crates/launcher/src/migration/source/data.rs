@@ -42,10 +42,8 @@ impl Shell {
         let names: Vec<String> = spec.disks.iter().map(|d| d.name.clone()).collect();
         let tokens = prepared.disk_tokens.iter().cloned().enumerate();
         let dialers = tokens.map(|(n, token)| dialing.stream(Stream::Disk(n as u16), token));
-        let connect = DiskDialer {
-            dialers: dialers.collect(),
-            runtime: tokio::runtime::Handle::current(),
-        };
+        let connect =
+            DiskDialer { dialers: dialers.collect(), runtime: tokio::runtime::Handle::current() };
         let options = Options {
             streams: self.request.policy.disk_streams,
             bucket: self.bucket.clone(),
@@ -75,7 +73,7 @@ impl Shell {
             history,
             policy: self.request.policy.clone(),
             inputs: self.inputs.clone(),
-            failpoints: self.launcher.failpoints.clone(),
+            launcher: self.launcher.clone(),
         };
         self.disks = Some(tokio::spawn(driver.drive(disks, ordered)));
         Ok(())
@@ -236,7 +234,7 @@ struct Driver {
     history: crate::migration::history::History,
     policy: crate::migration::policy::Policy,
     inputs: mpsc::Sender<Input>,
-    failpoints: crate::migration::failpoint::Failpoints,
+    launcher: crate::vm::Handle,
 }
 
 impl Driver {
@@ -260,7 +258,7 @@ impl Driver {
         let outstanding = self.outstanding.take();
         let (holds, copy) = (self.holds.clone(), self.copy.clone());
         disks.seed(&holds, &copy, outstanding.as_deref(), &self.history, stall).await?;
-        self.failpoints.pass("source:Seeded").await;
+        self.launcher.pass("source:Seeded").await;
         let mut fits = false;
         loop {
             let pause = if fits { ROUND_PAUSE } else { Duration::ZERO };

@@ -89,7 +89,9 @@ async fn shake(sent: &Sent, heard: &mut Heard, offer: &Offer) -> Result<Prepared
     match heard.next::<Welcome>().await? {
         Some(Welcome::Version(handover::wire::CURRENT)) => {}
         Some(Welcome::Version(other)) => {
-            return Err(format!("the target chose protocol version {other}, which was not offered"));
+            return Err(format!(
+                "the target chose protocol version {other}, which was not offered"
+            ));
         }
         Some(Welcome::Unwelcome(why)) => return Err(why),
         None => return Err("the target closed the control stream".into()),
@@ -100,7 +102,9 @@ async fn shake(sent: &Sent, heard: &mut Heard, offer: &Offer) -> Result<Prepared
         Some(FromTarget::Prepared(body)) => {
             serde_json::from_value(body).map_err(|e| format!("the target's answer is wrong: {e}"))
         }
-        Some(FromTarget::Failed(failure)) => Err(format!("the target cannot receive it: {failure}")),
+        Some(FromTarget::Failed(failure)) => {
+            Err(format!("the target cannot receive it: {failure}"))
+        }
         Some(other) => Err(format!("the target answered {other:?} to the offer")),
         None => Err("the target closed the control stream".into()),
     }

@@ -68,10 +68,8 @@ impl Shell {
             left,
         });
         let disks: Vec<_> = disks.collect();
-        let failpoint = self.launcher.failpoints.standing_at();
         self.launcher.show(|status| {
             let Some(migration) = &mut status.migration else { return };
-            migration.failpoint = failpoint;
             let progress = &mut migration.progress;
             progress.disks = disks;
             progress.bytes_total = counters.asked;

@@ -127,8 +127,9 @@ impl Shell {
     fn remove_created(&self) {
         for received in self.disks.iter().filter(|d| d.created) {
             let removed = self.launcher.marks.clear(&received.disk).map_err(|e| e.to_string());
-            let removed = removed
-                .and_then(|()| std::fs::remove_file(received.disk.path()).map_err(|e| e.to_string()));
+            let removed = removed.and_then(|()| {
+                std::fs::remove_file(received.disk.path()).map_err(|e| e.to_string())
+            });
             if let Err(why) = removed {
                 tracing::warn!(%why, disk = %received.disk.path().display(), "left behind");
             }

@@ -39,8 +39,7 @@ pub(super) async fn receive(
 ) {
     let patience = Duration::from_secs_f64(request.policy.reconnect_seconds);
     let links = Links::Accept(control);
-    let Control { sent, mut heard, .. } =
-        Control::start(links, request.policy.reconnect_seconds);
+    let Control { sent, mut heard, .. } = Control::start(links, request.policy.reconnect_seconds);
     let answer = Duration::from_secs_f64(request.policy.answer_seconds) + patience;
     let (inputs, received) = mpsc::channel(64);
     let opening = async {
@@ -59,6 +58,7 @@ pub(super) async fn receive(
             shell.run(received).await;
         }
         Err(why) => {
+            tracing::warn!(%why, "the guest cannot be received");
             sent.send(&FromTarget::Failed(Failure::Other(why.clone()))).await;
             sent.close(Duration::from_secs(2)).await;
             gate.close();
@@ -116,7 +116,9 @@ async fn open(
     }
     let bitmaps = Bitmaps::new(qemu.qmp.clone(), &launcher.folder, shown);
     let ready = async {
-        memory::set_up(&qemu, offer.multifd, false, Duration::from_millis(300)).await.map_err(text)?;
+        memory::set_up(&qemu, offer.multifd, false, Duration::from_millis(300))
+            .await
+            .map_err(text)?;
         memory::listen(&qemu).await.map_err(text)?;
         bitmaps.start(&since_name(offer.epoch)).await.map_err(text)
     };
