@@ -8,6 +8,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 /// How long a guest may take to shut down when its launcher ends.
 const GRACE: Duration = Duration::from_secs(10);
+/// The grace, and what a QEMU that hangs adds to it.
+const CLOSE: Duration = Duration::from_secs(25);
+/// A killed process is gone at once, unless its disk hangs.
+const KILL: Duration = Duration::from_secs(5);
 /// What waits for news of this launcher hears its last words within this time.
 const FAREWELL: Duration = Duration::from_millis(50);
 
@@ -78,8 +82,12 @@ async fn live(launcher: &Handle, spec: Option<VmSpec>, forced: bool) -> Result<(
     };
     tracing::info!("the launcher ends");
     tokio::select! {
-        () = launcher.close(GRACE) => {}
-        () = ends.wait() => launcher.close(Duration::ZERO).await,
+        _ = tokio::time::timeout(CLOSE, launcher.close(GRACE)) => {}
+        () = ends.wait() => {}
+    }
+    // Whatever is still here: a guest that was told twice, or a QEMU that hangs.
+    if !matches!(tokio::time::timeout(KILL, launcher.kill()).await, Ok(Ok(()))) {
+        tracing::warn!("QEMU could not be ended in order; it ends with this process");
     }
     tokio::time::sleep(FAREWELL).await;
     api.abort();

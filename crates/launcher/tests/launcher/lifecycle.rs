@@ -1,5 +1,6 @@
 //! A VM from its start to its end, by every way.
 
+use crate::console::hear;
 use crate::world::{self, Host, firmware, spec};
 use launcher::migration::marks::{Mark, Marks};
 use launcher::qemu::start_time;
@@ -85,6 +86,19 @@ async fn a_launcher_that_is_told_to_end_leaves_no_process_and_no_socket() {
     let mut left: Vec<_> = left.map(|name| name.into_string().unwrap()).collect();
     left.sort();
     assert_eq!(left, ["lock", "qemu.log"]);
+}
+
+#[tokio::test]
+async fn a_launcher_takes_at_most_15_mib_beside_its_qemu() {
+    let host = Host::start();
+    let launcher = host.launcher_with(Some(&firmware())).await;
+    launcher.until_phase(Phase::Running).await;
+    let mut console = launcher.serial("console").await;
+    hear(&mut console, "No bootable device").await;
+    let status = std::fs::read_to_string(format!("/proc/{}/status", launcher.pid())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let kib: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(kib <= 15 << 10, "{kib} KiB");
 }
 
 #[tokio::test]
