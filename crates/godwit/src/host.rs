@@ -116,9 +116,7 @@ pub async fn console(arguments: cli::Console) -> Result<ExitCode> {
         }
     };
     tokio::select! { done = show => done?, done = send => done? }
-    // N.B. a read of stdin cannot be cancelled: leave without waiting for it.
-    drop(_raw);
-    std::process::exit(0)
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The terminal without line editing, until dropped.

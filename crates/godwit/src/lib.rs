@@ -22,7 +22,12 @@ pub fn main() -> ExitCode {
     // One thread: QEMU dies with the thread that started it, and a launcher stays small.
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let outcome = match runtime {
-        Ok(runtime) => runtime.block_on(cli::run(arguments.command)),
+        Ok(runtime) => {
+            let outcome = runtime.block_on(cli::run(arguments.command));
+            // A read of the terminal cannot be cancelled: it is not waited for.
+            runtime.shutdown_background();
+            outcome
+        }
         Err(error) => Err(error.into()),
     };
     match outcome {

@@ -118,6 +118,10 @@ pub struct DiskDialer {
 }
 
 impl mover::sender::Connect for DiskDialer {
+    #[expect(
+        clippy::disallowed_methods,
+        reason = "a thread of the mover's own, not one of the runtime's"
+    )]
     fn connect(&self, stream: u16) -> Result<StdStream, String> {
         let dialer = self.dialers.get(usize::from(stream)).ok_or("there is no such stream")?;
         let connected = self.runtime.block_on(dialer.dial())?;

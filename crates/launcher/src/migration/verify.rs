@@ -174,7 +174,7 @@ pub async fn verify_send(
         }
         disks.push(Arc::new(disk));
     }
-    let vm: VmName = ticket.vm.parse().map_err(|e| fail(format!("{e}")))?;
+    let vm: VmName = ticket.vm.parse().map_err(|why: &str| fail(why.to_owned()))?;
     let (_running, over) = tokio::sync::watch::channel(false);
     let dialing = Dialing {
         gateway: launcher.gateway.clone(),

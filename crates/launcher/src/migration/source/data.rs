@@ -266,7 +266,8 @@ impl Driver {
                 biased;
                 Some(Order::Last) = orders.recv() => {
                     disks.last(stall).await?;
-                    return Ok(self.tell(Event::LastDeltaSafe).await);
+                    self.tell(Event::LastDeltaSafe).await;
+                    return Ok(());
                 }
                 () = tokio::time::sleep(pause) => {}
             }

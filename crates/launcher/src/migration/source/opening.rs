@@ -17,7 +17,7 @@ impl Shell {
     pub(super) fn open(&mut self) -> Result<(), String> {
         let ticket = &self.request.ticket;
         let policy = &self.request.policy;
-        let vm: VmName = ticket.vm.parse().map_err(|e| format!("{e}"))?;
+        let vm: VmName = ticket.vm.parse().map_err(str::to_owned)?;
         let dialing = Dialing {
             gateway: self.launcher.gateway.clone(),
             peer: ticket.peer.clone(),
