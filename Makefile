@@ -25,7 +25,8 @@ test: guest ## run all tests, with real QEMU
 	cargo test --workspace
 
 bench: guest ## measure, side by side with QEMU's own way
-	cargo run -q --release -p e2e --bin bench
+	cargo build -q --release -p godwit -p e2e --bins
+	target/release/bench
 
 soak: guest ## move with faults: MINUTES=10 SEED=1
 	cargo run -q --release -p e2e --bin soak -- --minutes $(MINUTES) --seed $(SEED)

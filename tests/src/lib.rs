@@ -1,5 +1,10 @@
 //! End-to-end tests with real guests: the world they live in.
 
+pub mod bench {
+    //! What Godwit is measured against.
+
+    pub mod libvirt;
+}
 pub mod guest;
 pub mod witness;
 pub mod world;
