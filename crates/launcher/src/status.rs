@@ -122,7 +122,9 @@ pub fn judge(phase: Phase, moving: bool, wish: Wish) -> Verdict {
         (W::Start, P::Empty | P::Stopped | P::Left) => Accept,
         (W::Start, P::Starting | P::Running) => Already,
         (W::Start, P::Paused) => Deny("the VM is paused; resume it"),
-        (W::Start, P::ShuttingDown) => Deny("the VM is shutting down; start it when it has stopped"),
+        (W::Start, P::ShuttingDown) => {
+            Deny("the VM is shutting down; start it when it has stopped")
+        }
         (W::Start, P::Receiving) => Deny("the VM is on its way here"),
         (W::ShutDown | W::Kill, P::Empty | P::Stopped | P::Left) => Already,
         (W::ShutDown, P::ShuttingDown) => Already,
