@@ -26,7 +26,7 @@ pub struct Config {
     pub stopped: bool,
     /// `-no-shutdown` was given.
     pub no_shutdown: bool,
-    /// MiB of memory.
+    /// KiB of memory.
     pub memory: u64,
     /// vCPUs.
     pub cpus: u64,
@@ -97,7 +97,7 @@ const FLAGS: [&str; 20] = [
 /// # Errors
 /// In QEMU's words.
 pub fn parse(arguments: Vec<String>) -> Result<Config, String> {
-    let mut config = Config { memory: 128, cpus: 1, ..Config::default() };
+    let mut config = Config { memory: 128 << 10, cpus: 1, ..Config::default() };
     let mut arguments = VecDeque::from(arguments);
     let mut anonymous = 0;
     while let Some(word) = arguments.pop_front() {
@@ -261,13 +261,14 @@ fn short(argument: &str) -> Backend {
 fn memory(argument: &str) -> Result<u64, String> {
     let options = properties(argument, "size")?;
     let size = text(&options, "size");
-    let (digits, mib) = match size.as_bytes().last() {
-        Some(b'M' | b'm') => (&size[..size.len() - 1], 1),
-        Some(b'G' | b'g') => (&size[..size.len() - 1], 1024),
-        _ => (size, 1),
+    let (digits, kib) = match size.as_bytes().last() {
+        Some(b'K' | b'k') => (&size[..size.len() - 1], 1),
+        Some(b'M' | b'm') => (&size[..size.len() - 1], 1 << 10),
+        Some(b'G' | b'g') => (&size[..size.len() - 1], 1 << 20),
+        _ => (size, 1 << 10),
     };
     let bad = "Parameter 'size' expects a non-negative number below 2^64";
-    digits.parse::<u64>().map(|n| n * mib).map_err(|_| bad.to_owned())
+    digits.parse::<u64>().map(|n| n * kib).map_err(|_| bad.to_owned())
 }
 
 fn cpus(argument: &str) -> Result<u64, String> {
@@ -293,7 +294,7 @@ mod test {
             "-smp",
             "2",
             "-m",
-            "64M",
+            "65544k",
             "-unknown",
             "-chardev",
             "socket,id=qmp,path=qmp.sock,server=on,wait=off",
@@ -317,7 +318,7 @@ mod test {
             "defer",
         ]);
         assert!(config.stopped && !config.version);
-        assert_eq!((config.cpus, config.memory), (2, 64));
+        assert_eq!((config.cpus, config.memory), (2, 65_544));
         assert_eq!(config.monitors, ["qmp"]);
         assert_eq!(config.chardevs["qmp"], Backend::Listen("qmp.sock".into()));
         assert_eq!(config.chardevs["serial1"], Backend::Connect("o,racle.qemu".into()));
@@ -334,7 +335,7 @@ mod test {
         let config = config(&["-qmp", "unix:/run/q,server,nowait", "-serial", "null", "-m", "1G"]);
         assert_eq!(config.chardevs[&config.monitors[0]], Backend::Listen("/run/q".into()));
         assert_eq!(config.serials.len(), 1);
-        assert_eq!(config.memory, 1024);
+        assert_eq!(config.memory, 1 << 20);
         assert!(self::config(&["-m", "64", "--version"]).version);
     }
 }

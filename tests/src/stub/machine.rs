@@ -86,7 +86,7 @@ pub struct Qemu {
     pub graph: Arc<Mutex<Graph>>,
     /// The guest.
     pub guest: guest::Handle,
-    /// MiB of memory that `-m` asked for.
+    /// KiB of memory that `-m` asked for.
     pub asked_memory: u64,
     /// MiB of memory that the guest really has.
     pub memory: u64,

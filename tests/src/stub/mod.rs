@@ -102,7 +102,7 @@ fn start(config: Config) -> Result<(Arc<Qemu>, mpsc::Receiver<()>), String> {
     check_chardevs(&config)?;
     let graph = Arc::new(Mutex::new(graph(&config)?));
     let most = std::env::var("STUB_QEMU_MEMORY_MIB").ok().and_then(|mib| mib.parse().ok());
-    let memory = config.memory.clamp(1, most.unwrap_or(MEMORY));
+    let memory = (config.memory >> 10).clamp(1, most.unwrap_or(MEMORY));
     let (shut_down, ends) = mpsc::channel();
     let parts = guest::Parts { memory, graph: graph.clone(), shut_down };
     let guest = guest::Handle::start(parts);

@@ -25,7 +25,7 @@ const LONGEST: u32 = 64 << 20;
 /// What the source has, and how it will send it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
-    /// MiB of memory: what `-m` said, and what the guest really has.
+    /// Memory: KiB that `-m` asked for, and MiB that the guest really has.
     pub memory: [u64; 2],
     /// Connections beside the main one.
     pub channels: u64,

@@ -135,8 +135,8 @@ fn receive_main(
         return Err(invalid("Not a migration stream"));
     };
     let memory = [qemu.asked_memory, qemu.memory];
-    if let Some((theirs, ours)) = header.memory.iter().zip(memory).find(|(a, b)| *a != b) {
-        let (theirs, ours) = (theirs << 20, ours << 20);
+    if header.memory != memory {
+        let [theirs, ours] = [header.memory[0] << 10, memory[0] << 10];
         return Err(invalid(&format!("Size mismatch: pc.ram: {theirs:#x} != {ours:#x}")));
     }
     if header.channels != channels {

@@ -351,7 +351,10 @@ fn failing_moves(world: &World, m: &mut Minutes) {
     a.reach("cancelled");
     m.say("a", a, "query-status", json!({}));
     m.say("a", a, "query-migrate", json!({}));
-    m.note("events", a.until("cancelled"));
+    let mut events = a.until("cancelled");
+    // QEMU's thread may get a step further before it sees that it is cancelled.
+    events.retain(|event| !event.contains("device"));
+    m.note("events", events);
     m.note("b ended", b.ended().0);
     // The target dies before the switchover: nobody notices until it goes on.
     b = world.start("b", "b.raw", &["-incoming", "defer"]);

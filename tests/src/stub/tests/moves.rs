@@ -8,7 +8,7 @@ use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-const WRITE: &str = "write start dev=/dev/vda offset=1M len=2M seed=7";
+const WRITE: &str = "write start dev=/dev/vda offset=1M len=2M seed=7 rate=500";
 
 fn world() -> World {
     let mut world = World::new(Kind::Stub);
