@@ -15,7 +15,7 @@ pub enum Error {
     #[error("this host's handler cannot answer: {0}")]
     Failed(String),
     /// The record does not let the VM start here.
-    #[error("the VM may not be started here: {0}")]
+    #[error("the VM may not be started here")]
     Refused(#[source] handover::record::Refused),
 }
 

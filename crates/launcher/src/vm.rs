@@ -238,7 +238,7 @@ impl Launcher {
         let started = self.boot(&mut vm, &spec, forced).await;
         match &started {
             Ok(guest) => self.show_guest(Phase::Running, Some(guest)),
-            Err(error) => self.show_phase(before, Some(error.to_string())),
+            Err(error) => self.show_phase(before, Some(crate::chain(error))),
         }
         let guest = started?;
         vm.guest = Some(guest.clone());
@@ -248,23 +248,33 @@ impl Launcher {
     }
 
     async fn boot(&self, vm: &mut Vm, spec: &VmSpec, forced: bool) -> Result<Guest, Error> {
-        let mut facts = Vec::new();
+        let (mut facts, mut marked) = (Vec::new(), Vec::new());
         for disk in &spec.disks {
             let opened = Disk::source(&disk.path)?;
+            facts.push(Facts { medium: opened.medium(), direct: opened.is_direct() });
             if let Some(mark) = self.marks.get(&opened)? {
                 if !forced {
                     return Err(Error::Marked { disk: disk.path.clone(), mark });
                 }
-                self.marks.clear(&opened)?;
+                marked.push(opened);
             }
-            facts.push(Facts { medium: opened.medium(), direct: opened.is_direct() });
         }
         self.open_consoles(vm, spec)?;
         let instance = InstanceId(uuid::Uuid::new_v4().to_string());
-        // N.B. the epoch is taken before QEMU is started: a start is a swap.
-        let epoch = self.owner.start(&instance, forced).await?;
+        // N.B. QEMU first, which stands still, then the epoch: a QEMU that cannot be started must
+        // not leave an owner behind of whom nobody knows whether it lives.
         let qemu = Qemu::start(&self.qemu_config(), spec, &facts, Mode::Boot).await?;
         self.owner.watch(&instance, qemu.process.pid()).await;
+        let epoch = match self.owner.start(&instance, forced).await {
+            Ok(epoch) => epoch,
+            Err(error) => {
+                qemu.process.kill().await;
+                return Err(error.into());
+            }
+        };
+        for disk in &marked {
+            self.marks.clear(disk)?;
+        }
         qemu.qmp.execute(Cont, QMP_DEADLINE).await?;
         Ok(Guest { qemu, instance, epoch, history: Default::default() })
     }
@@ -296,13 +306,17 @@ impl Launcher {
             if vm.guest.as_ref().is_some_and(|now| now.instance == guest.instance) {
                 vm.guest = None;
                 vm.carried = None;
-                launcher.show_guest(Phase::Stopped, None);
                 let words = guest.qemu.process.last_words();
-                let reason = match exit.is_clean() {
-                    true => "the guest shut down".to_owned(),
-                    false => format!("QEMU ended by itself ({exit}): {words}"),
+                let reason = match () {
+                    () if exit.is_asked() => "it was ended".to_owned(),
+                    () if exit.is_clean() => "the guest shut down".to_owned(),
+                    () => format!("QEMU ended by itself ({exit}): {words}"),
                 };
-                launcher.show_phase(Phase::Stopped, Some(reason));
+                launcher.show(|status| {
+                    status.phase = Phase::Stopped;
+                    status.reason = Some(reason);
+                    (status.instance, status.epoch, status.qemu_pid) = (None, None, None);
+                });
             }
         });
     }
@@ -341,6 +355,9 @@ impl Launcher {
         };
         if let Some(guest) = guest {
             guest.qemu.process.kill().await;
+            // The watch shows it; whoever asked finds it shown.
+            let gone = |status: &Status| status.instance.as_ref() != Some(&guest.instance.0);
+            let _ = tokio::time::timeout(QMP_DEADLINE, self.status().wait_for(gone)).await;
         }
         Ok(())
     }

@@ -25,10 +25,10 @@ async fn a_vm_runs_stands_still_goes_on_and_is_ended() {
     assert_eq!(client.resume().await.unwrap().phase, Phase::Running);
     let pid = status.qemu_pid.unwrap();
     let began = start_time(pid);
-    client.kill().await.unwrap();
-    world::until_gone(pid, began).await;
-    let status = launcher.until_phase(Phase::Stopped).await;
-    assert_eq!(status.qemu_pid, None);
+    let status = client.kill().await.unwrap();
+    assert_eq!((status.phase, status.qemu_pid), (Phase::Stopped, None));
+    assert_eq!(status.reason.as_deref(), Some("it was ended"));
+    assert_ne!(start_time(pid), began);
     // Every start is an epoch of its own.
     assert_eq!(client.start(&firmware(), false).await.unwrap().epoch, Some(2));
 }
@@ -113,6 +113,8 @@ async fn what_qemu_says_before_it_fails_is_told_and_nothing_runs() {
     assert!(status.reason.unwrap().contains("no-such-cpu"));
     let log = std::fs::read_to_string(host.folder().join("qemu.log")).unwrap();
     assert!(log.contains("unable to find CPU model 'no-such-cpu'"), "{log}");
+    // And it is in nobody's way.
+    assert_eq!(launcher.client.start(&firmware(), false).await.unwrap().epoch, Some(1));
 }
 
 #[tokio::test]
