@@ -23,6 +23,17 @@
 //!   about one run of 15).
 //! - `STUB_QEMU_MEMORY_MIB=N`: the most memory that a guest really has; `-m` asks
 //!   for less or is cut to it. Default 8.
+//!
+//! Where it is not QEMU:
+//! - Its memory moves in a format of its own, over `unix:` only: a stub moves to
+//!   a stub. Other capabilities than `events`, `multifd`, `return-path`,
+//!   `pause-before-switchover` and `late-block-activate` are kept and do nothing.
+//! - Image locks are `flock`s, which a real QEMU does not see.
+//! - Nodes are `file`, `host_device`, `raw` (with `size`, without `offset`) and
+//!   `throttle`; only raw nodes are reopened with new options. Exports are read
+//!   only, over NBD on Unix sockets. Nothing is plugged or unplugged, no jobs.
+//! - Unknown options of the command line are skipped; there are no NICs.
+//! - `human-monitor-command` knows `qemu-io -d DEVICE "write OFFSET LENGTH"`.
 
 mod bitmap;
 mod block;
