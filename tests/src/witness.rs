@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -139,7 +140,7 @@ impl Line {
     /// # Errors
     /// When the oracle refuses it or does not answer in time.
     pub fn command(&mut self, command: &str, deadline: Duration) -> Result<Report> {
-        self.witness.lock().answers.clear();
+        self.skip_the_past(deadline)?;
         self.stream.write_all(format!("{command}\n").as_bytes())?;
         let answer =
             self.witness.wait(&format!("an answer to `{command}`"), deadline, |heard| {
@@ -149,6 +150,22 @@ impl Line {
             Report::Err(why) => bail!("the oracle refuses `{command}`: {why}"),
             answer => Ok(answer),
         }
+    }
+
+    /// A serial line begins with what was said before: old answers are not
+    /// ours. A command that nobody knows is quoted in its refusal, and so marks
+    /// where the present begins.
+    fn skip_the_past(&mut self, deadline: Duration) -> Result<()> {
+        static FENCES: AtomicU64 = AtomicU64::new(0);
+        let fence = format!("fence-{}-{}", std::process::id(), FENCES.fetch_add(1, Relaxed));
+        self.stream.write_all(format!("{fence}\n").as_bytes())?;
+        self.witness.wait("that it does not know a fence", deadline, |heard| {
+            let is_fence =
+                |answer: &Report| matches!(answer, Report::Err(why) if why.contains(&fence));
+            let at = heard.answers.iter().position(is_fence)?;
+            heard.answers.drain(..=at);
+            Some(())
+        })
     }
 
     /// Has the guest check all that it wrote and counted.
