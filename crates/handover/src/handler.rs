@@ -92,7 +92,8 @@ pub fn peer(
                     apply(vm, current, swap)
                 }
             }
-            State::Idle | State::Armed(_) | State::Committed(_) if now.epoch > *epoch => {
+            State::Expected(_) => Err(nothing("no attempt of yours is under way")),
+            _ if now.epoch > *epoch => {
                 // N.B. refused: what is granted is written.
                 let current = Some(veiled(now, None));
                 Err(Refused { current, why: "the attempt is over".into() })
@@ -103,19 +104,18 @@ pub fn peer(
             if peer == asker =>
         {
             match &now.state {
-                State::Expected(of) | State::Committed(of)
+                // N.B. `Committed` where the ledger is the same as the source's.
+                State::Expected(of) | State::Committed(of) | State::Returned(of)
                     if of.peer == *asker && of.attempt == *attempt =>
                 {
-                    let undecided = match now.state {
-                        State::Expected(_) => true,
-                        _ => now.epoch == *epoch,
-                    };
-                    if undecided && !has_guest && qemu_of(&of.heir) == Qemu::Alive {
+                    let open = !matches!(now.state, State::Returned(_));
+                    if open && !has_guest && qemu_of(&of.heir) == Qemu::Alive {
                         return Err(nothing("its heir lives and is about to run it"));
                     }
                     apply(vm, current, swap)
                 }
-                State::Idle | State::Armed(_) | State::Committed(_) if now.epoch > *epoch => {
+                State::Expected(_) => Err(nothing("no attempt of yours is expected here")),
+                _ if now.epoch > *epoch => {
                     let current = Some(veiled(now, Some(source)));
                     Err(Refused { current, why: "the heir has adopted it".into() })
                 }

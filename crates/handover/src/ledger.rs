@@ -1,4 +1,8 @@
 //! How a handler is asked: by the launchers of its host, and by other hosts.
+//!
+//! Each question and answer carries its version in its name. What a later build
+//! asks differently gets a variant of its own, and the one before stays for a
+//! release; a host that does not know a name answers `failed`, which settles nothing.
 
 use crate::record::{InstanceId, Record, Refused, Swap, VmId};
 use crate::source::Answer;
@@ -6,14 +10,16 @@ use serde::{Deserialize, Serialize};
 
 /// A question.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "ask", rename_all = "kebab-case")]
+#[serde(tag = "ask")]
 pub enum Request {
     /// What does the record say? Launchers of this host only.
+    #[serde(rename = "read/1")]
     Read {
         /// The VM.
         vm: VmId,
     },
     /// Change the record.
+    #[serde(rename = "swap/1")]
     Swap {
         /// The VM.
         vm: VmId,
@@ -21,6 +27,7 @@ pub enum Request {
         change: Swap,
     },
     /// Watch this QEMU, so that its end is known without its launcher.
+    #[serde(rename = "watch/1")]
     Watch {
         /// The owner that started it.
         instance: InstanceId,
@@ -33,26 +40,31 @@ pub enum Request {
 
 /// An answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "answer", rename_all = "kebab-case")]
+#[serde(tag = "answer")]
 pub enum Response {
     /// What the record says.
+    #[serde(rename = "record/1")]
     Record {
         /// None: there is none.
         record: Option<Record>,
     },
     /// The swap is written.
+    #[serde(rename = "done/1")]
     Done {
         /// What is written.
         record: Record,
     },
     /// The swap does not fit.
+    #[serde(rename = "refused/1")]
     Refused {
         /// Why, and what is written.
         refused: Refused,
     },
     /// The process is watched.
+    #[serde(rename = "watching/1")]
     Watching,
     /// It could not be carried out; nobody knows how far it came.
+    #[serde(rename = "failed/1")]
     Failed {
         /// Why.
         why: String,

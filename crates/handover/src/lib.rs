@@ -1,8 +1,9 @@
 //! Who may run a VM while it moves: states, events, actions and wire messages.
 //!
-//! Pure: no I/O, no clock, no runtime. The launchers run [`source::Source`] and
-//! [`target::Target`], the handlers [`record::apply`] and [`handler::answer`];
-//! the model in `tests/` runs the same functions against every interleaving.
+//! Pure: no I/O, no clock, no runtime. The launchers run [`start::Start`],
+//! [`source::Source`] and [`target::Target`], the handlers [`handler::local`] and
+//! [`handler::peer`] over [`record::apply`]; the model in `tests/` runs the same
+//! functions against every interleaving.
 //!
 //! ```text
 //!  source's ledger      source           target        target's ledger
@@ -11,7 +12,7 @@
 //!        |                |<--- Loaded ----|                  |
 //!        | <-- Commit ----|                |                  |   point of no return
 //!        |                |---- Commit --->|                  |
-//!        |                |                |---- Adopt -----> |
+//!        |                |                |---- Adopt -----> |   it expected that
 //!        |                |<--- Running ---|  cont            |
 //! ```
 
@@ -19,15 +20,14 @@ pub mod handler;
 pub mod ledger;
 pub mod record;
 pub mod source;
+pub mod start;
 pub mod target;
 pub mod wire;
 
-use serde::{Deserialize, Serialize};
 use std::fmt;
 
 /// Why a move did not succeed.
-#[derive(Debug, Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Failure {
     /// The user wanted it so.
     Cancelled,

@@ -3,16 +3,16 @@
 //! ```text
 //! Preparing -> Seeding -> Arming -> Converging -> Paused -> Loading -> Committing -> Committed -> Released
 //!     |           |          |          |           |          |           |            |
-//!     +-----------+          +----------+-----------+----------+-----------+            | the heir gave it back
-//!           |                                       |  Abort                            v
-//!           |                                    Aborting ------> Resuming <------ HandingBack
-//!           v                                       |                |
-//!         Ended <-----------------------------------+----------------+
+//!     +-----------+----------+----------+-----------+----------+-----------+            | the heir gave it back
+//!                                       |                                               v
+//!                                   Aborting ----------> Resuming <---------------- HandingBack
+//!                                       |                    |
+//!         Ended <-----------------------+--------------------+
 //! ```
 //!
 //! Until `Loading` the target has not got all of the memory and can never run,
-//! so the guest is resumed at once when something fails. From `Loading` on it
-//! is resumed only when an abort was acknowledged by the ledger.
+//! so the guest runs on, or is resumed at once, when something fails. From
+//! `Loading` on it is resumed only when an abort was acknowledged by the ledger.
 
 use crate::record::{self, Epoch, HostId, InstanceId, Move, Record, Swap, Verdict};
 use crate::{Failure, Waiting};
@@ -205,7 +205,8 @@ impl Source {
                 E::PeerRunning,
             ) => self.release(),
             (S::Committed, E::PeerGaveBack(failure)) => self.hand_back(failure),
-            (S::Committed, E::PeerLost) => self.go(S::Committed, [self.relinquish()]),
+            // N.B. also when the target takes too long: then its ledger says who is to run it.
+            (S::Committed, E::PeerLost | E::Failed(_)) => vec![self.relinquish()],
             (S::Committed, E::Relinquished(answer)) => self.relinquished(answer),
 
             (S::Committing, E::Swapped(answer)) => {
@@ -233,13 +234,12 @@ impl Source {
         use {Event as E, State as S};
         let Some(failure) = failure_of(&event) else { return vec![] };
         match (state, event) {
-            (S::Preparing | S::Seeding, _) => {
-                let tell = Action::SendAborted(failure.clone());
-                self.go(S::Ended { failure }, [tell])
-            }
             (S::Arming, _) => self.abort(false, failure, []),
             // The answer to a swap that no longer matters.
             (_, E::Swapped(_)) => vec![],
+            // N.B. an abort takes the next epoch also where nothing was armed: so each
+            // attempt has an epoch of its own, by which the target's ledger tells them apart.
+            (S::Preparing | S::Seeding, _) => self.abort(false, failure, []),
             (S::Converging | S::Paused, _) => self.abort(false, failure, [Action::CancelMemory]),
             // The target may have got everything: then the guest survives its source.
             (S::Loading, E::QemuEnded) => vec![],
@@ -274,11 +274,18 @@ impl Source {
             Answer::Refused(None) | Answer::Unknown => return self.ask_again(),
         };
         match (self.verdict(&record), &self.state) {
-            (Verdict::Committed, State::Committing | State::Aborting { .. }) => self.decided(),
-            (Verdict::Committed | Verdict::Open, _) if refused => self.ask_again(),
-            (Verdict::Committed | Verdict::Open, _) => vec![],
+            (Verdict::Committed | Verdict::Adopted, State::Committing | State::Aborting { .. }) => {
+                self.decided()
+            }
+            // N.B. when handing back this is old news, the heir's word is newer.
+            (Verdict::Committed | Verdict::Adopted | Verdict::Open, _) => {
+                if refused {
+                    self.ask_again()
+                } else {
+                    vec![]
+                }
+            }
             (Verdict::GivenBack, _) => self.hand_back(failure),
-            (Verdict::Adopted, _) => self.release(),
             (Verdict::Over, _) => {
                 let mut actions = vec![Action::SendAborted(failure.clone())];
                 actions.extend(self.resume(stopped, failure));
@@ -393,9 +400,8 @@ impl Source {
         }
     }
 
-    /// What this state waits for. N.B. where nothing was decided yet the
-    /// deadline's end is a [`Event::Failed`]; where the ledger decides it only
-    /// makes the doubt visible.
+    /// What this state waits for. The deadline's end is a [`Event::Failed`]; where
+    /// a ledger decides it has no effect but to make the doubt visible.
     pub fn waiting(&self) -> Option<Waiting> {
         Some(match self.state {
             State::Preparing => Waiting::for_peer("the target to be prepared"),
@@ -410,7 +416,7 @@ impl Source {
             State::HandingBack { .. } => {
                 Waiting::for_ledger("this host's ledger to take the VM back")
             }
-            State::Resuming { .. } => Waiting::for_peer("the guest to run again here"),
+            State::Resuming { .. } => Waiting::for_decision("QEMU to run the guest again here"),
             State::Released | State::Ended { .. } => return None,
         })
     }

@@ -308,7 +308,7 @@ impl Target {
             State::Loaded => Waiting::for_decision("the source to commit the move"),
             State::Asking => Waiting::for_decision("the source's ledger to say whose the guest is"),
             State::Adopting => Waiting::for_ledger("this host's ledger to adopt the guest"),
-            State::Activating => Waiting::for_peer("QEMU to run the guest"),
+            State::Activating => Waiting::for_decision("QEMU to run the guest"),
             State::Withdrawing { .. } => Waiting::for_peer("QEMU to end"),
             State::GivingBack { .. } => {
                 Waiting::for_ledger("this host's ledger to give the guest back")

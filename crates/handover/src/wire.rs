@@ -109,6 +109,7 @@ pub mod v1 {
         /// The guest is the target's.
         Commit,
         /// The attempt is over and will never be committed.
+        #[serde(with = "reason")]
         Aborted(Failure),
         /// What has changed since older epochs: for a way back. After `Running`.
         History(Value),
@@ -125,9 +126,45 @@ pub mod v1 {
         /// The guest runs here.
         Running,
         /// Something failed here, and nothing was committed to it.
+        #[serde(with = "reason")]
         Failed(Failure),
         /// The guest is the source's again.
+        #[serde(with = "reason")]
         GaveBack(Failure),
+    }
+
+    /// A failure as this version says it, whatever becomes of [`Failure`].
+    mod reason {
+        use super::Failure;
+        use serde::{Deserialize, Deserializer, Serialize, Serializer};
+
+        #[derive(Serialize, Deserialize)]
+        #[serde(rename_all = "kebab-case")]
+        enum Reason {
+            Cancelled,
+            PeerLost,
+            QemuEnded,
+            Other(String),
+        }
+
+        pub fn serialize<S: Serializer>(failure: &Failure, to: S) -> Result<S::Ok, S::Error> {
+            let reason = match failure.clone() {
+                Failure::Cancelled => Reason::Cancelled,
+                Failure::PeerLost => Reason::PeerLost,
+                Failure::QemuEnded => Reason::QemuEnded,
+                Failure::Other(why) => Reason::Other(why),
+            };
+            reason.serialize(to)
+        }
+
+        pub fn deserialize<'a, D: Deserializer<'a>>(from: D) -> Result<Failure, D::Error> {
+            Ok(match Reason::deserialize(from)? {
+                Reason::Cancelled => Failure::Cancelled,
+                Reason::PeerLost => Failure::PeerLost,
+                Reason::QemuEnded => Failure::QemuEnded,
+                Reason::Other(why) => Failure::Other(why),
+            })
+        }
     }
 
     /// A message as bytes.
@@ -147,6 +184,9 @@ pub mod v1 {
     /// # Errors
     /// [`Error::Message`].
     pub fn decode<'a, M: Deserialize<'a>>(bytes: &'a [u8]) -> Result<M, Error> {
+        if bytes.len() > super::MAX_MESSAGE {
+            return Err(Error::Message(format!("it is {} bytes long", bytes.len())));
+        }
         serde_json::from_slice(bytes).map_err(|e| Error::Message(e.to_string()))
     }
 }

@@ -49,6 +49,7 @@ prop_compose! {
             moves().prop_map(State::Armed),
             moves().prop_map(State::Committed),
             moves().prop_map(State::Expected),
+            moves().prop_map(State::Returned),
         ],
     ) -> Record {
         Record { vm: vm(), epoch, owner, state }
@@ -211,7 +212,10 @@ proptest! {
     ) {
         let concerns = current.as_ref().is_some_and(|now| match &now.state {
             State::Idle => false,
-            State::Armed(to) | State::Committed(to) | State::Expected(to) => to.peer == asker,
+            State::Armed(of)
+            | State::Committed(of)
+            | State::Expected(of)
+            | State::Returned(of) => of.peer == asker,
         });
         match asked(current.as_ref(), Some(&asker), qemu, &swap) {
             Ok(next) => prop_assert!(concerns || Some(&next) == current.as_ref()),
