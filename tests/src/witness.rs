@@ -20,8 +20,9 @@ struct Heard {
     ticks: BTreeMap<u64, Instant>,
     /// Highest acknowledged write of each writer.
     written: BTreeMap<u64, u64>,
-    /// Answers that nobody took yet.
-    answers: Vec<Report>,
+    /// Answers that nobody took yet, by the ear that heard them: several ears
+    /// at one host each hear all.
+    answers: Vec<(u64, Report)>,
     /// Losses that were reported.
     losses: Vec<String>,
     /// Lines that made no sense: the pieces of one that a move cut in two.
@@ -49,8 +50,9 @@ impl Witness {
         let stream = connect(socket)?;
         let from = stream.try_clone()?;
         let heard = self.heard.clone();
-        std::thread::spawn(move || follow(from, &heard));
-        Ok(Line { stream, witness: self.clone() })
+        let ear = EARS.fetch_add(1, Relaxed);
+        std::thread::spawn(move || follow(from, &heard, ear));
+        Ok(Line { stream, ear, witness: self.clone() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Heard> {
@@ -131,6 +133,7 @@ impl Witness {
 #[derive(Debug)]
 pub struct Line {
     stream: UnixStream,
+    ear: u64,
     witness: Witness,
 }
 
@@ -144,7 +147,8 @@ impl Line {
         self.stream.write_all(format!("{command}\n").as_bytes())?;
         let answer =
             self.witness.wait(&format!("an answer to `{command}`"), deadline, |heard| {
-                (!heard.answers.is_empty()).then(|| heard.answers.remove(0))
+                let at = heard.answers.iter().position(|(ear, _)| *ear == self.ear)?;
+                Some(heard.answers.remove(at).1)
             })?;
         match answer {
             Report::Err(why) => bail!("the oracle refuses `{command}`: {why}"),
@@ -156,14 +160,15 @@ impl Line {
     /// ours. A command that nobody knows is quoted in its refusal, and so marks
     /// where the present begins.
     fn skip_the_past(&mut self, deadline: Duration) -> Result<()> {
-        static FENCES: AtomicU64 = AtomicU64::new(0);
-        let fence = format!("fence-{}-{}", std::process::id(), FENCES.fetch_add(1, Relaxed));
+        let fence = format!("fence-{}-{}", std::process::id(), EARS.fetch_add(1, Relaxed));
         self.stream.write_all(format!("{fence}\n").as_bytes())?;
         self.witness.wait("that it does not know a fence", deadline, |heard| {
-            let is_fence =
-                |answer: &Report| matches!(answer, Report::Err(why) if why.contains(&fence));
+            let is_fence = |(ear, answer): &(u64, Report)| {
+                *ear == self.ear && matches!(answer, Report::Err(why) if why.contains(&fence))
+            };
             let at = heard.answers.iter().position(is_fence)?;
-            heard.answers.drain(..=at);
+            let before: Vec<_> = heard.answers.drain(..=at).collect();
+            heard.answers.extend(before.into_iter().filter(|(ear, _)| *ear != self.ear));
             Some(())
         })
     }
@@ -194,7 +199,10 @@ fn channel_connect(socket: &Path) -> std::io::Result<UnixStream> {
     UnixStream::connect(Path::new(&format!("/proc/self/fd/{}", folder.as_raw_fd())).join(name))
 }
 
-fn follow(stream: UnixStream, heard: &(Mutex<Heard>, Condvar)) {
+/// Numbers for ears and fences.
+static EARS: AtomicU64 = AtomicU64::new(0);
+
+fn follow(stream: UnixStream, heard: &(Mutex<Heard>, Condvar), ear: u64) {
     let mut from = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
@@ -206,13 +214,13 @@ fn follow(stream: UnixStream, heard: &(Mutex<Heard>, Condvar)) {
         let now = Instant::now();
         let text = String::from_utf8_lossy(&line).trim().to_owned();
         let mut state = heard.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.hear(&text, now);
+        state.hear(&text, now, ear);
         heard.1.notify_all();
     }
 }
 
 impl Heard {
-    fn hear(&mut self, text: &str, now: Instant) {
+    fn hear(&mut self, text: &str, now: Instant, ear: u64) {
         match text.parse::<Report>() {
             Ok(Report::Tick { n, .. }) => {
                 self.ticks.entry(n).or_insert(now);
@@ -226,7 +234,7 @@ impl Heard {
                 self.losses.push(text.to_owned());
             }
             Ok(Report::Died(status)) => self.losses.push(format!("the oracle died: {status}")),
-            Ok(answer) => self.answers.push(answer),
+            Ok(answer) => self.answers.push((ear, answer)),
             Err(_) if text.is_empty() => {}
             Err(_) => self.broken.push(text.to_owned()),
         }
