@@ -131,9 +131,13 @@ impl Ledger {
             Ok(next) => next,
             Err(refused) => return Ok(Err(refused)),
         };
-        if current.as_ref() != Some(&next) {
-            self.write(vm, &next).map_err(|e| self.fail("write", vm, e))?;
-        }
+        let written = if current.as_ref() == Some(&next) {
+            // N.B. whoever renamed it may have been killed before it made that last.
+            rustix::fs::fsync(&self.folder).map_err(io::Error::from)
+        } else {
+            self.write(vm, &next)
+        };
+        written.map_err(|e| self.fail("write", vm, e))?;
         drop(lock);
         Ok(Ok(next))
     }

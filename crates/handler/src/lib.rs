@@ -1,5 +1,5 @@
 //! One host's agent: keeps the owner ledger, watches QEMU processes, answers
-//! the launchers of its host and other hosts. Its gateway carries the streams.
+//! the launchers of its host and other hosts.
 
 pub mod ledger;
 pub mod watch;
