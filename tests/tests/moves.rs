@@ -127,7 +127,7 @@ fn there_and_back_and_there_again_loses_nothing_and_sends_only_what_changed() ->
 fn a_dropped_write_is_found_by_the_oracle() -> Result<()> {
     // A block of the region, behind its seed: every later round rewrites it.
     let scene = scene(&["--inject", "drop-writes@33558528"])?;
-    scene.moved(&scene.a, &scene.b, &["--bandwidth", "16M"])?;
+    scene.moved(&scene.a, &scene.b, &["--bandwidth", "8M"])?;
     let lost = scene.check(&scene.b)?.lost > 0;
     let verified = scene.world.verify(VM, &scene.a, &scene.b)?;
     assert!(lost || !verified.status.success(), "{verified:?}");
