@@ -89,24 +89,23 @@ pub struct Pumps {
 }
 
 impl Pumps {
-    /// Takes QEMU's connections as they come and carries each over the next of `links`.
+    /// Takes QEMU's connections as they come and carries each over the next of `ways`.
     ///
     /// # Errors
     /// When the socket cannot be made.
     pub fn outgoing(
         &mut self,
         folder: &Path,
-        links: Vec<Links>,
-        config: impl Fn() -> resumable::Config + Send + 'static,
+        ways: Vec<(Links, resumable::Config)>,
     ) -> Result<(), channel::socket::Error> {
         let listener = channel::socket::bind_beneath(folder, OUTGOING)?;
         self.tasks.spawn(async move {
             let mut streams = JoinSet::new();
-            for links in links {
+            for (links, config) in ways {
                 tokio::select! {
                     accepted = listener.accept() => {
                         let (qemu, _) = accepted.map_err(|e| e.to_string())?;
-                        streams.spawn(resumable::run(qemu, links, config()));
+                        streams.spawn(resumable::run(qemu, links, config));
                     }
                     Some(ended) = streams.join_next(), if !streams.is_empty() => {
                         ended.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
@@ -119,20 +118,19 @@ impl Pumps {
         Ok(())
     }
 
-    /// Carries each of `links` to QEMU's incoming socket, the first of them first.
+    /// Carries each of `ways` to QEMU's incoming socket, the first of them first.
     pub fn incoming(
         &mut self,
         folder: &Path,
-        links: Vec<Links>,
-        config: impl Fn() -> resumable::Config + Send + 'static,
+        ways: Vec<(Links, resumable::Config)>,
         stale_page: Option<u64>,
     ) {
         let folder = folder.to_owned();
         let (main, connected) = watch::channel(false);
         self.tasks.spawn(async move {
             let mut streams = JoinSet::new();
-            for (n, mut links) in links.into_iter().enumerate() {
-                let (folder, config, main) = (folder.clone(), config(), main.clone());
+            for (n, (mut links, config)) in ways.into_iter().enumerate() {
+                let (folder, main) = (folder.clone(), main.clone());
                 let mut connected = connected.clone();
                 streams.spawn(async move {
                     // QEMU hears of a stream when the source opens it, not before.

@@ -100,13 +100,17 @@ impl Shell {
     fn start_pumps(&mut self) -> Result<(), String> {
         let prepared = self.prepared.as_ref().ok_or("the target is not prepared")?;
         let dialing = self.dialing.as_ref().ok_or("the control stream is not open")?;
-        let tokens = prepared.memory_tokens.iter().cloned().enumerate();
-        let links = tokens.map(|(n, t)| Links::Dial(dialing.stream(Stream::Memory(n as u16), t)));
-        let links = links.collect();
-        let (reconnect, bucket) = (self.request.policy.reconnect_seconds, self.bucket.clone());
-        let config = move || control::config(Role::Dialing, reconnect, Some(bucket.clone()));
+        let mut ways = Vec::new();
+        self.memory_monitors.clear();
+        for (n, token) in prepared.memory_tokens.iter().cloned().enumerate() {
+            let reconnect = self.request.policy.reconnect_seconds;
+            let mut config = control::config(Role::Dialing, reconnect, Some(self.bucket.clone()));
+            config.buffer = memory_buffer(self.rtt());
+            self.memory_monitors.push(config.monitor.clone());
+            ways.push((Links::Dial(dialing.stream(Stream::Memory(n as u16), token)), config));
+        }
         let mut pumps = Pumps::default();
-        pumps.outgoing(&self.launcher.folder, links, config).map_err(|e| e.to_string())?;
+        pumps.outgoing(&self.launcher.folder, ways).map_err(|e| e.to_string())?;
         let inputs = self.inputs.clone();
         self.pumps = Some(tokio::spawn(async move {
             let why = pumps.failed().await;
@@ -199,6 +203,13 @@ impl Shell {
         let counters = self.sender.as_ref().map(|s| s.counters()).unwrap_or_default();
         rate_of(&counters, self.request.policy.disk_streams)
     }
+}
+
+/// Bytes that a memory stream holds: what a link of 1 GB/s has under way, and no more.
+/// QEMU takes the filling of a buffer for the link's speed, stops the guest too
+/// early, and the guest waits until the buffer is empty.
+fn memory_buffer(rtt: Duration) -> u64 {
+    ((rtt.as_secs_f64() * 1e9) as u64).clamp(1 << 20, 64 << 20)
 }
 
 /// A delta of this size fits any pause: it is dominated by round trips.

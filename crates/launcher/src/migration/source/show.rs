@@ -4,6 +4,7 @@ use super::Shell;
 use crate::migration::progress::{DiskProgress, MemoryProgress, Outlook};
 use crate::migration::status::{Outcome, Waiting, now};
 use crate::migration::{disks, memory};
+use channel::resumable::Monitor;
 use handover::Deadline;
 use handover::source::State;
 use mover::counters::Limit;
@@ -45,14 +46,16 @@ impl Shell {
         };
         let dirty_rate = self.dirty_rate(recorded);
         let total_memory = self.guest.qemu.spec.memory_mib << 20;
+        let disk_rate = rate.max(self.disk_rate());
+        // QEMU knows its rate only after a first look.
         let outlook = Outlook {
             disk_left: left,
-            disk_rate: rate.max(self.disk_rate()),
+            disk_rate,
             disk_dirty_rate: dirty_rate,
             memory_left: memory.as_ref().map_or(total_memory, |m| m.left),
-            memory_rate: memory.as_ref().map_or(rate.max(self.disk_rate()), |m| m.rate),
+            memory_rate: memory.as_ref().map(|m| m.rate).filter(|r| *r > 0.0).unwrap_or(disk_rate),
             memory_dirty_rate: memory.as_ref().map_or(0.0, |m| m.dirty_rate),
-            buffered: 0,
+            buffered: self.memory_monitors.iter().map(Monitor::buffered).sum(),
             rtt: self.rtt(),
             fixed: FIXED,
         };

@@ -131,14 +131,14 @@ async fn open(
     let receiver = Receiver::start(all, offer.disk_streams, Access::Write, fault.disk);
     let receiver = Arc::new(receiver);
     let disk_tokens = (0..offer.disk_streams).map(|n| gate.admit_disk(n, &receiver)).collect();
-    let (memory_tokens, links): (Vec<_>, Vec<_>) = (0..=u16::from(offer.multifd))
+    let reconnect = request.policy.reconnect_seconds;
+    let config = || control::config(Role::Accepting, reconnect, None);
+    let (memory_tokens, ways): (Vec<_>, Vec<_>) = (0..=u16::from(offer.multifd))
         .map(|n| gate.admit(Stream::Memory(n)))
-        .map(|(token, admitted)| (token, Links::Accept(admitted)))
+        .map(|(token, admitted)| (token, (Links::Accept(admitted), config())))
         .unzip();
     let mut pumps = Pumps::default();
-    let reconnect = request.policy.reconnect_seconds;
-    let config = move || control::config(Role::Accepting, reconnect, None);
-    pumps.incoming(&launcher.folder, links, config, fault.stale_page);
+    pumps.incoming(&launcher.folder, ways, fault.stale_page);
     let pumps = tokio::spawn(watch_pumps(pumps, inputs.clone()));
     watch_qemu(&qemu, inputs.clone());
     let parties = Parties {
