@@ -155,6 +155,9 @@ pub struct Move {
     /// Seconds that a lost link may take to come back.
     #[arg(long, default_value_t = 30.0)]
     pub reconnect: f64,
+    /// Seconds for an answer, for the pause, and until doubt is shown.
+    #[arg(long, default_value_t = 30.0)]
+    pub patience: f64,
 }
 
 /// Compression of disks.

@@ -79,6 +79,9 @@ fn policy(arguments: &cli::Move) -> Policy {
         disk_streams: arguments.streams,
         multifd: arguments.multifd,
         reconnect_seconds: arguments.reconnect,
+        answer_seconds: arguments.patience,
+        pause_seconds: arguments.patience,
+        commit_seconds: arguments.patience,
         ..Policy::default()
     }
 }

@@ -154,7 +154,9 @@ fn code_of(error: &vm::Error) -> StatusCode {
         | vm::Error::Migration(migration::Error::Request(_)) => StatusCode::BAD_REQUEST,
         vm::Error::Denied { .. }
         | vm::Error::Marked { .. }
-        | vm::Error::Owner(crate::owner::Error::Refused(_)) => StatusCode::CONFLICT,
+        | vm::Error::Owner(crate::owner::Error::Refused(_) | crate::owner::Error::Elsewhere(_)) => {
+            StatusCode::CONFLICT
+        }
         _ => StatusCode::INTERNAL_SERVER_ERROR,
     }
 }

@@ -23,6 +23,7 @@ pub mod console;
 pub mod folder;
 pub mod migration;
 pub mod owner;
+pub mod peers;
 pub mod qemu;
 mod run;
 pub mod spec;

@@ -1,9 +1,17 @@
 //! The way to the owner record: through the host's handler.
 
+use crate::migration::ticket::Peer;
 use channel::client::GatewayClient;
 use handover::ledger::{Request, Response};
-use handover::record::{InstanceId, Record, Swap, VmId};
+use handover::record::{HostId, InstanceId, Record, Swap, VmId};
 use handover::source::Answer;
+use handover::start::{Action, Event, Start, Starter, State};
+use std::time::{Duration, Instant};
+
+/// How long a start asks the ledgers that have to agree to it.
+const DECISION: Duration = Duration::from_secs(10);
+/// A ledger that did not answer is asked again after this.
+const SETTLE: Duration = Duration::from_millis(300);
 
 /// Why the ledger could not be asked.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +25,9 @@ pub enum Error {
     /// The record does not let the VM start here.
     #[error("the VM may not be started here")]
     Refused(#[source] handover::record::Refused),
+    /// The VM went to another host and lives there, or nobody knows.
+    #[error("the VM may not be started here: {0}")]
+    Elsewhere(String),
 }
 
 /// Asks about one VM.
@@ -63,7 +74,7 @@ impl Owner {
     }
 
     /// The same swap in the ledger of another host.
-    pub async fn swap_at(&self, peer: &crate::migration::ticket::Peer, change: Swap) -> Answer {
+    pub async fn swap_at(&self, peer: &Peer, change: Swap) -> Answer {
         let request = Request::Swap { vm: self.vm.clone(), change };
         let Ok(value) = serde_json::to_value(&request) else { return Answer::Unknown };
         match self.gateway.ask(&peer.address, &peer.id, value).await {
@@ -76,19 +87,52 @@ impl Owner {
         }
     }
 
-    /// Takes the next epoch for `instance`, which is about to start the VM.
+    /// Takes the next epoch for `starter`, which is about to start the VM. One that
+    /// has left is first recalled from the host to which it went, if that is still
+    /// possible; `peers` knows where that is.
     ///
     /// # Errors
     /// [`Error`]: then it must not start.
-    pub async fn start(&self, instance: &InstanceId, forced: bool) -> Result<u64, Error> {
-        let seen = self.read().await?.map(|record| record.epoch);
-        let change = Swap::Start { seen, instance: instance.clone(), forced };
-        let request = Request::Swap { vm: self.vm.clone(), change };
-        match self.ask(&request).await? {
-            Response::Done { record } => Ok(record.epoch),
-            Response::Refused { refused } => Err(Error::Refused(refused)),
-            Response::Failed { why } => Err(Error::Failed(why)),
-            other => Err(Error::Failed(format!("it answered {other:?}"))),
+    pub async fn start(
+        &self,
+        starter: Starter,
+        peers: impl Fn(&HostId) -> Result<Peer, String>,
+    ) -> Result<u64, Error> {
+        let record = self.read().await?;
+        let (mut start, mut actions) = Start::begin(starter, record.as_ref());
+        let until = Instant::now() + DECISION;
+        let mut last_refusal = None;
+        while let Some(action) = actions.pop() {
+            let before = start.state.clone();
+            let event = match action {
+                Action::Swap(change) => {
+                    let request = Request::Swap { vm: self.vm.clone(), change };
+                    let response = self.ask(&request).await?;
+                    match &response {
+                        Response::Refused { refused } => last_refusal = Some(refused.clone()),
+                        Response::Failed { why } => return Err(Error::Failed(why.clone())),
+                        _ => {}
+                    }
+                    Event::Swapped(response.into_answer())
+                }
+                Action::AskPeer(host, swap) => {
+                    let peer = peers(&host).map_err(Error::Elsewhere)?;
+                    Event::Recalled(self.swap_at(&peer, swap).await)
+                }
+            };
+            (start, actions) = start.step(event);
+            if start.state == before {
+                if Instant::now() > until {
+                    return Err(undecided(record));
+                }
+                tokio::time::sleep(SETTLE).await;
+            }
+        }
+        match (start.state, last_refusal) {
+            (State::Started { epoch }, _) => Ok(epoch),
+            (State::Refused { .. }, Some(refused)) => Err(Error::Refused(refused)),
+            (State::Refused { why }, None) => Err(Error::Elsewhere(why)),
+            _ => Err(undecided(record)),
         }
     }
 
@@ -101,4 +145,12 @@ impl Owner {
             tracing::warn!(%error, "QEMU is not watched");
         }
     }
+}
+
+fn undecided(record: Option<Record>) -> Error {
+    let record = record.map_or("nothing".into(), |record| record.to_string());
+    Error::Elsewhere(format!(
+        "the owner record says {record}, and the ledger there does not say that it will never \
+         run it; start it there, try again when that host answers, or insist with --force"
+    ))
 }

@@ -3,13 +3,16 @@
 use crate::console::Console;
 use crate::migration::failpoint::Failpoints;
 use crate::migration::marks::Marks;
+use crate::migration::ticket::Here;
 use crate::migration::{self, Moving};
 use crate::owner::Owner;
+use crate::peers;
 use crate::qemu::{self, Facts, Mode, Qemu};
 use crate::spec::VmSpec;
 use crate::status::{Phase, Status, Verdict, Wish, judge};
 use channel::client::GatewayClient;
-use handover::record::InstanceId;
+use handover::record::{HostId, InstanceId};
+use handover::start::Starter;
 use mover::disk::Disk;
 use qmp::commands::{Cont, Stop, SystemPowerdown};
 use std::ffi::OsString;
@@ -253,7 +256,8 @@ impl Launcher {
             let opened = Disk::source(&disk.path)?;
             facts.push(Facts { medium: opened.medium(), direct: opened.is_direct() });
             if let Some(mark) = self.marks.get(&opened)? {
-                if !forced {
+                let record = self.owner.read().await?;
+                if !forced && !record.is_some_and(|record| mark.is_void(&record)) {
                     return Err(Error::Marked { disk: disk.path.clone(), mark });
                 }
                 marked.push(opened);
@@ -265,11 +269,11 @@ impl Launcher {
         // not leave an owner behind of whom nobody knows whether it lives.
         let qemu = Qemu::start(&self.qemu_config(), spec, &facts, Mode::Boot).await?;
         self.owner.watch(&instance, qemu.process.pid()).await;
-        let epoch = match self.owner.start(&instance, forced).await {
+        let epoch = match self.take_epoch(&instance, forced).await {
             Ok(epoch) => epoch,
             Err(error) => {
                 qemu.process.kill().await;
-                return Err(error.into());
+                return Err(error);
             }
         };
         for disk in &marked {
@@ -277,6 +281,19 @@ impl Launcher {
         }
         qemu.qmp.execute(Cont, QMP_DEADLINE).await?;
         Ok(Guest { qemu, instance, epoch, history: Default::default() })
+    }
+
+    async fn take_epoch(&self, instance: &InstanceId, forced: bool) -> Result<u64, Error> {
+        let host = Here::of(&self.config.host)?.peer.id.to_string();
+        let starter = Starter { instance: instance.clone(), host: host.as_str().into(), forced };
+        let place = |id: &HostId| match peers::find(&self.config.host, id) {
+            Ok(Some(peer)) => Ok(peer),
+            Ok(None) => Err(format!("it went to {id}, and nobody here knows where that is")),
+            Err(error) => {
+                Err(format!("it went to {id}, and where that is cannot be read: {error}"))
+            }
+        };
+        Ok(self.owner.start(starter, place).await?)
     }
 
     /// Opens the serial ports of a guest that is about to be here.

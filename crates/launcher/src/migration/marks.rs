@@ -5,6 +5,7 @@
 //! means (device, inode, size): a mark of a disk that was replaced by another
 //! is no mark.
 
+use handover::record::Record;
 use mover::disk::{Disk, Identity};
 use rustix::fs::{Mode, OFlags};
 use serde::{Deserialize, Serialize};
@@ -31,18 +32,27 @@ pub enum Mark {
         /// The disk as it was left: if this still holds, nobody wrote it since.
         left_as: Identity,
     },
-    /// A copy to it began and has not ended.
+    /// A copy to it began and has not ended, unless its heir owns the VM.
     Incomplete {
         /// The VM.
         vm: String,
         /// Which copy.
         copy: String,
+        /// The launcher instance that adopts the VM once the copy is whole.
+        heir: String,
         /// The disk.
         disk: Identity,
     },
 }
 
 impl Mark {
+    /// Whether it means nothing any more, as `record` of the disk's host shows: an
+    /// heir adopts only a whole copy. It may have died before it took the mark away.
+    pub fn is_void(&self, record: &Record) -> bool {
+        matches!(self, Mark::Incomplete { vm, heir, .. }
+            if record.vm.0 == *vm && record.owner.0 == *heir)
+    }
+
     fn disk(&self) -> &Identity {
         match self {
             Mark::Superseded { left_as, .. } => left_as,
@@ -219,8 +229,12 @@ mod test {
         let (disk, _) = Disk::target(&path, 4096).unwrap();
         let marks = Marks::of_host(host.path());
         assert_eq!(marks.get(&disk).unwrap(), None);
-        let mark =
-            Mark::Incomplete { vm: "web".into(), copy: "1".into(), disk: disk.identity().unwrap() };
+        let mark = Mark::Incomplete {
+            vm: "web".into(),
+            copy: "1".into(),
+            heir: "2".into(),
+            disk: disk.identity().unwrap(),
+        };
         marks.set(&disk, &mark).unwrap();
         assert_eq!(marks.get(&disk).unwrap(), Some(mark));
         // Another disk at the same path.

@@ -12,8 +12,9 @@ use super::offer::Prepared;
 use super::policy::Policy;
 use super::progress::Meter;
 use super::status::{Half, Outcome, Status};
-use super::ticket::Ticket;
+use super::ticket::{Here, Ticket};
 use super::{Error, Moving, memory};
+use crate::peers;
 use crate::status::Wish;
 use crate::vm::{self, Guest, Handle};
 use channel::resumable::Monitor;
@@ -86,6 +87,9 @@ pub async fn send(launcher: &Handle, request: SendRequest) -> Result<(), vm::Err
     if !faults.is_empty() {
         return Err(Error::Request(faults.join("; ")).into());
     }
+    peers::remember(&launcher.config.host, &request.ticket.peer).map_err(|error| {
+        Error::Request(format!("where the target is cannot be written down: {error}"))
+    })?;
     let (inputs, received) = mpsc::channel(64);
     let (uncancellable, seen) = watch::channel(None);
     vm.moving = Some(Moving::Away(Remote { inputs: inputs.clone(), uncancellable: seen }));
@@ -181,7 +185,7 @@ impl Shell {
         uncancellable: watch::Sender<Option<&'static str>>,
     ) -> Result<Self, Error> {
         let ticket = &request.ticket;
-        let here = super::target::here(&launcher)?;
+        let here = Here::of(&launcher.config.host)?;
         let parties = Parties {
             epoch: guest.epoch,
             owner: guest.instance.clone(),

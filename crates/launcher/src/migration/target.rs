@@ -43,17 +43,6 @@ pub struct PrepareRequest {
     pub policy: Policy,
 }
 
-/// Where this host's gateway is.
-///
-/// # Errors
-/// [`Error::NoGateway`].
-pub fn here(launcher: &Handle) -> Result<Here, Error> {
-    let path = launcher.config.host.join("gateway.json");
-    let fail = |source| Error::NoGateway { path: path.clone(), source };
-    let text = std::fs::read_to_string(&path).map_err(fail)?;
-    serde_json::from_str(&text).map_err(|e| fail(e.into()))
-}
-
 /// Makes this launcher the target of a move.
 ///
 /// # Errors
@@ -67,7 +56,7 @@ pub async fn prepare(launcher: &Handle, request: PrepareRequest) -> Result<Ticke
         let why = format!("the spec is of VM {}", request.spec.name);
         return Err(Error::Request(why).into());
     }
-    let here = here(launcher)?;
+    let here = Here::of(&launcher.config.host)?;
     launcher.open_consoles(&mut vm, &request.spec)?;
     let heir = InstanceId(uuid::Uuid::new_v4().to_string());
     let gate = Gate::new(&request.migration, request.from.id.clone());

@@ -1,8 +1,10 @@
 //! What a source needs in order to reach the target that was prepared for it.
 
+use super::Error;
 use channel::identity::SpiffeId;
 use channel::tokens::Token;
 use serde::{Deserialize, Serialize};
+use std::path::Path;
 
 /// A host's gateway.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,4 +36,16 @@ pub struct Here {
     /// How it is reached, and who it is.
     #[serde(flatten)]
     pub peer: Peer,
+}
+
+impl Here {
+    /// As the gateway of `host`'s folder wrote it.
+    ///
+    /// # Errors
+    /// [`Error::NoGateway`].
+    pub fn of(host: &Path) -> Result<Self, Error> {
+        let path = host.join("gateway.json");
+        let read = || Ok(serde_json::from_str(&std::fs::read_to_string(&path)?)?);
+        read().map_err(|source| Error::NoGateway { path: path.clone(), source })
+    }
 }

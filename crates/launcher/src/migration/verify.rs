@@ -16,8 +16,9 @@ use super::disks::nodes;
 use super::hall::Gate;
 use super::links::{Dialing, DiskDialer};
 use super::marks::Mark;
+use super::ticket::Here;
 use super::ticket::Peer;
-use super::{Error, Moving, target};
+use super::{Error, Moving};
 use crate::vm::{self, Handle};
 use channel::preface::{Stream, VmName};
 use channel::tokens::Token;
@@ -126,7 +127,7 @@ pub async fn verify_begin(
         opened.push(Arc::new(Disk::source(&disk.path)?));
         names.push(disk.name.clone());
     }
-    let peer = target::here(launcher)?.peer;
+    let peer = Here::of(&launcher.config.host)?.peer;
     let receiver = Receiver::start(opened, STREAMS, Access::Compare, Default::default());
     let receiver = Arc::new(receiver);
     let gate = Gate::new(&request.migration, request.from.id);

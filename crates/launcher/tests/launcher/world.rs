@@ -10,6 +10,7 @@ use handover::ledger::{Request, Response};
 use handover::record::{InstanceId, Record, VmId};
 use launcher::client::Client;
 use launcher::migration::Fault;
+use launcher::migration::ticket::{Here, Peer};
 use launcher::spec::VmSpec;
 use launcher::status::{Phase, Status};
 use serde_json::{Value, json};
@@ -141,7 +142,11 @@ impl Host {
             service: Arc::new(Handler::default()),
             limits: Limits::default(),
         });
-        Self { gateway: Some(gateway.unwrap()), dir }
+        let gateway = gateway.unwrap();
+        let here = Here { peer: Peer { address: gateway.local_addr().to_string(), id } };
+        std::fs::write(dir.path().join("gateway.json"), serde_json::to_vec(&here).unwrap())
+            .unwrap();
+        Self { gateway: Some(gateway), dir }
     }
 
     pub async fn stop_gateway(&mut self) {

@@ -106,7 +106,18 @@ async fn open(
     offer: Offer,
 ) -> Result<Shell, String> {
     check(request, &offer)?;
-    let (disks, holds) = open_disks(launcher, request, &offer)?;
+    let parties = Parties {
+        epoch: offer.epoch,
+        heir: heir.clone(),
+        source: offer.source.clone(),
+        attempt: request.migration.as_str().into(),
+        peer: request.from.id.to_string().as_str().into(),
+    };
+    // N.B. before a disk is touched: it may be the VM's own.
+    let record = launcher.owner.read().await.map_err(|e| crate::chain(&e))?;
+    handover::record::apply(&request.spec.name.as_str().into(), record.as_ref(), &parties.expect())
+        .map_err(|refused| format!("the VM is not expected here: {refused}"))?;
+    let (disks, holds) = open_disks(launcher, request, heir, &offer)?;
     let qemu = start_qemu(launcher, request, &offer, &disks).await?;
     launcher.owner.watch(heir, qemu.process.pid()).await;
     let parts = disks.iter().map(|d| (d.name.as_str(), &d.disk));
@@ -141,13 +152,6 @@ async fn open(
     pumps.incoming(&launcher.folder, ways, fault.stale_page);
     let pumps = tokio::spawn(watch_pumps(pumps, inputs.clone()));
     watch_qemu(&qemu, inputs.clone());
-    let parties = Parties {
-        epoch: offer.epoch,
-        heir: heir.clone(),
-        source: offer.source.clone(),
-        attempt: request.migration.as_str().into(),
-        peer: request.from.id.to_string().as_str().into(),
-    };
     let expected = launcher.owner.swap(parties.expect()).await;
     if !matches!(expected, Answer::Done(_)) {
         qemu.process.kill().await;
@@ -205,6 +209,7 @@ fn check(request: &PrepareRequest, offer: &Offer) -> Result<(), String> {
 fn open_disks(
     launcher: &Handle,
     request: &PrepareRequest,
+    heir: &InstanceId,
     offer: &Offer,
 ) -> Result<(Vec<Received>, Vec<Holds>), String> {
     let mut disks = Vec::new();
@@ -240,6 +245,7 @@ fn open_disks(
             let mark = Mark::Incomplete {
                 vm: request.spec.name.clone(),
                 copy: offer.copy.clone(),
+                heir: heir.0.clone(),
                 disk: disk.identity().map_err(|e| crate::chain(&e))?,
             };
             launcher.marks.set(&disk, &mark).map_err(|e| crate::chain(&e))?;
