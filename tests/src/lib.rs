@@ -5,6 +5,7 @@ pub mod bench {
 
     pub mod libvirt;
 }
+pub mod chaos;
 pub mod guest;
 pub mod witness;
 pub mod world;

@@ -16,8 +16,10 @@ use std::time::{Duration, Instant};
 struct Heard {
     /// It listens.
     ready: bool,
-    /// When each tick arrived.
-    ticks: BTreeMap<u64, Instant>,
+    /// When each tick arrived, and from where.
+    ticks: BTreeMap<u64, (Instant, Arc<Path>)>,
+    /// Ticks that came from two hosts: two instances ran.
+    doubled: Vec<u64>,
     /// Highest acknowledged write of each writer.
     written: BTreeMap<u64, u64>,
     /// Answers that nobody took yet, by the ear that heard them: several ears
@@ -49,9 +51,9 @@ impl Witness {
     pub fn listen(&self, socket: &Path) -> Result<Line> {
         let stream = connect(socket)?;
         let from = stream.try_clone()?;
-        let heard = self.heard.clone();
+        let (heard, here) = (self.heard.clone(), Arc::from(socket));
         let ear = EARS.fetch_add(1, Relaxed);
-        std::thread::spawn(move || follow(from, &heard, ear));
+        std::thread::spawn(move || follow(from, &heard, ear, &here));
         Ok(Line { stream, ear, witness: self.clone() })
     }
 
@@ -96,7 +98,7 @@ impl Witness {
     pub fn wait_alive(&self, deadline: Duration) -> Result<()> {
         let from = Instant::now();
         self.wait("a tick", deadline, |heard| {
-            heard.ticks.last_key_value().filter(|(_, at)| **at > from).map(|_| ())
+            heard.ticks.last_key_value().filter(|(_, (at, _))| *at > from).map(|_| ())
         })
     }
 
@@ -118,9 +120,14 @@ impl Witness {
     /// gap between two ticks that follow each other.
     pub fn longest_pause_since(&self, from: Instant) -> Duration {
         let heard = self.lock();
-        let times: Vec<Instant> = heard.ticks.values().copied().collect();
+        let times: Vec<Instant> = heard.ticks.values().map(|(at, _)| *at).collect();
         let gaps = times.windows(2).filter(|w| w[1] >= from);
         gaps.map(|w| w[1].saturating_duration_since(w[0])).max().unwrap_or_default()
+    }
+
+    /// Ticks that came from two hosts: a guest ran on after it had gone elsewhere.
+    pub fn doubled(&self) -> Vec<u64> {
+        self.lock().doubled.clone()
     }
 
     /// Losses that the oracle reported by itself.
@@ -202,7 +209,7 @@ fn channel_connect(socket: &Path) -> std::io::Result<UnixStream> {
 /// Numbers for ears and fences.
 static EARS: AtomicU64 = AtomicU64::new(0);
 
-fn follow(stream: UnixStream, heard: &(Mutex<Heard>, Condvar), ear: u64) {
+fn follow(stream: UnixStream, heard: &(Mutex<Heard>, Condvar), ear: u64, here: &Arc<Path>) {
     let mut from = BufReader::new(stream);
     let mut line = Vec::new();
     loop {
@@ -214,16 +221,19 @@ fn follow(stream: UnixStream, heard: &(Mutex<Heard>, Condvar), ear: u64) {
         let now = Instant::now();
         let text = String::from_utf8_lossy(&line).trim().to_owned();
         let mut state = heard.0.lock().unwrap_or_else(PoisonError::into_inner);
-        state.hear(&text, now, ear);
+        state.hear(&text, now, ear, here);
         heard.1.notify_all();
     }
 }
 
 impl Heard {
-    fn hear(&mut self, text: &str, now: Instant, ear: u64) {
+    fn hear(&mut self, text: &str, now: Instant, ear: u64, here: &Arc<Path>) {
         match text.parse::<Report>() {
             Ok(Report::Tick { n, .. }) => {
-                self.ticks.entry(n).or_insert(now);
+                let (_, first) = self.ticks.entry(n).or_insert_with(|| (now, here.clone()));
+                if first != here {
+                    self.doubled.push(n);
+                }
             }
             Ok(Report::Written { n, id }) => {
                 let newest = self.written.entry(id).or_default();

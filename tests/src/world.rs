@@ -2,8 +2,10 @@
 //! launchers of its own. Everything ends with the world.
 
 use anyhow::{Context, Result, bail};
+use channel::relay::DelayRelay;
 use launcher::client::Client;
 use launcher::status::{Phase, Status};
+use std::ffi::OsString;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -17,8 +19,12 @@ pub const READY: Duration = Duration::from_secs(60);
 pub struct World {
     folder: Option<tempfile::TempDir>,
     program: PathBuf,
+    env: Env,
     runtime: tokio::runtime::Runtime,
 }
+
+/// What every launcher finds in its environment, beside what this process has.
+type Env = Vec<(&'static str, OsString)>;
 
 /// A host in a world. Its processes end when it is dropped.
 #[derive(Debug)]
@@ -26,7 +32,12 @@ pub struct Host {
     /// Its folder.
     pub dir: PathBuf,
     program: PathBuf,
+    env: Env,
+    /// Where its gateway listens.
+    listen: String,
+    /// Where others dial it: its gateway, or a link that leads there.
     address: String,
+    link: Option<DelayRelay>,
     gateway: Option<Process>,
 }
 
@@ -44,8 +55,15 @@ impl World {
     /// When there is no room for it.
     pub fn new(program: &Path) -> Result<Self> {
         let folder = tempfile::Builder::new().prefix("godwit-").tempdir()?;
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        Ok(Self { folder: Some(folder), program: program.into(), runtime })
+        // A thread of its own: links carry on while a test waits for something else.
+        let mut runtime = tokio::runtime::Builder::new_multi_thread();
+        let runtime = runtime.worker_threads(1).enable_all().build()?;
+        Ok(Self { folder: Some(folder), program: program.into(), env: Vec::new(), runtime })
+    }
+
+    /// Hosts made from now on give this to their launchers' environment.
+    pub fn set_env(&mut self, name: &'static str, value: impl Into<OsString>) {
+        self.env.push((name, value.into()));
     }
 
     /// The world's folder.
@@ -71,8 +89,30 @@ impl World {
         if !made.success() {
             bail!("host {name} could not be made");
         }
-        let mut host =
-            Host { dir, program: self.program.clone(), address: format!("{ip}:0"), gateway: None };
+        let mut host = Host {
+            dir,
+            program: self.program.clone(),
+            env: self.env.clone(),
+            listen: format!("{ip}:0"),
+            address: String::new(),
+            link: None,
+            gateway: None,
+        };
+        host.start_gateway()?;
+        Ok(host)
+    }
+
+    /// A host that others reach over a link that can be cut, each way delayed.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn far_host(&self, name: &str, ip: &str, delay: Duration) -> Result<Host> {
+        let mut host = self.host(name, ip)?;
+        let (near, far) = (format!("{ip}:0").parse()?, host.listen.parse()?);
+        let link = self.run(DelayRelay::start(near, far, delay, None))?;
+        host.kill_gateway();
+        host.address = link.local_addr().to_string();
+        host.link = Some(link);
         host.start_gateway()?;
         Ok(host)
     }
@@ -167,6 +207,16 @@ impl World {
     }
 }
 
+impl World {
+    /// Keeps the folder when the world ends; returns it.
+    pub fn keep(&mut self) -> PathBuf {
+        if let Some(folder) = &mut self.folder {
+            folder.disable_cleanup(true);
+        }
+        self.path("")
+    }
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         // What a failed test left is the best witness of what happened.
@@ -230,11 +280,18 @@ impl Host {
         // An earlier gateway's word is not this one's.
         let _ = std::fs::remove_file(&said);
         let mut command = Command::new(&self.program);
-        command.arg("gateway").arg("--host").arg(&self.dir).args(["--listen", &self.address]);
+        command.arg("gateway").arg("--host").arg(&self.dir).args(["--listen", &self.listen]);
+        if self.link.is_some() {
+            command.args(["--advertise", &self.address]);
+        }
         let mut gateway = Process::start(&mut command, &self.dir.join("gateway.log"))?;
         gateway.wait_for(&said)?;
         let here: serde_json::Value = serde_json::from_slice(&std::fs::read(&said)?)?;
-        self.address = here["address"].as_str().context("the gateway has no address")?.to_owned();
+        let address = here["address"].as_str().context("the gateway has no address")?;
+        if self.link.is_none() {
+            self.listen = address.to_owned();
+        }
+        self.address = address.to_owned();
         self.gateway = Some(gateway);
         Ok(())
     }
@@ -244,7 +301,17 @@ impl Host {
         self.gateway = None;
     }
 
-    /// The gateway's address.
+    /// Its gateway's process id, if that runs.
+    pub fn gateway_pid(&self) -> Option<u32> {
+        self.gateway.as_ref().map(Process::pid)
+    }
+
+    /// The link to a far host.
+    pub fn link(&self) -> Option<&DelayRelay> {
+        self.link.as_ref()
+    }
+
+    /// Where others dial it.
     pub fn address(&self) -> &str {
         &self.address
     }
@@ -274,6 +341,7 @@ impl Host {
         let _ = std::fs::remove_file(&socket);
         let mut command = Command::new(&self.program);
         command.arg("launcher").arg("--host").arg(&self.dir).args(arguments);
+        command.envs(self.env.iter().map(|(name, value)| (name, value)));
         let mut launcher = Process::start(&mut command, &self.dir.join(format!("{vm}.log")))?;
         launcher.wait_for(&socket)?;
         Ok(launcher)
@@ -329,6 +397,14 @@ impl Process {
     /// Kills it as a crash would.
     pub fn kill(mut self) {
         self.end();
+    }
+
+    /// Whether it has ended by itself.
+    ///
+    /// # Errors
+    /// When the system cannot say.
+    pub fn has_ended(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_some())
     }
 
     fn end(&mut self) {
