@@ -7,5 +7,6 @@ pub mod bench {
 }
 pub mod chaos;
 pub mod guest;
+pub mod scene;
 pub mod witness;
 pub mod world;

@@ -2,95 +2,15 @@
 
 use anyhow::Result;
 use e2e::guest;
-use e2e::witness::{Line, Witness};
-use e2e::world::{Host, Process, World};
+use e2e::scene::{self, Scene, VM};
+use e2e::world::Host;
 use launcher::migration::status::Outcome;
 use launcher::status::Phase;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-const VM: &str = "web";
-const SOON: Duration = Duration::from_secs(120);
-
-/// Two hosts, a guest on the first whose oracle writes, counts and ticks.
-struct Scene {
-    world: World,
-    a: Host,
-    b: Host,
-    on_a: Option<Process>,
-    on_b: Option<Process>,
-    witness: Witness,
-}
-
 fn scene(target: &[&str]) -> Result<Scene> {
-    let world = World::new(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")))?;
-    let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
-    let disk = world.path("a/root.raw");
-    guest::disk(&disk, 64)?;
-    let on_a = a.launch(VM, &guest::spec(VM, &disk, 64)?, &["--failpoints"])?;
-    let on_b = b.receive(VM, &[&["--failpoints"], target].concat())?;
-    let witness = Witness::new();
-    let mut line = witness.listen(&a.folder(VM).join("oracle.sock"))?;
-    witness.wait_ready(SOON)?;
-    line.command("write start dev=/dev/vda offset=32M len=4M rate=200 seed=7", SOON)?;
-    line.command("memory start mib=4 rate=1000", SOON)?;
-    line.command("tick start us=2000", SOON)?;
-    witness.wait_written(100, SOON)?;
-    Ok(Scene { world, a, b, on_a: Some(on_a), on_b: Some(on_b), witness })
-}
-
-impl Scene {
-    fn disk_back(&self) -> String {
-        format!("root={}", self.world.path("a/root.raw").display())
-    }
-
-    /// Follows the guest to `host`, which must run it, and has it check everything.
-    fn check(&self, host: &Host) -> Result<oracle::protocol::Check> {
-        self.world.wait_running(host, VM)?;
-        let mut line = self.listen(host)?;
-        self.witness.wait_alive(SOON)?;
-        line.check()
-    }
-
-    fn listen(&self, host: &Host) -> Result<Line> {
-        self.witness.listen(&host.folder(VM).join("oracle.sock"))
-    }
-
-    /// Nothing was lost, and the guest writes on.
-    fn nothing_is_lost(&self, host: &Host) -> Result<()> {
-        let sums = self.check(host)?;
-        assert_eq!((sums.lost, sums.stale), (0, 0), "{:?}", self.witness.losses());
-        assert!(self.witness.losses().is_empty(), "{:?}", self.witness.losses());
-        self.witness.wait_written(self.witness.written() + 20, SOON)
-    }
-
-    fn moved(&self, from: &Host, to: &Host, more: &[&str]) -> Result<()> {
-        let ended = self.world.move_vm(VM, from, to, more)?;
-        assert!(ended.status.success(), "{}", ended.err);
-        Ok(())
-    }
-
-    /// Begins a move that stops at a failpoint of `host`; returns once it stands there.
-    fn stands_at(&self, host: &Host, point: &str, more: &[&str]) -> Result<std::process::Child> {
-        self.world.run(host.client(VM).arm(point))?;
-        let mut command = self.world.move_command(VM, &self.a, &self.b, more);
-        command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
-        let moving = command.spawn()?;
-        self.world.wait_status(host, VM, point, |s| {
-            s.migration.as_ref().is_some_and(|m| m.failpoint.as_deref() == Some(point))
-        })?;
-        Ok(moving)
-    }
-
-    fn outcome(&self, host: &Host) -> Result<Outcome> {
-        let status = self.world.wait_status(host, VM, "at the move's end", |s| {
-            s.migration
-                .as_ref()
-                .and_then(|m| m.outcome.as_ref())
-                .is_some_and(|o| !matches!(o, Outcome::InDoubt { .. }))
-        })?;
-        Ok(status.migration.and_then(|m| m.outcome).expect("it was waited for"))
-    }
+    scene::scene(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")), target)
 }
 
 #[test]
