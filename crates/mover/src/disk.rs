@@ -5,6 +5,7 @@
 //! its descriptor. All later work goes through that descriptor.
 
 use crate::extent::{Extent, ExtentSet};
+use crate::locks;
 use rustix::fs::{FallocateFlags, FileType, Mode, OFlags, SeekFrom};
 use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
@@ -60,6 +61,14 @@ pub enum Error {
         size: u64,
         /// The source's size.
         needed: u64,
+    },
+    /// Somebody else has it open as the disk of a VM.
+    #[error(
+        "target disk {path} is in use by another VM or tool of QEMU; end that, or choose another disk"
+    )]
+    InUse {
+        /// The target.
+        path: PathBuf,
     },
     /// An operation failed.
     #[error("cannot {what} {len} bytes at {offset} of disk {path}")]
@@ -128,11 +137,18 @@ impl Disk {
     /// file that does not exist is created, sparse and of that size.
     /// Says whether it did: only such a disk is known to read as zeros.
     ///
+    /// Until [`Disk::release`] nobody else may open it for a VM.
+    ///
     /// # Errors
-    /// Those of [`Disk::source`], and [`Error::TooSmall`].
+    /// Those of [`Disk::source`], [`Error::TooSmall`] and [`Error::InUse`].
     pub fn target(path: &Path, size: u64) -> Result<(Self, bool), Error> {
         let created = Self::create(path, size)?;
         let disk = Self::open(path, OFlags::RDWR)?;
+        match locks::take(&disk.cached) {
+            Ok(true) => {}
+            Ok(false) => return Err(Error::InUse { path: path.into() }),
+            Err(source) => return Err(disk.fail("lock", 0, disk.size, source)),
+        }
         if disk.size < size {
             return Err(Error::TooSmall { path: path.into(), size: disk.size, needed: size });
         }
@@ -182,6 +198,14 @@ impl Disk {
             Err(_) => (cached.try_clone().map_err(fail)?, false),
         };
         Ok(Self { path: path.into(), medium, size, main, direct, cached })
+    }
+
+    /// Lets QEMU have a target's disk, which is written no more.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn release(&self) -> Result<(), Error> {
+        locks::release(&self.cached).map_err(|e| self.fail("unlock", 0, self.size, e))
     }
 
     /// Where it was opened.

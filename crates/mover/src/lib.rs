@@ -7,7 +7,7 @@
 //! ```
 //!
 //! - [`extent`], [`work`], [`wire`], [`codec`], [`counters`], [`bucket`], [`zeros`] and [`rounds`] are pure.
-//! - [`disk`] is the one place that touches disks; [`sender`] and [`receiver`] are threads over it.
+//! - [`disk`] is the one place that touches disks, under QEMU's [`locks`]; [`sender`] and [`receiver`] are threads over it.
 //!
 //! Acknowledged means fsynced. Nothing here knows of QEMU's life, of owners or of a network: a
 //! stream is a unix socket that somebody else connects.
@@ -17,6 +17,7 @@ pub mod codec;
 pub mod counters;
 pub mod disk;
 pub mod extent;
+pub mod locks;
 pub mod receiver;
 pub mod rounds;
 pub mod sender;

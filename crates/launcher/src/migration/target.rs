@@ -89,6 +89,8 @@ pub(super) enum Input {
 pub(super) struct Received {
     pub(super) name: String,
     pub(super) disk: Arc<Disk>,
+    /// It is written by this move: neither shared nor read-only.
+    pub(super) copied: bool,
     /// We created the file: nothing was there before.
     pub(super) created: bool,
     /// Size that the guest sees while it moves, where the disk is larger.
@@ -213,16 +215,40 @@ impl Shell {
     }
 
     async fn activate(&mut self) {
-        let event = match self.qemu.qmp.execute(Cont, QMP_DEADLINE).await {
-            Ok(_) => Event::GuestRunning,
-            Err(error) if error.is_outcome_unknown() => Event::QemuEnded,
-            Err(error) => Event::ActivateFailed(format!("QEMU did not run the guest: {error}")),
+        let event = match self.run_guest().await {
+            Ok(()) => Event::GuestRunning,
+            Err(Refusal::NeverRan(why)) => Event::ActivateFailed(why),
+            Err(Refusal::Unknown(why)) => {
+                tracing::error!(%why, "whether QEMU runs the guest cannot be learnt: ending it");
+                // N.B. only a QEMU that has surely ended is told of as ended.
+                self.qemu.process.kill().await;
+                Event::QemuEnded
+            }
         };
         // N.B. through the queue: `step` must end before the next begins.
         let inputs = self.inputs.clone();
         tokio::spawn(async move {
             let _ = inputs.send(Input::Core(event)).await;
         });
+    }
+
+    async fn run_guest(&self) -> Result<(), Refusal> {
+        for received in self.disks.iter().filter(|d| d.copied) {
+            let released = received.disk.release();
+            released.map_err(|e| Refusal::NeverRan(crate::chain(&e)))?;
+        }
+        self.launcher.pass("target:Released").await;
+        let first = match self.qemu.qmp.execute(Cont, QMP_DEADLINE).await {
+            Ok(_) => return Ok(()),
+            Err(error) if error.is_outcome_unknown() => error,
+            Err(error) => {
+                return Err(Refusal::NeverRan(format!("QEMU did not run the guest: {error}")));
+            }
+        };
+        tracing::warn!(error = %first, "QEMU is told once more to run the guest");
+        // A guest that runs already is no error. Any other answer is no proof that it never ran.
+        let again = self.qemu.qmp.execute(Cont, QMP_DEADLINE).await;
+        again.map(|_| ()).map_err(|e| Refusal::Unknown(e.to_string()))
     }
 
     fn show_phase(&self) {
@@ -259,6 +285,14 @@ impl Shell {
             }
         });
     }
+}
+
+/// Why QEMU does not run the guest.
+enum Refusal {
+    /// It has not run one instruction.
+    NeverRan(String),
+    /// It may have.
+    Unknown(String),
 }
 
 /// A ledger that did not answer is asked again after this.

@@ -1,11 +1,11 @@
 //! The end of a move, at the target.
 
-use super::{Input, Shell};
+use super::{Input, Received, Shell};
 use crate::migration::memory;
 use crate::migration::status::Outcome;
 use crate::qemu::raw_node;
 use crate::status::Phase;
-use crate::vm::{Guest, QMP_DEADLINE};
+use crate::vm::{Guest, Handle, QMP_DEADLINE};
 use handover::Failure;
 use handover::target::State;
 use qmp::commands::{BlockResize, BlockdevReopen};
@@ -111,8 +111,9 @@ impl Shell {
     async fn leave(&mut self, failure: &Failure) {
         self.qemu.process.kill().await;
         if *failure == Failure::Cancelled {
-            self.remove_created();
+            remove_created(&self.launcher, &self.disks);
         }
+        release(&self.disks);
         let mut vm = self.launcher.vm.lock().await;
         vm.moving = None;
         let outcome = match failure {
@@ -121,19 +122,6 @@ impl Shell {
         };
         self.show_outcome(outcome);
         self.launcher.show(|status| status.phase = Phase::Empty);
-    }
-
-    /// What only this attempt made is worth nothing without it.
-    fn remove_created(&self) {
-        for received in self.disks.iter().filter(|d| d.created) {
-            let removed = self.launcher.marks.clear(&received.disk).map_err(|e| e.to_string());
-            let removed = removed.and_then(|()| {
-                std::fs::remove_file(received.disk.path()).map_err(|e| e.to_string())
-            });
-            if let Err(why) = removed {
-                tracing::warn!(%why, disk = %received.disk.path().display(), "left behind");
-            }
-        }
     }
 
     fn show_outcome(&self, outcome: Outcome) {
@@ -145,5 +133,26 @@ impl Shell {
                 migration.outcome = Some(outcome);
             }
         });
+    }
+}
+
+/// N.B. before another move may come: it would find the disks in use.
+pub(super) fn release(disks: &[Received]) {
+    for received in disks.iter().filter(|d| d.copied) {
+        if let Err(error) = received.disk.release() {
+            tracing::warn!(error = %crate::chain(&error), "a disk stays locked for a while");
+        }
+    }
+}
+
+/// What only this attempt made is worth nothing without it.
+pub(super) fn remove_created(launcher: &Handle, disks: &[Received]) {
+    for received in disks.iter().filter(|d| d.created) {
+        let removed = launcher.marks.clear(&received.disk).map_err(|e| e.to_string());
+        let removed = removed
+            .and_then(|()| std::fs::remove_file(received.disk.path()).map_err(|e| e.to_string()));
+        if let Err(why) = removed {
+            tracing::warn!(%why, disk = %received.disk.path().display(), "left behind");
+        }
     }
 }

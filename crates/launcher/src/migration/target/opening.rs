@@ -1,5 +1,6 @@
 //! Before anything moves: what comes is checked, disks and QEMU are made ready.
 
+use super::ending::{release, remove_created};
 use super::{Input, PrepareRequest, Received, Shell};
 use crate::migration::bitmaps::{Bitmaps, since_name};
 use crate::migration::control::{self, Control, Heard, Sent};
@@ -42,9 +43,10 @@ pub(super) async fn receive(
     let Control { sent, mut heard, .. } = Control::start(links, request.policy.reconnect_seconds);
     let answer = Duration::from_secs_f64(request.policy.answer_seconds) + patience;
     let (inputs, received) = mpsc::channel(64);
+    let mut disks = Vec::new();
     let opening = async {
         let offer = shake(&sent, &mut heard).await?;
-        open(&launcher, &request, &heir, &gate, &sent, &inputs, offer).await
+        open(&launcher, &request, &heir, &gate, &sent, &inputs, offer, &mut disks).await
     };
     let opened = tokio::select! {
         opened = tokio::time::timeout(answer, opening) => {
@@ -62,6 +64,8 @@ pub(super) async fn receive(
             sent.send(&FromTarget::Failed(Failure::Other(why.clone()))).await;
             sent.close(Duration::from_secs(2)).await;
             gate.close();
+            remove_created(&launcher, &disks);
+            release(&disks);
             give_up(&launcher, why).await;
         }
     }
@@ -96,6 +100,7 @@ async fn shake(sent: &Sent, heard: &mut Heard) -> Result<Offer, String> {
     }
 }
 
+#[expect(clippy::too_many_arguments, reason = "it puts all of a target together, once")]
 async fn open(
     launcher: &Handle,
     request: &PrepareRequest,
@@ -104,6 +109,7 @@ async fn open(
     sent: &Sent,
     inputs: &mpsc::Sender<Input>,
     offer: Offer,
+    disks: &mut Vec<Received>,
 ) -> Result<Shell, String> {
     check(request, &offer)?;
     let parties = Parties {
@@ -117,8 +123,8 @@ async fn open(
     let record = launcher.owner.read().await.map_err(|e| crate::chain(&e))?;
     handover::record::apply(&request.spec.name.as_str().into(), record.as_ref(), &parties.expect())
         .map_err(|refused| format!("the VM is not expected here: {refused}"))?;
-    let (disks, holds) = open_disks(launcher, request, heir, &offer)?;
-    let qemu = start_qemu(launcher, request, &offer, &disks).await?;
+    let holds = open_disks(launcher, request, heir, &offer, disks)?;
+    let qemu = start_qemu(launcher, request, &offer, disks).await?;
     launcher.owner.watch(heir, qemu.process.pid()).await;
     let parts = disks.iter().map(|d| (d.name.as_str(), &d.disk));
     let mut shown = nodes(parts);
@@ -162,6 +168,7 @@ async fn open(
             _ => "the target's ledger did not answer; is its gateway running?".to_owned(),
         });
     }
+    mark_incomplete(launcher, &offer, disks)?;
     let prepared = Prepared { disks: holds, disk_tokens, memory_tokens };
     let body = serde_json::to_value(&prepared).map_err(text)?;
     sent.send(&FromTarget::Prepared(body)).await;
@@ -175,7 +182,7 @@ async fn open(
         control: sent.clone(),
         inputs: inputs.clone(),
         qemu,
-        disks,
+        disks: std::mem::take(disks),
         receiver: Some(receiver),
         pumps: Some(pumps),
         history: History::arrived(offer.epoch),
@@ -206,26 +213,33 @@ fn check(request: &PrepareRequest, offer: &Offer) -> Result<(), String> {
     }
 }
 
+/// Opens all disks and judges what they hold; writes none of them. What was opened is in `disks`,
+/// also after a failure.
 fn open_disks(
     launcher: &Handle,
     request: &PrepareRequest,
     heir: &InstanceId,
     offer: &Offer,
-) -> Result<(Vec<Received>, Vec<Holds>), String> {
-    let mut disks = Vec::new();
+    disks: &mut Vec<Received>,
+) -> Result<Vec<Holds>, String> {
     let mut holds = Vec::new();
     for (spec, size) in request.spec.disks.iter().zip(&offer.sizes) {
-        let (disk, created) = match spec.shared || spec.read_only {
-            true => (Disk::source(&spec.path).map_err(|e| crate::chain(&e))?, false),
-            false => Disk::target(&spec.path, *size).map_err(|e| crate::chain(&e))?,
+        let copied = !spec.shared && !spec.read_only;
+        let opened = match copied {
+            true => Disk::target(&spec.path, *size),
+            false => Disk::source(&spec.path).map(|disk| (disk, false)),
         };
+        let (disk, created) = opened.map_err(|e| crate::chain(&e))?;
+        let shown = (disk.size() > *size).then_some(*size);
+        let name = spec.name.clone();
+        let disk = Arc::new(disk);
+        disks.push(Received { name, disk: disk.clone(), copied, created, shown });
         if spec.shared && !disk.is_direct() {
             return Err(format!(
                 "shared disk {} cannot be used past the page cache; use a filesystem with O_DIRECT",
                 spec.path.display()
             ));
         }
-        let copied = !spec.shared && !spec.read_only;
         let mark = launcher.marks.get(&disk).map_err(|e| crate::chain(&e))?;
         holds.push(match &mark {
             _ if !copied => Holds::Shared,
@@ -240,20 +254,22 @@ fn open_disks(
             }
             _ => Holds::Anything,
         });
-        if copied {
-            // N.B. before its first byte is overwritten: what it was, it is no more.
-            let mark = Mark::Incomplete {
-                vm: request.spec.name.clone(),
-                copy: offer.copy.clone(),
-                heir: heir.0.clone(),
-                disk: disk.identity().map_err(|e| crate::chain(&e))?,
-            };
-            launcher.marks.set(&disk, &mark).map_err(|e| crate::chain(&e))?;
-        }
-        let shown = (disk.size() > *size).then_some(*size);
-        disks.push(Received { name: spec.name.clone(), disk: Arc::new(disk), created, shown });
     }
-    Ok((disks, holds))
+    Ok(holds)
+}
+
+/// N.B. before their first byte is overwritten: what the disks were, they are no more.
+fn mark_incomplete(launcher: &Handle, offer: &Offer, disks: &[Received]) -> Result<(), String> {
+    for received in disks.iter().filter(|d| d.copied) {
+        let mark = Mark::Incomplete {
+            vm: launcher.config.vm.clone(),
+            copy: offer.copy.clone(),
+            heir: heir.0.clone(),
+            disk: received.disk.identity().map_err(|e| crate::chain(&e))?,
+        };
+        launcher.marks.set(&received.disk, &mark).map_err(|e| crate::chain(&e))?;
+    }
+    Ok(())
 }
 
 async fn start_qemu(
