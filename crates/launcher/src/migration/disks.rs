@@ -268,9 +268,12 @@ fn stop(sender: Arc<Sender>) -> Vec<Outstanding> {
     sender.finish()
 }
 
-/// The nodes of disks, as QEMU has them.
-pub fn nodes<'a>(disks: impl Iterator<Item = (&'a str, &'a Arc<Disk>)>) -> Vec<Node> {
+/// The nodes of disks, as QEMU has them. The guest may be shown less than a disk has.
+pub fn nodes<'a>(disks: impl Iterator<Item = (&'a str, Option<u64>, &'a Arc<Disk>)>) -> Vec<Node> {
     disks
-        .map(|(name, disk)| Node { name: crate::qemu::bitmap_node(name), size: disk.size() })
+        .map(|(name, shown, disk)| Node {
+            name: crate::qemu::bitmap_node(name),
+            size: shown.unwrap_or(disk.size()),
+        })
         .collect()
 }

@@ -236,14 +236,14 @@ pub async fn verify_judge(
     })?;
     let mut opened = Vec::new();
     for disk in &guest.qemu.spec.disks {
-        opened.push((disk.name.as_str(), Arc::new(Disk::source(&disk.path)?)));
+        opened.push((disk.name.as_str(), disk.size, Arc::new(Disk::source(&disk.path)?)));
     }
-    let all = nodes(opened.iter().map(|(name, disk)| (*name, disk)));
+    let all = nodes(opened.iter().map(|(name, shown, disk)| (*name, *shown, disk)));
     let bitmaps = Bitmaps::new(guest.qemu.qmp.clone(), &launcher.folder, all);
     let recorded = bitmaps.look(&since_name(own)).await.map_err(|e| fail(e.to_string()))?;
     let mut report = VerifyReport::default();
     for found in differing {
-        let at = opened.iter().position(|(name, _)| *name == found.disk);
+        let at = opened.iter().position(|(name, ..)| *name == found.disk);
         let recorded = at.and_then(|i| recorded.get(i)).cloned().unwrap_or_default();
         let since = guest.history.since(found.epoch, &found.disk, &recorded).ok_or_else(|| {
             fail(format!("nobody knows what changed on {} since epoch {}", found.disk, found.epoch))

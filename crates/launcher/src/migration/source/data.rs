@@ -50,7 +50,8 @@ impl Shell {
             compression: self.request.policy.compression,
             rtt: self.rtt(),
         };
-        let nodes = nodes(names.iter().map(String::as_str).zip(&opened));
+        let parts = spec.disks.iter().zip(&opened);
+        let nodes = nodes(parts.map(|(disk, opened)| (disk.name.as_str(), disk.size, opened)));
         let sender = Arc::new(Sender::start(opened, Arc::new(connect), options));
         self.sender = Some(sender.clone());
         let (resumed, outstanding) = match self.carried.take() {

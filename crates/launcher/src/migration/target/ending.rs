@@ -61,7 +61,7 @@ impl Shell {
         if let Err(error) = memory::reset(&self.qemu).await {
             tracing::warn!(%error, "QEMU's migration settings could not be put back");
         }
-        self.grow().await;
+        self.grow(&guest).await;
         let history = tokio::time::timeout(HISTORY, async {
             loop {
                 match received.recv().await {
@@ -85,7 +85,7 @@ impl Shell {
     }
 
     /// Shows the guest all of a disk that is larger than the source's.
-    async fn grow(&self) {
+    async fn grow(&self, guest: &Guest) {
         for received in self.disks.iter().filter(|d| d.shown.is_some()) {
             let Some(spec) = self.request.spec.disks.iter().find(|d| d.name == received.name)
             else {
@@ -101,9 +101,21 @@ impl Shell {
                 self.qemu.qmp.execute(reopen, QMP_DEADLINE).await?;
                 self.qemu.qmp.execute(resize, QMP_DEADLINE).await
             };
-            if let Err(error) = grown.await {
-                tracing::warn!(%error, disk = spec.name, "the disk keeps its old size until the VM is restarted");
+            match grown.await {
+                Ok(_) => self.shows_all(guest, &spec.name).await,
+                Err(error) => {
+                    tracing::warn!(%error, disk = spec.name, "the disk keeps its old size until the VM is restarted");
+                }
             }
+        }
+    }
+
+    /// N.B. what the guest is shown is what the next move copies.
+    async fn shows_all(&self, guest: &Guest, disk: &str) {
+        let mut vm = self.launcher.vm.lock().await;
+        if let Some(now) = vm.guest.as_mut().filter(|g| g.instance == guest.instance) {
+            let mut disks = now.qemu.spec.disks.iter_mut();
+            disks.find(|d| d.name == disk).into_iter().for_each(|d| d.size = None);
         }
     }
 

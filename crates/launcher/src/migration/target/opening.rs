@@ -126,12 +126,8 @@ async fn open(
     let holds = open_disks(launcher, request, heir, &offer, disks)?;
     let qemu = start_qemu(launcher, request, &offer, disks).await?;
     launcher.owner.watch(heir, qemu.process.pid()).await;
-    let parts = disks.iter().map(|d| (d.name.as_str(), &d.disk));
-    let mut shown = nodes(parts);
-    for (node, size) in shown.iter_mut().zip(&offer.sizes) {
-        node.size = *size;
-    }
-    let bitmaps = Bitmaps::new(qemu.qmp.clone(), &launcher.folder, shown);
+    let nodes = nodes(disks.iter().map(|d| (d.name.as_str(), d.shown, &d.disk)));
+    let bitmaps = Bitmaps::new(qemu.qmp.clone(), &launcher.folder, nodes);
     let ready = async {
         memory::set_up(&qemu, offer.multifd, false, Duration::from_millis(300))
             .await
