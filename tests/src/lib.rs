@@ -7,6 +7,7 @@ pub mod bench {
 }
 pub mod chaos;
 pub mod guest;
+pub mod media;
 pub mod scene;
 pub mod witness;
 pub mod world;

@@ -6,7 +6,7 @@ use crate::world::{Host, Process, World};
 use anyhow::{Context, Result};
 use launcher::migration::status::Outcome;
 use oracle::protocol::Check;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -38,11 +38,27 @@ pub struct Scene {
 /// # Errors
 /// When it does not come up.
 pub fn scene(program: &Path, target: &[&str]) -> Result<Scene> {
+    scene_on(program, target, |world| {
+        let disk = world.path("a/root.raw");
+        guest::disk(&disk, 64)?;
+        Ok(vec![("root", disk)])
+    })
+}
+
+/// A scene whose guest has the disks that `disks` makes, by name; it boots from the first.
+///
+/// # Errors
+/// When it does not come up.
+pub fn scene_on(
+    program: &Path,
+    target: &[&str],
+    disks: impl FnOnce(&World) -> Result<Vec<(&'static str, PathBuf)>>,
+) -> Result<Scene> {
     let world = World::new(program)?;
     let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
-    let disk = world.path("a/root.raw");
-    guest::disk(&disk, 64)?;
-    let on_a = a.launch(VM, &guest::spec(VM, &disk, 64)?, &["--failpoints"])?;
+    let disks = disks(&world)?;
+    let disks: Vec<_> = disks.iter().map(|(name, path)| (*name, path.as_path())).collect();
+    let on_a = a.launch(VM, &guest::spec_with(VM, &disks, 64)?, &["--failpoints"])?;
     let on_b = b.receive(VM, &[&["--failpoints"], target].concat())?;
     let witness = Witness::new();
     let mut line = witness.listen(&a.folder(VM).join("oracle.sock"))?;
@@ -103,6 +119,39 @@ impl Scene {
     pub fn moved(&self, from: &Host, to: &Host, more: &[&str]) -> Result<()> {
         let ended = self.world.move_vm(VM, from, to, more)?;
         assert!(ended.status.success(), "{}", ended.err);
+        Ok(())
+    }
+
+    /// What was left and what is run on now are equal.
+    ///
+    /// # Errors
+    /// When the command cannot be run or hangs.
+    ///
+    /// # Panics
+    /// When they differ or cannot be compared.
+    pub fn disks_are_equal(&self, from: &Host, to: &Host) -> Result<()> {
+        let verified = self.world.verify(VM, from, to)?;
+        assert!(verified.status.success(), "{verified:?}");
+        Ok(())
+    }
+
+    /// A move from `a` to `b` fails, says `why`, and the guest goes on where it was.
+    ///
+    /// # Errors
+    /// When the command cannot be run or hangs, or the guest does not go on.
+    ///
+    /// # Panics
+    /// When the move succeeds or fails otherwise, or something was lost.
+    pub fn is_refused(&self, more: &[&str], why: &str) -> Result<()> {
+        let ended = self.world.move_vm(VM, &self.a, &self.b, more)?;
+        assert!(!ended.status.success(), "it went through: {}", ended.err);
+        let told = ended.err.lines().filter(|line| line.contains(why)).count();
+        assert_eq!(told, 1, "once '{why}', not: {}", ended.err);
+        self.nothing_is_lost(&self.a)?;
+        // The target has let go, too.
+        self.world.wait_status(&self.b, VM, "without a move", |s| {
+            s.migration.as_ref().is_none_or(|m| m.outcome.is_some())
+        })?;
         Ok(())
     }
 

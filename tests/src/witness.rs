@@ -104,7 +104,12 @@ impl Witness {
 
     /// The highest acknowledged write.
     pub fn written(&self) -> u64 {
-        self.lock().written.get(&0).copied().unwrap_or(0)
+        self.written_by(0)
+    }
+
+    /// The highest acknowledged write of writer `id`.
+    pub fn written_by(&self, id: u64) -> u64 {
+        self.lock().written.get(&id).copied().unwrap_or(0)
     }
 
     /// Waits until write `n` is acknowledged.
@@ -112,8 +117,16 @@ impl Witness {
     /// # Errors
     /// When it is not in time.
     pub fn wait_written(&self, n: u64, deadline: Duration) -> Result<()> {
-        let what = format!("that write {n} is durable");
-        self.wait(&what, deadline, |heard| heard.written.get(&0).filter(|w| **w >= n).map(|_| ()))
+        self.wait_written_by(0, n, deadline)
+    }
+
+    /// Waits until write `n` of writer `id` is acknowledged.
+    ///
+    /// # Errors
+    /// When it is not in time.
+    pub fn wait_written_by(&self, id: u64, n: u64, deadline: Duration) -> Result<()> {
+        let what = format!("that write {n} of writer {id} is durable");
+        self.wait(&what, deadline, |heard| heard.written.get(&id).filter(|w| **w >= n).map(|_| ()))
     }
 
     /// The longest time that the guest stood still since `from`: the largest
