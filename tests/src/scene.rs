@@ -61,6 +61,7 @@ pub fn scene_on(
     let on_a = a.launch(VM, &guest::spec_with(VM, &disks, 64)?, &["--failpoints"])?;
     let on_b = b.receive(VM, &[&["--failpoints"], target].concat())?;
     let witness = Witness::new();
+    world.wait_running(&a, VM)?;
     let mut line = witness.listen(&a.folder(VM).join("oracle.sock"))?;
     witness.wait_ready(SOON)?;
     line.command("write start dev=/dev/vda offset=32M len=4M rate=200 seed=7", SOON)?;

@@ -112,18 +112,7 @@ async fn open(
     disks: &mut Vec<Received>,
 ) -> Result<Shell, String> {
     check(request, &offer)?;
-    let parties = Parties {
-        epoch: offer.epoch,
-        heir: heir.clone(),
-        source: offer.source.clone(),
-        attempt: request.migration.as_str().into(),
-        peer: request.from.id.to_string().as_str().into(),
-    };
-    // N.B. before a disk is touched: it may be the VM's own.
-    let record = launcher.owner.read().await.map_err(|e| crate::chain(&e))?;
-    handover::record::apply(&request.spec.name.as_str().into(), record.as_ref(), &parties.expect())
-        .map_err(|refused| format!("the VM is not expected here: {refused}"))?;
-    let holds = open_disks(launcher, request, heir, &offer, disks)?;
+    let holds = open_disks(launcher, request, &offer, disks)?;
     let qemu = start_qemu(launcher, request, &offer, disks).await?;
     launcher.owner.watch(heir, qemu.process.pid()).await;
     let nodes = nodes(disks.iter().map(|d| (d.name.as_str(), d.shown, &d.disk)));
@@ -154,6 +143,13 @@ async fn open(
     pumps.incoming(&launcher.folder, ways, fault.stale_page);
     let pumps = tokio::spawn(watch_pumps(pumps, inputs.clone()));
     watch_qemu(&qemu, inputs.clone());
+    let parties = Parties {
+        epoch: offer.epoch,
+        heir: heir.clone(),
+        source: offer.source.clone(),
+        attempt: request.migration.as_str().into(),
+        peer: request.from.id.to_string().as_str().into(),
+    };
     let expected = launcher.owner.swap(parties.expect()).await;
     if !matches!(expected, Answer::Done(_)) {
         qemu.process.kill().await;
@@ -164,7 +160,7 @@ async fn open(
             _ => "the target's ledger did not answer; is its gateway running?".to_owned(),
         });
     }
-    mark_incomplete(launcher, &offer, disks)?;
+    mark_incomplete(launcher, heir, &offer, disks)?;
     let prepared = Prepared { disks: holds, disk_tokens, memory_tokens };
     let body = serde_json::to_value(&prepared).map_err(text)?;
     sent.send(&FromTarget::Prepared(body)).await;
@@ -214,7 +210,6 @@ fn check(request: &PrepareRequest, offer: &Offer) -> Result<(), String> {
 fn open_disks(
     launcher: &Handle,
     request: &PrepareRequest,
-    heir: &InstanceId,
     offer: &Offer,
     disks: &mut Vec<Received>,
 ) -> Result<Vec<Holds>, String> {
@@ -255,7 +250,12 @@ fn open_disks(
 }
 
 /// N.B. before their first byte is overwritten: what the disks were, they are no more.
-fn mark_incomplete(launcher: &Handle, offer: &Offer, disks: &[Received]) -> Result<(), String> {
+fn mark_incomplete(
+    launcher: &Handle,
+    heir: &InstanceId,
+    offer: &Offer,
+    disks: &[Received],
+) -> Result<(), String> {
     for received in disks.iter().filter(|d| d.copied) {
         let mark = Mark::Incomplete {
             vm: launcher.config.vm.clone(),
