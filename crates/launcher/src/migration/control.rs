@@ -6,11 +6,14 @@ use handover::wire::v1::{decode, encode};
 use mover::bucket::SharedBucket;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc, oneshot};
 
+/// A stream that broke says why at once; one that only the peer has closed goes on.
+const VERDICT: Duration = Duration::from_millis(500);
 /// Messages that may wait for the link.
 const QUEUE: usize = 64;
 
@@ -110,14 +113,13 @@ impl Heard {
     /// Why there will be none any more, or what cannot be understood.
     pub async fn next<M: DeserializeOwned>(&mut self) -> Result<Option<M>, String> {
         match self.receiver.recv().await {
-            Ok(Some(bytes)) => {
-                let text = std::str::from_utf8(&bytes).map_err(|e| e.to_string())?;
-                decode::<M>(text.as_bytes()).map(Some).map_err(|e| e.to_string())
-            }
-            Ok(None) | Err(_) => match (&mut self.ended).await {
-                Ok(Ok(_)) => Ok(None),
+            Ok(Some(bytes)) => decode::<M>(&bytes).map(Some).map_err(|e| e.to_string()),
+            // N.B. the stream itself is well and would be waited for in vain.
+            Err(error) if error.kind() == io::ErrorKind::InvalidData => Err(error.to_string()),
+            Ok(None) | Err(_) => match tokio::time::timeout(VERDICT, &mut self.ended).await {
+                Ok(Ok(Ok(_))) | Err(_) => Ok(None),
+                Ok(Ok(Err(error))) => Err(error.to_string()),
                 Ok(Err(error)) => Err(error.to_string()),
-                Err(error) => Err(error.to_string()),
             },
         }
     }
