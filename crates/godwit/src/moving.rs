@@ -47,8 +47,13 @@ pub async fn run(arguments: cli::Move) -> Result<ExitCode> {
         return Err(error).context("the source cannot move the VM");
     }
     let outcome = watch(&source, &migration, way.output).await?;
-    if outcome == Outcome::Succeeded {
-        settle(&target, &migration).await?;
+    match &outcome {
+        Outcome::Succeeded => settle(&target, &migration).await?,
+        // N.B. nothing was copied: the two may never have met, and the target would wait on.
+        Outcome::Failed { resumable: false, .. } if matches!(source.spec().await, Ok(Some(_))) => {
+            let _ = target.cancel().await;
+        }
+        _ => {}
     }
     Ok(match outcome {
         Outcome::Succeeded => ExitCode::SUCCESS,
