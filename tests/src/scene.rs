@@ -136,21 +136,21 @@ impl Scene {
         Ok(())
     }
 
-    /// A move from `a` to `b` fails, says `why`, and the guest goes on where it was.
+    /// A move from `a` to `to` fails, says `why`, and the guest goes on where it was.
     ///
     /// # Errors
     /// When the command cannot be run or hangs, or the guest does not go on.
     ///
     /// # Panics
     /// When the move succeeds or fails otherwise, or something was lost.
-    pub fn is_refused(&self, more: &[&str], why: &str) -> Result<()> {
-        let ended = self.world.move_vm(VM, &self.a, &self.b, more)?;
+    pub fn is_refused(&self, to: &Host, more: &[&str], why: &str) -> Result<()> {
+        let ended = self.world.move_vm(VM, &self.a, to, more)?;
         assert!(!ended.status.success(), "it went through: {}", ended.err);
         let told = ended.err.lines().filter(|line| line.contains(why)).count();
         assert_eq!(told, 1, "once '{why}', not: {}", ended.err);
         self.nothing_is_lost(&self.a)?;
         // The target has let go, too.
-        self.world.wait_status(&self.b, VM, "without a move", |s| {
+        self.world.wait_status(to, VM, "without a move", |s| {
             s.migration.as_ref().is_none_or(|m| m.outcome.is_some())
         })?;
         Ok(())

@@ -76,8 +76,16 @@ impl World {
     /// # Errors
     /// When it does not come up.
     pub fn host(&self, name: &str, ip: &str) -> Result<Host> {
+        self.host_of("ca", name, ip)
+    }
+
+    /// A host that another CA of the world vouches for.
+    ///
+    /// # Errors
+    /// When it does not come up.
+    pub fn host_of(&self, ca: &str, name: &str, ip: &str) -> Result<Host> {
         let dir = self.path(name);
-        let ca = self.path("ca");
+        let ca = self.path(ca);
         let made = Command::new(&self.program)
             .arg("host")
             .arg(&dir)

@@ -95,7 +95,7 @@ fn a_smaller_target_is_refused_and_a_larger_one_grows() -> Result<()> {
     let small = scene.world.path("b/small.raw");
     File::create(&small)?.set_len(63 * MIB)?;
     let disk = format!("root={}", small.display());
-    scene.is_refused(&["--disk", &disk], "make it at least as large")?;
+    scene.is_refused(&scene.b, &["--disk", &disk], "make it at least as large")?;
     assert_eq!(small.metadata()?.blocks(), 0, "something was written");
 
     let large = scene.world.path("b/large.raw");
@@ -151,7 +151,11 @@ fn a_guest_that_outruns_the_link_is_throttled_or_stays_as_the_user_likes() -> Re
     let free = speed(&scene);
     assert!(free > 8.0 * MIB as f64, "this guest outruns no link: {free} bytes/s");
 
-    scene.is_refused(&["--no-throttle", "--bandwidth", "6M"], "faster than the link carries")?;
+    scene.is_refused(
+        &scene.b,
+        &["--no-throttle", "--bandwidth", "6M"],
+        "faster than the link carries",
+    )?;
     assert!(speed(&scene) > free / 3.0, "it was throttled nevertheless");
 
     let mut command = scene.world.move_command(VM, &scene.a, &scene.b, &["--bandwidth", "2M"]);
