@@ -17,7 +17,7 @@ use qmp::commands::{
 use std::path::Path;
 use std::time::Duration;
 use tokio::net::UnixStream;
-use tokio::sync::watch;
+use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 
@@ -90,6 +90,7 @@ pub struct Pumps {
 
 impl Pumps {
     /// Takes QEMU's connections as they come and carries each over the next of `ways`.
+    /// QEMU never sees one break: see [`shield`].
     ///
     /// # Errors
     /// When the socket cannot be made.
@@ -105,7 +106,12 @@ impl Pumps {
                 tokio::select! {
                     accepted = listener.accept() => {
                         let (qemu, _) = accepted.map_err(|e| e.to_string())?;
-                        streams.spawn(resumable::run(qemu, links, config));
+                        let (qemu, carried) = shield(qemu).map_err(|e| e.to_string())?;
+                        streams.spawn(async move {
+                            let ended = resumable::run(qemu, links, config).await;
+                            drop(carried);
+                            ended
+                        });
                     }
                     Some(ended) = streams.join_next(), if !streams.is_empty() => {
                         ended.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
@@ -167,6 +173,26 @@ impl Pumps {
     pub fn end(&mut self) {
         self.tasks.abort_all();
     }
+}
+
+/// Takes what QEMU sends once nobody carries it any more, and throws it away until QEMU closes the
+/// connection. Returns the connection, and what to keep for as long as it is carried.
+///
+/// N.B. QEMU must not see a stream break. Before 8.2 that can stop it for good, with the guest in
+/// it, when it happens while the rest is sent over `multifd`; later ones can stick in
+/// `finish-migrate`. So it believes that all goes well until [`bring_back`] cancels, or resumes
+/// what it takes for completed.
+fn shield(qemu: UnixStream) -> std::io::Result<(UnixStream, oneshot::Sender<()>)> {
+    let qemu = qemu.into_std()?;
+    let mut spare = UnixStream::from_std(qemu.try_clone()?)?;
+    let (carried, uncarried) = oneshot::channel::<()>();
+    tokio::spawn(async move {
+        // Its sender is dropped, however the stream ends.
+        let _ = uncarried.await;
+        // QEMU's end of the connection comes with its end of the migration, or its own.
+        let _ = tokio::io::copy(&mut spare, &mut tokio::io::sink()).await;
+    });
+    Ok((UnixStream::from_std(qemu)?, carried))
 }
 
 async fn drain(mut streams: JoinSet<Result<resumable::Summary, Error>>) -> Result<(), String> {
