@@ -17,8 +17,9 @@ pub struct VmSpec {
     /// Guest memory in MiB.
     #[serde(rename = "memoryMiB")]
     pub memory_mib: u64,
-    /// QEMU's machine type: `pc`, `q35`, or a version of them (`pc-q35-7.2`). The first two are not
-    /// pinned to a version: name one to move between QEMUs.
+    /// QEMU's machine type: `pc`, `q35`, or a version of them (`pc-q35-7.2`). The first two become the
+    /// newest version that the QEMU knows which starts the VM; the VM keeps it while it runs,
+    /// wherever it moves.
     #[serde(default = "pc")]
     pub machine: String,
     /// QEMU's CPU model. None is `host` with KVM, `Westmere-v1` with TCG.
@@ -176,6 +177,15 @@ const SUFFIXES: [&str; 6] = ["-file", "-raw", "-tg", "-net", "-nic", "-disk"];
 /// Sockets of a launcher's folder, which a serial port's would replace.
 const SOCKETS: [&str; 4] = ["launcher", "streams", "qmp", "nbd"];
 
+/// Short names of machine types, and how their versions begin.
+const ALIASES: [(&str, &str); 2] = [("pc", "pc-i440fx-"), ("q35", "pc-q35-")];
+
+/// Whether `name` is that machine type or, if it is a short name, can mean it.
+fn may_be(name: &str, machine: &str) -> bool {
+    let means = |(alias, begin): &(&str, &str)| name == *alias && machine.starts_with(begin);
+    name == machine || ALIASES.iter().any(means)
+}
+
 /// Whether a name can stand for a VM's folder.
 pub fn is_name(name: &str) -> bool {
     let bytes = name.as_bytes();
@@ -264,7 +274,12 @@ impl VmSpec {
 
     /// Whether it is of the q35 kind, which has other buses than pc.
     pub fn is_q35(&self) -> bool {
-        self.machine == "q35" || self.machine.starts_with("pc-q35-")
+        may_be("q35", &self.machine)
+    }
+
+    /// Whether the machine type is a short name, which each QEMU takes for another version.
+    pub fn has_machine_alias(&self) -> bool {
+        ALIASES.iter().any(|(alias, _)| self.machine == *alias)
     }
 
     fn check_machine(&self, faults: &mut Faults) {
@@ -274,7 +289,7 @@ impl VmSpec {
         faults.demand((16..=MAX_MEMORY_MIB).contains(memory_mib), || {
             format!("memoryMiB must be 16 to {MAX_MEMORY_MIB}")
         });
-        let known = self.is_q35() || machine == "pc" || machine.starts_with("pc-i440fx-");
+        let known = ALIASES.iter().any(|(alias, _)| may_be(alias, machine));
         faults.demand(known && is_plain(machine), || {
             format!("machine '{machine}' must be pc, q35, pc-i440fx-VERSION or pc-q35-VERSION")
         });
@@ -363,7 +378,9 @@ impl VmSpec {
         found.compare("name", name, &other.name);
         found.compare("vcpus", vcpus, &other.vcpus);
         found.compare("memoryMiB", memory_mib, &other.memory_mib);
-        found.compare("machine", machine, &other.machine);
+        if !may_be(machine, &other.machine) && !may_be(&other.machine, machine) {
+            found.compare("machine", machine, &other.machine);
+        }
         found.compare("cpu", cpu, &other.cpu);
         found.compare("accelerator", accelerator, &other.accelerator);
         found.compare("uefi", &uefi.is_some(), &other.uefi.is_some());
@@ -445,6 +462,15 @@ mod test {
             GOOD.replace("/disks/root\"", "/other\",\"size\":512").replace("/boot/kernel", "/k");
         let host = host.replace("01\"", "01\",\"backend\":{\"tap\":\"tap0\"}").replace("AA", "aa");
         assert_eq!(here.differences(&spec(&host)), [""; 0]);
+        let on = |machine: &str| {
+            spec(&GOOD.replace("\"tcg\"", &format!("\"tcg\",\"machine\":\"{machine}\"")))
+        };
+        let (old, new) = (on("pc-i440fx-7.2"), on("pc-i440fx-8.0"));
+        assert_eq!(here.differences(&old), [""; 0]);
+        assert_eq!(old.differences(&here), [""; 0]);
+        assert!(
+            old.differences(&new)[0].contains("7.2") && here.differences(&on("q35")).len() == 1
+        );
         let guest = GOOD
             .replace(":64", ":128")
             .replace("quiet", "")

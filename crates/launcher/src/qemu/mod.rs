@@ -9,6 +9,7 @@ pub use process::{Error, Exit, Process, shim, start_time};
 
 use crate::folder;
 use crate::spec::VmSpec;
+use qmp::commands::{MachineInfo, QueryMachines};
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -46,7 +47,7 @@ pub struct Qemu {
     pub qmp: qmp::Client,
     /// Its process.
     pub process: Process,
-    /// What it runs.
+    /// What it runs, with the machine type by its full name.
     pub spec: VmSpec,
 }
 
@@ -65,13 +66,42 @@ impl Qemu {
         folder::remove(&config.folder, QMP)?;
         let arguments = command::arguments(spec, facts, mode);
         let process = Process::start(config, &arguments)?;
-        match connect(&config.folder.join(QMP), &process).await {
-            Ok(qmp) => Ok(Self { qmp, process, spec: spec.clone() }),
+        let started = async {
+            let qmp = connect(&config.folder.join(QMP), &process).await?;
+            Ok::<_, Error>((spec_in(&qmp, spec).await?, qmp))
+        };
+        match started.await {
+            Ok((spec, qmp)) => Ok(Self { qmp, process, spec }),
             Err(error) => {
                 process.kill().await;
-                Err(error)
+                Err(unknown_machine(error, &process, spec))
             }
         }
+    }
+}
+
+/// The spec with the machine type that QEMU took an alias for: what the guest is from now on, and
+/// what any QEMU has to know to which it moves. The same alias means another machine there.
+async fn spec_in(qmp: &qmp::Client, spec: &VmSpec) -> Result<VmSpec, Error> {
+    let mut spec = spec.clone();
+    if spec.has_machine_alias() {
+        let known = qmp.execute(QueryMachines, START_DEADLINE).await.map_err(Error::Machines)?;
+        let is_meant = |known: &MachineInfo| known.alias.as_ref() == Some(&spec.machine);
+        if let Some(meant) = known.into_iter().find(is_meant) {
+            spec.machine = meant.name;
+        }
+    }
+    Ok(spec)
+}
+
+/// Says in our words what QEMU says in its own, which name neither the machine type nor a remedy.
+fn unknown_machine(error: Error, process: &Process, spec: &VmSpec) -> Error {
+    match error {
+        Error::Ended { words, .. } if words.contains("unsupported machine type") => {
+            let program = process.program().display().to_string();
+            Error::Machine { program, machine: spec.machine.clone() }
+        }
+        other => other,
     }
 }
 

@@ -37,6 +37,20 @@ pub enum Error {
         /// What it said last.
         words: String,
     },
+    /// It does not know the machine type.
+    #[error(
+        "{program} does not know machine type {machine}; install a QEMU that does, or start the VM \
+         anew with a machine type that all its hosts know"
+    )]
+    Machine {
+        /// The program.
+        program: String,
+        /// The machine type.
+        machine: String,
+    },
+    /// It does not tell what its machine types are.
+    #[error("QEMU does not tell its machine types")]
+    Machines(#[source] qmp::Error),
     /// It runs but does not answer.
     #[error("QEMU runs but cannot be spoken to; it said: '{words}'")]
     Mute {

@@ -19,7 +19,10 @@ async fn a_vm_runs_stands_still_goes_on_and_is_ended() {
     assert_eq!(client.spec().await.unwrap(), None);
     let status = client.start(&firmware(), false).await.unwrap();
     assert_eq!((status.phase, status.epoch), (Phase::Running, Some(1)));
-    assert_eq!(client.spec().await.unwrap(), Some(firmware()));
+    // As it was given, but for the machine type, which an alias would leave open.
+    let spec = client.spec().await.unwrap().unwrap();
+    assert!(spec.machine.starts_with("pc-i440fx-"), "{}", spec.machine);
+    assert_eq!(launcher::spec::VmSpec { machine: "pc".to_owned(), ..spec }, firmware());
     assert_eq!(client.pause().await.unwrap().phase, Phase::Paused);
     assert!(client.start(&firmware(), false).await.unwrap_err().is_conflict());
     assert_eq!(client.resume().await.unwrap().phase, Phase::Running);
@@ -115,6 +118,15 @@ async fn what_qemu_says_before_it_fails_is_told_and_nothing_runs() {
     assert!(log.contains("unable to find CPU model 'no-such-cpu'"), "{log}");
     // And it is in nobody's way.
     assert_eq!(launcher.client.start(&firmware(), false).await.unwrap().epoch, Some(1));
+}
+
+#[tokio::test]
+async fn a_machine_type_that_qemu_does_not_know_is_named_with_a_remedy() {
+    let host = Host::start();
+    let launcher = host.launcher().await;
+    let error = launcher.client.start(&spec(json!({"machine": "pc-q35-999.9"})), false).await;
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("does not know machine type pc-q35-999.9; install"), "{error}");
 }
 
 #[tokio::test]

@@ -189,6 +189,10 @@ fn text(error: impl std::fmt::Display) -> String {
 /// Checks what the source offers against what this host was told to receive.
 fn check(request: &PrepareRequest, offer: &Offer) -> Result<(), String> {
     let mut faults = request.spec.differences(&offer.spec);
+    // N.B. its machine type goes on our QEMU's command line.
+    if let Err(invalid) = offer.spec.validate() {
+        faults.extend(invalid.faults);
+    }
     if offer.sizes.len() != request.spec.disks.len() {
         faults.push("the source sent no size for every disk".into());
     }
@@ -278,7 +282,7 @@ async fn start_qemu(
     for (disk, received) in spec.disks.iter_mut().zip(disks) {
         disk.size = received.shown;
     }
-    // The machine type as the source's QEMU has it, where an alias hides it.
+    // What the guest really is, where the request has only an alias.
     spec.machine.clone_from(&offer.spec.machine);
     let facts: Vec<Facts> = disks
         .iter()

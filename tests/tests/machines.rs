@@ -1,0 +1,69 @@
+//! A move between QEMUs of different versions.
+
+use anyhow::Result;
+use e2e::guest;
+use e2e::scene::VM;
+use e2e::world::{Host, World};
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
+/// QEMU, which knows no machine type while `old` is there.
+fn qemu(world: &World, old: &Path) -> Result<PathBuf> {
+    let real = std::env::var("GODWIT_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".into());
+    let program = world.path("qemu");
+    let old = old.display();
+    let script = format!(
+        "#!/bin/sh\n\
+         if [ -e '{old}' ]; then echo 'qemu: unsupported machine type' >&2; exit 1; fi\n\
+         exec '{real}' \"$@\"\n"
+    );
+    std::fs::write(&program, script)?;
+    std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
+    Ok(program)
+}
+
+#[test]
+fn a_target_that_does_not_know_the_machine_refuses_before_it_touches_a_disk() -> Result<()> {
+    let mut world = World::new(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")))?;
+    let old = world.path("old");
+    world.set_env("GODWIT_QEMU", qemu(&world, &old)?);
+    let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
+    let (here, there) = (world.path("a/root.raw"), b.folder(VM).join("root.raw"));
+    guest::disk(&here, 64)?;
+    let _on_a = a.launch(VM, &guest::spec(VM, &here, 64)?, &[])?;
+    let _on_b = b.receive(VM, &[])?;
+    world.wait_running(&a, VM)?;
+    let machine = |host: &Host| -> Result<String> {
+        Ok(world.run(host.client(VM).spec())?.expect("it runs here").machine)
+    };
+    let pinned = machine(&a)?;
+    assert!(pinned.starts_with("pc-i440fx-"), "{pinned}");
+    let refused = |from: &Host, to: &Host, more: &[&str]| -> Result<()> {
+        std::fs::write(&old, "")?;
+        let ended = world.move_vm(VM, from, to, more)?;
+        std::fs::remove_file(&old)?;
+        assert!(!ended.status.success());
+        let why = format!("does not know machine type {pinned}");
+        assert!(ended.err.contains(&why), "{}", ended.err);
+        world.wait_running(from, VM)?;
+        Ok(())
+    };
+
+    refused(&a, &b, &[])?;
+    assert!(!there.exists(), "the target's disk is left over");
+    let ended = world.move_vm(VM, &a, &b, &[])?;
+    assert!(ended.status.success(), "{}", ended.err);
+    world.wait_running(&b, VM)?;
+    assert_eq!(machine(&b)?, pinned);
+
+    // The disk that was left is still known for what it is: only what changed goes back.
+    let back = ["--disk".to_owned(), format!("root={}", here.display())];
+    let back: Vec<_> = back.iter().map(String::as_str).collect();
+    refused(&b, &a, &back)?;
+    let ended = world.move_vm(VM, &b, &a, &back)?;
+    assert!(ended.status.success(), "{}", ended.err);
+    world.wait_running(&a, VM)?;
+    let progress = world.status(&b, VM)?.migration.expect("it moved").progress;
+    assert!(progress.bytes_total < 16 << 20, "a whole disk went back: {progress:?}");
+    Ok(())
+}
