@@ -161,8 +161,10 @@ async fn settle(target: &Client, migration: &str) -> Result<()> {
             let status = target.status_after(generation, NEWS).await?;
             generation = status.generation;
             let ours = status.migration.filter(|m| is(m, migration, Half::Target));
-            if ours.is_some_and(|m| m.outcome == Some(Outcome::Succeeded)) {
-                return anyhow::Ok(());
+            match ours.and_then(|m| m.outcome) {
+                Some(Outcome::Succeeded) => return Ok(()),
+                Some(Outcome::Failed { reason, .. }) => bail!(reason),
+                _ => {}
             }
         }
     });

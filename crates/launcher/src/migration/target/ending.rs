@@ -49,7 +49,7 @@ impl Shell {
             let mut vm = self.launcher.vm.lock().await;
             vm.guest = Some(guest.clone());
             self.launcher.show_guest(Phase::Running, Some(&guest));
-            self.show_outcome(Outcome::Succeeded);
+            self.show_outcome(self.settled());
         }
         self.launcher.keep_watch(guest.clone());
         for disk in &self.disks {
@@ -81,6 +81,18 @@ impl Shell {
             if let Some(now) = vm.guest.as_mut().filter(|g| g.instance == guest.instance) {
                 now.history = self.history.clone();
             }
+        }
+    }
+
+    fn settled(&self) -> Outcome {
+        match self.qemu.process.exit() {
+            None => Outcome::Succeeded,
+            Some(_) => Outcome::Failed {
+                reason: "the guest is this host's, but its QEMU ended when it was to run it; \
+                         its disks are whole: start the VM here"
+                    .into(),
+                resumable: false,
+            },
         }
     }
 
