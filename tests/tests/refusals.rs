@@ -359,7 +359,7 @@ fn a_qemu_that_hangs_when_it_is_to_run_is_ended_and_its_host_keeps_the_vm() -> R
     let qemu = qemu_of(scene.on_b.as_ref().context("it runs")?.pid())?;
     rustix::process::kill_process(qemu, rustix::process::Signal::STOP)?;
     scene.world.run(scene.b.client(VM).release())?;
-    moving.wait()?;
+    assert!(!moving.wait()?.success(), "a guest that does not run was called moved");
     // It may have run there: the guest must not go on at the source.
     let stopped = |s: &launcher::status::Status| s.phase == Phase::Stopped;
     scene.world.wait_status(&scene.b, VM, "stopped", stopped)?;
