@@ -87,6 +87,9 @@ pub enum Bus {
     Scsi,
     /// AHCI.
     Sata,
+    /// The flash memory where UEFI firmware keeps its variables (boot entries, Secure Boot keys);
+    /// begin with a copy of the `OVMF_VARS.fd` that belongs to the firmware. At most one.
+    Flash,
 }
 
 /// A network card; at most 8.
@@ -113,8 +116,8 @@ pub enum Backend {
     Tap(String),
 }
 
-/// UEFI firmware. Its variables (boot entries, Secure Boot keys) are not kept: each start of QEMU
-/// begins with the firmware's own, and boots by the order of the disks.
+/// UEFI firmware. Without a disk on [`Bus::Flash`] its variables live in the guest's memory: they
+/// move with it, and each start of QEMU begins with the firmware's own.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, rename_all = "camelCase")]
 pub struct Uefi {
@@ -282,6 +285,14 @@ impl VmSpec {
         ALIASES.iter().any(|(alias, _)| self.machine == *alias)
     }
 
+    /// Size of the UEFI firmware in bytes, if there is one.
+    ///
+    /// # Errors
+    /// When its file cannot be looked at.
+    pub fn firmware_size(&self) -> std::io::Result<Option<u64>> {
+        self.uefi.as_ref().map(|uefi| Ok(std::fs::metadata(&uefi.code)?.len())).transpose()
+    }
+
     fn check_machine(&self, faults: &mut Faults) {
         let Self { machine, vcpus, memory_mib, serials, .. } = self;
         faults
@@ -312,17 +323,24 @@ impl VmSpec {
             (self.disks.len(), MAX_DISKS, "disks"),
             (on(Bus::Virtio), MAX_VIRTIO_DISKS, "virtio disks"),
             (on(Bus::Sata), MAX_SATA_DISKS, "SATA disks"),
+            (on(Bus::Flash), 1, "disk on flash"),
         ] {
             faults.demand(count <= most, || format!("at most {most} {what}"));
         }
+        faults.demand(self.uefi.is_some() || on(Bus::Flash) == 0, || {
+            "a disk on flash holds the variables of UEFI firmware: name that under uefi".into()
+        });
         let mut paths = BTreeSet::new();
-        for Disk { name, path, size, .. } in &self.disks {
+        for Disk { name, path, size, bus, read_only, .. } in &self.disks {
             faults.place(&format!("disk {name}"), path);
             faults.demand(paths.insert(path), || {
                 format!("disk {name}: another disk has its path {}", path.display())
             });
             faults.demand(size.is_none_or(|size| size > 0 && size % 512 == 0), || {
                 format!("disk {name}: size must be a multiple of 512")
+            });
+            faults.demand(*bus != Bus::Flash || (size.is_none() && !read_only), || {
+                format!("disk {name}: flash is written, and has the size of its file")
             });
         }
     }
@@ -446,6 +464,19 @@ mod test {
         );
         let faults = bad.validate().unwrap_err().faults;
         assert_eq!(faults.len(), 15, "{faults:#?}");
+    }
+
+    #[test]
+    fn flash_belongs_to_firmware_and_has_the_size_of_its_file() {
+        let flash = GOOD.replace("\"path\"", "\"bus\":\"flash\",\"path\"");
+        let faults = spec(&flash).validate().unwrap_err().faults;
+        assert!(faults.len() == 1 && faults[0].contains("uefi"), "{faults:?}");
+        let flash = flash.replace("\"boot\"", "\"uefi\":{\"code\":\"/code\"},\"boot\"");
+        spec(&flash).validate().unwrap();
+        for more in ["\"readOnly\":true", "\"size\":512"] {
+            let faults = spec(&flash.replace("\"bus\"", &format!("{more},\"bus\""))).validate();
+            assert_eq!(faults.unwrap_err().faults.len(), 1);
+        }
     }
 
     #[test]

@@ -20,6 +20,9 @@ pub struct Offer {
     pub copy: String,
     /// The disks' sizes in bytes, in the spec's order.
     pub sizes: Vec<u64>,
+    /// Size of the UEFI firmware in bytes: QEMU loads it, as memory, only into one of that size.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub firmware: Option<u64>,
     /// How many disk streams there will be.
     pub disk_streams: u16,
     /// QEMU's additional memory channels; 0 is none.

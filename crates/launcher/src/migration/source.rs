@@ -106,9 +106,6 @@ fn unmovable(guest: &Guest) -> Vec<String> {
     if spec.cpu.as_deref() == Some("max") {
         faults.push("CPU model max differs from host to host; name a model".to_owned());
     }
-    if spec.uefi.is_some() {
-        faults.push("UEFI variables are not moved yet; use BIOS".to_owned());
-    }
     faults
 }
 

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! disk:  <name>-file  ->  <name>-raw  ->  <name>      ->  device
-//!        file or device   raw, size=N     throttle node   virtio, scsi, sata
+//!        file or device   raw, size=N     throttle node   virtio, scsi, sata, flash
 //! ```
 
 use crate::spec::{Accelerator, Backend, Bus, Disk, Nic, VmSpec};
@@ -150,6 +150,10 @@ fn disks(add: &mut impl FnMut(&[&str]), spec: &VmSpec, facts: &[Facts]) {
             }
             Bus::Scsi => format!("scsi-hd,bus=scsi0.0,scsi-id={},lun=0", next(&mut places.scsi)),
             Bus::Sata => format!("ide-hd,bus={ahci}.{}", next(&mut places.sata)),
+            Bus::Flash => {
+                add(&["-machine", &format!("pflash1={name}")]);
+                continue;
+            }
         };
         // The guest flushes because it sees a write cache; we never keep one.
         let mut device = format!("{device},drive={name},id={name}-disk,write-cache=on");

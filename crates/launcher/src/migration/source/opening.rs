@@ -29,7 +29,9 @@ impl Shell {
         let sizes = self.guest.qemu.spec.disks.iter().map(|disk| {
             mover::disk::Disk::source(&disk.path).map(|opened| disk.size.unwrap_or(opened.size()))
         });
+        let firmware = self.guest.qemu.spec.firmware_size().map_err(|e| e.to_string())?;
         let offer = Offer {
+            firmware,
             spec: self.guest.qemu.spec.clone(),
             epoch: self.guest.epoch,
             source: self.guest.instance.clone(),

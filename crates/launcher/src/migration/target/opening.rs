@@ -13,6 +13,7 @@ use crate::migration::memory::{self, Pumps};
 use crate::migration::offer::{Holds, MAX_DISK_STREAMS, MAX_MULTIFD, Offer, Prepared};
 use crate::migration::status::Outcome;
 use crate::qemu::{Facts, Mode, Qemu};
+use crate::spec::Bus;
 use crate::status::Phase;
 use crate::vm::Handle;
 use channel::preface::Stream;
@@ -193,6 +194,13 @@ fn check(request: &PrepareRequest, offer: &Offer) -> Result<(), String> {
     if let Err(invalid) = offer.spec.validate() {
         faults.extend(invalid.faults);
     }
+    match request.spec.firmware_size() {
+        Ok(size) if size == offer.firmware => {}
+        Ok(_) => {
+            faults.push("the UEFI firmware here is of another size; use the same build".into())
+        }
+        Err(error) => faults.push(format!("the UEFI firmware here cannot be used: {error}")),
+    }
     if offer.sizes.len() != request.spec.disks.len() {
         faults.push("the source sent no size for every disk".into());
     }
@@ -233,6 +241,13 @@ fn open_disks(
             return Err(format!(
                 "shared disk {} cannot be used past the page cache; use a filesystem with O_DIRECT",
                 spec.path.display()
+            ));
+        }
+        if spec.bus == Bus::Flash && disk.size() != *size {
+            return Err(format!(
+                "{} has {} bytes, the flash that comes has {size}; name another path",
+                spec.path.display(),
+                disk.size()
             ));
         }
         let mark = launcher.marks.get(&disk).map_err(|e| crate::chain(&e))?;
