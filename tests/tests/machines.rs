@@ -1,4 +1,4 @@
-//! A move between QEMUs of different versions.
+//! A move to a QEMU that differs from the source's.
 
 use anyhow::Result;
 use e2e::guest;
@@ -7,16 +7,11 @@ use e2e::world::{Host, World};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-/// QEMU, which knows no machine type while `old` is there.
-fn qemu(world: &World, old: &Path) -> Result<PathBuf> {
+/// QEMU, after what a script does to its arguments.
+fn qemu(world: &World, script: &str) -> Result<PathBuf> {
     let real = std::env::var("GODWIT_QEMU").unwrap_or_else(|_| "qemu-system-x86_64".into());
     let program = world.path("qemu");
-    let old = old.display();
-    let script = format!(
-        "#!/bin/sh\n\
-         if [ -e '{old}' ]; then echo 'qemu: unsupported machine type' >&2; exit 1; fi\n\
-         exec '{real}' \"$@\"\n"
-    );
+    let script = format!("#!/bin/sh\n{script}\nexec '{real}' \"$@\"\n");
     std::fs::write(&program, script)?;
     std::fs::set_permissions(&program, std::fs::Permissions::from_mode(0o755))?;
     Ok(program)
@@ -26,7 +21,10 @@ fn qemu(world: &World, old: &Path) -> Result<PathBuf> {
 fn a_target_that_does_not_know_the_machine_refuses_before_it_touches_a_disk() -> Result<()> {
     let mut world = World::new(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")))?;
     let old = world.path("old");
-    world.set_env("GODWIT_QEMU", qemu(&world, &old)?);
+    // It knows no machine type while that file is there.
+    let refuse = "echo 'qemu: unsupported machine type' >&2; exit 1";
+    let refuse = format!("if [ -e '{}' ]; then {refuse}; fi", old.display());
+    world.set_env("GODWIT_QEMU", qemu(&world, &refuse)?);
     let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
     let (here, there) = (world.path("a/root.raw"), b.folder(VM).join("root.raw"));
     guest::disk(&here, 64)?;
@@ -65,5 +63,26 @@ fn a_target_that_does_not_know_the_machine_refuses_before_it_touches_a_disk() ->
     world.wait_running(&a, VM)?;
     let progress = world.status(&b, VM)?.migration.expect("it moved").progress;
     assert!(progress.bytes_total < 16 << 20, "a whole disk went back: {progress:?}");
+    Ok(())
+}
+
+#[test]
+fn a_target_that_cannot_load_the_guest_says_why_and_the_guest_goes_on() -> Result<()> {
+    let mut world = World::new(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")))?;
+    let a = world.host("a", "127.0.0.2")?;
+    // A target has more memory than the guest that comes.
+    let more = "case \"$*\" in *-incoming*) set -- \"$@\" -m 72M;; esac";
+    world.set_env("GODWIT_QEMU", qemu(&world, more)?);
+    let b = world.host("b", "127.0.0.3")?;
+    let disk = world.path("a/root.raw");
+    guest::disk(&disk, 64)?;
+    let _on_a = a.launch(VM, &guest::spec(VM, &disk, 64)?, &[])?;
+    let _on_b = b.receive(VM, &[])?;
+    world.wait_running(&a, VM)?;
+    let ended = world.move_vm(VM, &a, &b, &[])?;
+    assert!(!ended.status.success());
+    // QEMU's own words.
+    assert!(ended.err.contains("pc.ram"), "{}", ended.err);
+    world.wait_running(&a, VM)?;
     Ok(())
 }

@@ -85,7 +85,7 @@ pub async fn reset(qemu: &Qemu) -> Result<(), qmp::Error> {
 /// The streams between one QEMU and the other launcher.
 #[derive(Debug, Default)]
 pub struct Pumps {
-    tasks: JoinSet<Result<(), String>>,
+    tasks: JoinSet<Result<(), Error>>,
 }
 
 impl Pumps {
@@ -105,8 +105,8 @@ impl Pumps {
             for (links, config) in ways {
                 tokio::select! {
                     accepted = listener.accept() => {
-                        let (qemu, _) = accepted.map_err(|e| e.to_string())?;
-                        let (qemu, carried) = shield(qemu).map_err(|e| e.to_string())?;
+                        let (qemu, _) = accepted.map_err(local)?;
+                        let (qemu, carried) = shield(qemu).map_err(local)?;
                         streams.spawn(async move {
                             let ended = resumable::run(qemu, links, config).await;
                             drop(carried);
@@ -114,8 +114,8 @@ impl Pumps {
                         });
                     }
                     Some(ended) = streams.join_next(), if !streams.is_empty() => {
-                        ended.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
-                        return Err("QEMU closed a memory stream".to_owned());
+                        ended.map_err(local)??;
+                        return Err(local("QEMU closed a memory stream"));
                     }
                 }
             }
@@ -146,10 +146,9 @@ impl Pumps {
                         let _ = connected.wait_for(|main| *main).await;
                     }
                     let qemu = channel::socket::connect_beneath(&folder, INCOMING).await;
-                    let qemu = qemu.map_err(|e| Error::Local(e.to_string()))?;
+                    let qemu = qemu.map_err(local)?;
                     main.send_replace(true);
-                    let qemu =
-                        spoiled(qemu, stale_page).map_err(|e| Error::Local(e.to_string()))?;
+                    let qemu = spoiled(qemu, stale_page).map_err(local)?;
                     resumable::run(qemu, Resumed { first: Some(first), links }, config).await
                 });
             }
@@ -158,12 +157,12 @@ impl Pumps {
     }
 
     /// Waits for the first stream that fails; for ever when none does.
-    pub async fn failed(&mut self) -> String {
+    pub async fn failed(&mut self) -> Error {
         while let Some(ended) = self.tasks.join_next().await {
             match ended {
                 Ok(Ok(())) => {}
-                Ok(Err(why)) => return why,
-                Err(error) => return error.to_string(),
+                Ok(Err(error)) => return error,
+                Err(error) => return local(error),
             }
         }
         std::future::pending().await
@@ -195,11 +194,15 @@ fn shield(qemu: UnixStream) -> std::io::Result<(UnixStream, oneshot::Sender<()>)
     Ok((UnixStream::from_std(qemu)?, carried))
 }
 
-async fn drain(mut streams: JoinSet<Result<resumable::Summary, Error>>) -> Result<(), String> {
+async fn drain(mut streams: JoinSet<Result<resumable::Summary, Error>>) -> Result<(), Error> {
     while let Some(ended) = streams.join_next().await {
-        ended.map_err(|e| e.to_string())?.map_err(|e| e.to_string())?;
+        ended.map_err(local)??;
     }
     Ok(())
+}
+
+fn local(error: impl std::fmt::Display) -> Error {
+    Error::Local(error.to_string())
 }
 
 /// Links of which the first has come already.

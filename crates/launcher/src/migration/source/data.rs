@@ -10,7 +10,7 @@ use crate::migration::offer::Holds;
 use crate::qemu::{Qemu, throttle_group};
 use crate::vm::QMP_DEADLINE;
 use channel::preface::Stream;
-use channel::resumable::Role;
+use channel::resumable::{self, Role};
 use handover::Failure;
 use handover::source::{Action, Event, State};
 use mover::disk::Disk;
@@ -21,6 +21,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
+/// A target whose end of a memory stream failed says why within this time, if at all.
+const LAST_WORDS: Duration = Duration::from_secs(2);
 /// Between rounds over a guest that hardly writes.
 const ROUND_PAUSE: Duration = Duration::from_millis(50);
 
@@ -115,6 +117,10 @@ impl Shell {
         let inputs = self.inputs.clone();
         self.pumps = Some(tokio::spawn(async move {
             let why = pumps.failed().await;
+            if matches!(why, resumable::Error::Peer(_)) {
+                // The target knows why, and is about to say it.
+                tokio::time::sleep(LAST_WORDS).await;
+            }
             let failure = Failure::Other(format!("a memory stream broke: {why}"));
             let _ = inputs.send(Input::Core(Event::Failed(failure))).await;
         }));

@@ -12,12 +12,12 @@ use crate::migration::marks::Mark;
 use crate::migration::memory::{self, Pumps};
 use crate::migration::offer::{Holds, MAX_DISK_STREAMS, MAX_MULTIFD, Offer, Prepared};
 use crate::migration::status::Outcome;
-use crate::qemu::{Facts, Mode, Qemu};
+use crate::qemu::{Facts, Mode, Process, Qemu};
 use crate::spec::Bus;
 use crate::status::Phase;
 use crate::vm::Handle;
 use channel::preface::Stream;
-use channel::resumable::Role;
+use channel::resumable::{self, Role};
 use handover::Failure;
 use handover::record::InstanceId;
 use handover::source::Answer;
@@ -30,6 +30,9 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::mpsc;
+
+/// A connection that breaks is most often followed by QEMU's end.
+const END: Duration = Duration::from_secs(2);
 
 /// Receives a guest, from the first connection to the end.
 pub(super) async fn receive(
@@ -142,7 +145,7 @@ async fn open(
         .unzip();
     let mut pumps = Pumps::default();
     pumps.incoming(&launcher.folder, ways, fault.stale_page);
-    let pumps = tokio::spawn(watch_pumps(pumps, inputs.clone()));
+    let pumps = tokio::spawn(watch_pumps(pumps, qemu.clone(), inputs.clone()));
     watch_qemu(&qemu, inputs.clone());
     let parties = Parties {
         epoch: offer.epoch,
@@ -308,26 +311,42 @@ async fn start_qemu(
 }
 
 fn watch_qemu(qemu: &Qemu, inputs: mpsc::Sender<Input>) {
-    let (process, loading) = (qemu.process.clone(), qemu.clone());
-    let told = inputs.clone();
+    let qemu = qemu.clone();
     tokio::spawn(async move {
-        process.ended().await;
-        tracing::info!(words = %process.last_words(), "the target's QEMU ended");
-        // A half that is gone does not care.
-        let _ = told.send(Input::Core(Event::QemuEnded)).await;
-    });
-    tokio::spawn(async move {
-        let event = match memory::loaded(&loading).await {
+        let event = match memory::loaded(&qemu).await {
             Ok(()) => Event::MemoryLoaded,
-            Err(why) => Event::Failed(Failure::Other(why)),
+            Err(why) => Event::Failed(Failure::Other(why_not_loaded(&qemu, why).await)),
         };
+        // A half that is gone does not care, here and below.
         let _ = inputs.send(Input::Core(event)).await;
+        // N.B. after the reason, which would not be heard any more.
+        qemu.process.ended().await;
+        tracing::info!(words = %qemu.process.last_words(), "the target's QEMU ended");
+        let _ = inputs.send(Input::Core(Event::QemuEnded)).await;
     });
 }
 
-async fn watch_pumps(mut pumps: Pumps, inputs: mpsc::Sender<Input>) {
-    let why = pumps.failed().await;
-    let failure = Failure::Other(format!("a memory stream broke: {why}"));
+/// QEMU ends when it cannot load a guest; why is in its last words, not in its connection's end.
+async fn why_not_loaded(qemu: &Qemu, why: String) -> String {
+    match tokio::time::timeout(END, qemu.process.ended()).await {
+        Ok(_) => format!("QEMU could not load the guest: {}", last_lines(&qemu.process)),
+        Err(_) => why,
+    }
+}
+
+/// What QEMU said last, on one line.
+fn last_lines(process: &Process) -> String {
+    let words = process.last_words();
+    words.lines().collect::<Vec<_>>().join("; ")
+}
+
+async fn watch_pumps(mut pumps: Pumps, qemu: Qemu, inputs: mpsc::Sender<Input>) {
+    let error = pumps.failed().await;
+    let why = format!("a memory stream broke: {error}");
+    let failure = Failure::Other(match error {
+        resumable::Error::Local(_) => why_not_loaded(&qemu, why).await,
+        _ => why,
+    });
     let _ = inputs.send(Input::Core(Event::Failed(failure))).await;
 }
 
