@@ -18,8 +18,12 @@ use qmp::commands::{Cont, Stop, SystemPowerdown};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::{Mutex, watch};
+
+/// A launcher that died takes its QEMU along, but not at once: it may have much memory to free.
+const PREDECESSOR: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(20);
 
 /// QEMU answers these at once unless it hangs.
 pub(crate) const QMP_DEADLINE: Duration = Duration::from_secs(10);
@@ -37,6 +41,17 @@ pub struct Config {
     pub failpoints: bool,
     /// Faults that tests and the demo's negative controls put in.
     pub fault: migration::Fault,
+}
+
+async fn wait_until_free(disk: &Disk) -> Result<(), mover::disk::Error> {
+    let until = Instant::now() + PREDECESSOR;
+    while !disk.is_free()? {
+        if Instant::now() > until {
+            return Err(mover::disk::Error::InUse { path: disk.path().into() });
+        }
+        tokio::time::sleep(POLL).await;
+    }
+    Ok(())
 }
 
 /// What went wrong with a request.
@@ -255,6 +270,9 @@ impl Launcher {
         for disk in &spec.disks {
             let opened = Disk::source(&disk.path)?;
             facts.push(Facts { medium: opened.medium(), direct: opened.is_direct() });
+            if !disk.shared && !disk.read_only {
+                wait_until_free(&opened).await?;
+            }
             if let Some(mark) = self.marks.get(&opened)? {
                 let record = self.owner.read().await?;
                 if !forced && !record.is_some_and(|record| mark.is_void(&record)) {

@@ -200,6 +200,19 @@ impl Disk {
         Ok(Self { path: path.into(), medium, size, main, direct, cached })
     }
 
+    /// Whether no VM and no move uses it: nobody has QEMU's locks on it.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn is_free(&self) -> Result<bool, Error> {
+        let taken = locks::take(&self.cached);
+        let taken = taken.map_err(|e| self.fail("lock", 0, self.size, e))?;
+        if taken {
+            self.release()?;
+        }
+        Ok(taken)
+    }
+
     /// Lets QEMU have a target's disk, which is written no more.
     ///
     /// # Errors

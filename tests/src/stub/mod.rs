@@ -28,7 +28,8 @@
 //! - Its memory moves in a format of its own, over `unix:` only: a stub moves to
 //!   a stub. Other capabilities than `events`, `multifd`, `return-path`,
 //!   `pause-before-switchover` and `late-block-activate` are kept and do nothing.
-//! - Image locks are `flock`s, which a real QEMU does not see.
+//! - A reader's and a shared disk's image locks are `flock`s, which a real QEMU does
+//!   not see. A writer takes a `flock` too.
 //! - Nodes are `file`, `host_device`, `raw` (with `size`, without `offset`) and
 //!   `throttle`; only raw nodes are reopened with new options. Exports are read
 //!   only, over NBD on Unix sockets. Nothing is plugged or unplugged, no jobs.

@@ -71,7 +71,9 @@ impl Image {
     /// Takes the lock; false when somebody else has it.
     pub fn lock(&self) -> bool {
         match self.claim {
-            Claim::Alone if self.locking => self.file.try_lock().is_ok(),
+            Claim::Alone if self.locking => {
+                self.file.try_lock().is_ok() && mover::locks::take(&self.file).is_ok_and(|had| had)
+            }
             Claim::Shared if self.locking => self.file.try_lock_shared().is_ok(),
             _ => true,
         }
@@ -79,8 +81,9 @@ impl Image {
 
     /// Gives the lock back.
     pub fn unlock(&self) {
-        // Nobody else can hold this description's lock: it cannot fail.
+        // Nobody else can hold this description's locks: it cannot fail.
         let _ = self.file.unlock();
+        let _ = mover::locks::release(&self.file);
     }
 
     /// QEMU's words when the lock is not to be had.

@@ -5,9 +5,9 @@
 //!                             bitmaps        flock
 //! ```
 //!
-//! QEMU's image locks are byte ranges of the file; here a `flock` stands for
-//! them: exclusive for a writer, shared for readers and for disks with
-//! `share-rw`. The stub locks against other stubs, not against real QEMUs.
+//! QEMU's image locks are byte ranges of the file. A writer takes all of them;
+//! besides, a `flock` stands for them: exclusive for a writer, shared for readers
+//! and for disks with `share-rw`.
 
 mod dirty;
 mod image;
