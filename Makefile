@@ -28,8 +28,10 @@ bench: guest ## measure, side by side with QEMU's own way
 	cargo build -q --release -p godwit -p e2e --bins
 	target/release/bench
 
-soak: guest ## move with faults: MINUTES=10 SEED=1
-	cargo run -q --release -p e2e --bin soak -- --minutes $(MINUTES) --seed $(SEED)
+soak: guest ## move with random faults: MINUTES=10 SEED=1; and the larger model
+	cargo build -q --release -p godwit -p e2e --bins
+	target/release/soak --minutes $(MINUTES) --seed $(SEED)
+	GODWIT_SOAK=1 cargo test -q --release -p handover --test model -- --nocapture
 
 check: setup ## format, lints, documentation, licences
 	cargo fmt --all --check

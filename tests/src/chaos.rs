@@ -85,15 +85,37 @@ pub enum Fault {
     Cancel,
 }
 
+/// When it goes wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Moment {
+    /// When the move comes to a point.
+    At(Point),
+    /// So long after its begin.
+    After(Duration),
+}
+
+/// What the guest's oracle does meanwhile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Load {
+    /// Durable writes of 4 KiB per second.
+    pub writes: u32,
+    /// Pages of memory counted up per second.
+    pub pages: u32,
+}
+
 /// A trial.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Trial {
-    /// Where.
-    pub at: Point,
+    /// When.
+    pub when: Moment,
     /// What.
     pub fault: Fault,
+    /// What else, and how long after that.
+    pub then: Option<(Duration, Fault)>,
     /// QEMU's additional memory channels.
     pub multifd: u8,
+    /// What the guest does.
+    pub load: Load,
 }
 
 const fn point(by: By, side: Side, state: &'static str) -> Point {
@@ -138,6 +160,11 @@ pub const FAULTS: [Fault; 7] = [
     Fault::Cancel,
 ];
 
+impl Load {
+    /// A guest that works, but lets itself be caught.
+    pub const MODERATE: Load = Load { writes: 200, pages: 1000 };
+}
+
 impl Fault {
     /// Seconds to be without a link, and seconds of patience, that suit it: a cut
     /// that heals must be outlasted, all else is to be noticed soon.
@@ -160,22 +187,41 @@ impl fmt::Display for Point {
     }
 }
 
+impl fmt::Display for Moment {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Moment::After(time) => write!(f, "after {} ms", time.as_millis()),
+            Moment::At(point) => match point.by {
+                By::Success => write!(f, "at {point}"),
+                By::Cancel(state) => write!(f, "at {point} after a cancel at {state}"),
+                By::Refusal => write!(f, "at {point} after a refusal to run"),
+            },
+        }
+    }
+}
+
 impl fmt::Display for Trial {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?} at {}", self.fault, self.at)?;
-        match self.at.by {
-            By::Success => {}
-            By::Cancel(state) => write!(f, " after a cancel at {state}")?,
-            By::Refusal => write!(f, " after a refusal to run")?,
+        write!(f, "{:?} {}", self.fault, self.when)?;
+        if let Some((time, fault)) = self.then {
+            write!(f, ", then {fault:?} after {} ms", time.as_millis())?;
         }
         if self.multifd > 0 {
             write!(f, ", multifd {}", self.multifd)?;
+        }
+        if self.load != Load::MODERATE {
+            write!(f, ", {:?}", self.load)?;
         }
         Ok(())
     }
 }
 
 impl Trial {
+    /// One fault at a point, under a moderate load.
+    pub fn at(point: Point, fault: Fault, multifd: u8) -> Self {
+        Self { when: Moment::At(point), fault, then: None, multifd, load: Load::MODERATE }
+    }
+
     /// Runs it.
     ///
     /// # Errors
@@ -190,15 +236,26 @@ impl Trial {
     }
 
     fn play(&self, stage: &mut Stage) -> Result<()> {
+        stage.oracle_works(Side::Source, self.load).context("at the guest's start")?;
         stage.begin(self).context("at the begin")?;
         stage.strike(self.fault).context("at the fault")?;
+        if let Some((time, fault)) = self.then {
+            std::thread::sleep(time);
+            stage.strike(fault).context("at the second fault")?;
+        }
         stage.wait_ends().context("at the end of both halves")?;
         stage.heal();
         stage.wait_decided().context("after healing")?;
         let owner = stage.settle_owner().context("at settling the owner")?;
         stage.nothing_lost(owner)?;
         stage.nothing_left_over()?;
-        stage.move_again(owner).context("at the second attempt")
+        stage.move_again(owner, self.load).context("at the second attempt")
+    }
+
+    /// Seconds to be without a link, and seconds of patience.
+    fn deadlines(&self) -> (u64, u64) {
+        let all = [Some(self.fault), self.then.map(|(_, fault)| fault)];
+        all.into_iter().flatten().map(Fault::deadlines).max().unwrap_or_default()
     }
 }
 

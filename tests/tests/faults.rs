@@ -14,7 +14,7 @@ fn programs(stub: bool) -> Programs {
 
 /// Every fault at these points; `ONLY` picks those whose name contains it.
 fn matrix(points: impl Iterator<Item = Point>, multifd: u8) -> Vec<Trial> {
-    only(points.flat_map(|at| FAULTS.map(|fault| Trial { at, fault, multifd })))
+    only(points.flat_map(|at| FAULTS.map(|fault| Trial::at(at, fault, multifd))))
 }
 
 fn only(trials: impl Iterator<Item = Trial>) -> Vec<Trial> {
@@ -47,6 +47,6 @@ fn a_real_guest_survives_a_fault_between_every_two_steps() -> Result<()> {
     // N.B. that somebody else holds the disk is told to a stub in another way.
     let others = POINTS.into_iter().filter(|at| !matters(at) && at.by != By::Refusal);
     let faults = FAULTS.into_iter().cycle();
-    let trials = others.zip(faults).map(|(at, fault)| Trial { at, fault, multifd: 2 });
+    let trials = others.zip(faults).map(|(at, fault)| Trial::at(at, fault, 2));
     run_all(&only(trials), &programs(false), 3)
 }

@@ -1,7 +1,7 @@
 //! What must hold when a fault is over.
 
-use super::Side;
 use super::stage::{MIB, SOON, Stage, VM};
+use super::{Load, Side};
 use crate::guest;
 use crate::witness::Witness;
 use crate::world::{Host, Process};
@@ -105,11 +105,11 @@ impl Stage {
     }
 
     /// The guest moves to the other host.
-    pub(super) fn move_again(&mut self, owner: Owner) -> Result<()> {
+    pub(super) fn move_again(&mut self, owner: Owner, load: Load) -> Result<()> {
         if !owner.outlived {
             self.witness = Witness::new();
             self.is_second_guest = true;
-            self.oracle_works(owner.side)?;
+            self.oracle_works(owner.side, load)?;
         }
         let there = Owner { side: owner.side.other(), outlived: true };
         let (from, to) = (self.host(owner.side), self.host(there.side));

@@ -1,7 +1,7 @@
 //! The stage of a trial: two hosts, a guest, and a move that is stopped, broken
 //! and let go.
 
-use super::{By, Fault, Point, Programs, Side, Trial};
+use super::{By, Fault, Load, Moment, Point, Programs, Side, Trial};
 use crate::guest;
 use crate::witness::Witness;
 use crate::world::{Host, Process, World};
@@ -21,8 +21,6 @@ pub(super) const SOON: Duration = Duration::from_secs(120);
 const POLL: Duration = Duration::from_millis(10);
 /// A gateway is away for so long when it is killed.
 const RESTART: Duration = Duration::from_millis(300);
-/// The oracle's writes: where, and from which seed.
-const WRITES: &str = "write start dev=/dev/vda offset=32M len=4M rate=200 seed=7";
 
 pub(super) struct Stage {
     pub(super) world: World,
@@ -38,7 +36,7 @@ pub(super) struct Stage {
 }
 
 impl Stage {
-    /// A guest runs on the source, and its oracle works.
+    /// A guest is started on the source, and a launcher waits for it on the target.
     pub(super) fn new(programs: &Programs) -> Result<Self> {
         let mut world = World::new(&programs.godwit)?;
         if let Some(stub) = &programs.stub {
@@ -64,17 +62,18 @@ impl Stage {
         let source = stage.host(Side::Source).launch(VM, &spec, &["--failpoints"])?;
         let target = stage.host(Side::Target).receive(VM, &["--failpoints"])?;
         stage.launchers = [Some(source), Some(target)];
-        stage.oracle_works(Side::Source)?;
         Ok(stage)
     }
 
     /// Has a fresh guest's oracle write, count and tick.
-    pub(super) fn oracle_works(&self, side: Side) -> Result<()> {
+    pub(super) fn oracle_works(&self, side: Side, load: Load) -> Result<()> {
         self.world.wait_running(self.host(side), VM)?;
         let mut line = self.witness.listen(&self.host(side).folder(VM).join("oracle.sock"))?;
         self.witness.wait_ready(SOON)?;
-        line.command(WRITES, SOON)?;
-        line.command("memory start mib=4 rate=1000", SOON)?;
+        let Load { writes, pages } = load;
+        let region = "dev=/dev/vda offset=32M len=4M seed=7";
+        line.command(&format!("write start {region} rate={writes}"), SOON)?;
+        line.command(&format!("memory start mib=4 rate={pages}"), SOON)?;
         line.command("tick start us=5000", SOON)?;
         self.witness.wait_written(100, SOON)
     }
@@ -106,24 +105,35 @@ impl Stage {
 
     /// Begins a move and has it stand at the trial's point.
     pub(super) fn begin(&mut self, trial: &Trial) -> Result<()> {
-        let point = trial.at.to_string();
-        match trial.at.by {
-            By::Success => self.stand_at(trial, &point, trial.at.side)?,
+        match trial.when {
+            Moment::At(point) => {
+                self.come_to(trial, point)?;
+                self.point = Some(point);
+            }
+            Moment::After(time) => {
+                self.start_move(trial)?;
+                std::thread::sleep(time);
+            }
+        }
+        Ok(())
+    }
+
+    fn come_to(&mut self, trial: &Trial, point: Point) -> Result<()> {
+        match point.by {
+            By::Success => self.stand_at(trial, &point.to_string(), point.side),
             By::Cancel(state) => {
                 self.stand_at(trial, &format!("source:{state}"), Side::Source)?;
                 self.world.run(self.host(Side::Source).client(VM).cancel())?;
-                self.go_round(Side::Source, trial.at)?;
+                self.go_round(Side::Source, point)
             }
             By::Refusal => {
                 self.stand_at(trial, "target:Adopting", Side::Target)?;
                 let disk = File::open(self.disk(Side::Target))?;
                 disk.lock().context("the target's disk")?;
                 self.held = Some(disk);
-                self.go_round(Side::Target, trial.at)?;
+                self.go_round(Side::Target, point)
             }
         }
-        self.point = Some(trial.at);
-        Ok(())
     }
 
     /// From where `side` stands to `point`.
@@ -136,7 +146,12 @@ impl Stage {
 
     fn stand_at(&mut self, trial: &Trial, point: &str, side: Side) -> Result<()> {
         self.world.run(self.host(side).client(VM).arm(point))?;
-        let (reconnect, patience) = trial.fault.deadlines();
+        self.start_move(trial)?;
+        self.wait_standing(side, point)
+    }
+
+    fn start_move(&mut self, trial: &Trial) -> Result<()> {
+        let (reconnect, patience) = trial.deadlines();
         let [from, to] = &self.hosts;
         let mut command = self.world.move_command(VM, from, to, &[]);
         command.args(["--reconnect", &reconnect.to_string()]);
@@ -144,7 +159,7 @@ impl Stage {
         command.args(["--multifd", &trial.multifd.to_string()]);
         let log = File::create(self.world.path("move.log"))?;
         self.moving = Some(command.stdout(Stdio::null()).stderr(log).spawn()?);
-        self.wait_standing(side, point)
+        Ok(())
     }
 
     fn wait_standing(&self, side: Side, point: &str) -> Result<()> {
