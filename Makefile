@@ -24,7 +24,8 @@ demo: guest ## watch a VM move
 test: guest ## run all tests, with real QEMU
 	cargo test --workspace
 
-bench: guest ## measure, side by side with QEMU's own way
+bench: guest ## measure, side by side with QEMU's own way and libvirt
+	@scripts/setup bench
 	cargo build -q --release -p godwit -p e2e --bins
 	target/release/bench
 

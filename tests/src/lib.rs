@@ -1,10 +1,6 @@
 //! End-to-end tests with real guests: the world they live in.
 
-pub mod bench {
-    //! What Godwit is measured against.
-
-    pub mod libvirt;
-}
+pub mod bench;
 pub mod chaos;
 pub mod guest;
 pub mod media;

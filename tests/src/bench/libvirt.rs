@@ -23,6 +23,8 @@
 //! Needs root and [`PACKAGES`]. `libvirt-daemon-system` is not needed: the daemons
 //! are started here, with their own settings.
 
+use super::{DISK_MIB, Run, SOON, full_disk, load, whole};
+use crate::witness::Witness;
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
 use std::io::Read;
@@ -64,6 +66,25 @@ pub struct Guest {
     pub memory_mib: u64,
     /// Its virtual CPUs.
     pub cpus: u32,
+}
+
+/// Moves a guest with a full disk.
+///
+/// # Errors
+/// When libvirt does not, or something is lost.
+pub fn run(guest: &Guest) -> Result<Run> {
+    let folder = tempfile::Builder::new().prefix("lv-").tempdir()?;
+    let pair = Pair::start(folder.path())?;
+    full_disk(&pair.source_disk(), DISK_MIB)?;
+    pair.boot(guest)?;
+    let witness = Witness::new();
+    let mut line = witness.listen(&pair.source_serial())?;
+    load(&witness, &mut line)?;
+    let begun = Instant::now();
+    let (took, mut line) = pair.migrate(|serial| witness.listen(serial))?;
+    witness.wait_alive(SOON)?;
+    whole(&mut line)?;
+    Ok(Run { took, pause: witness.longest_pause_since(begun) })
 }
 
 /// Two libvirt hosts. Dropping it ends both and all that runs there.

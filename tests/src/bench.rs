@@ -1,0 +1,85 @@
+//! What Godwit is measured with, and against.
+
+pub mod godwit;
+pub mod libvirt;
+pub mod qemu;
+pub mod report;
+pub mod tunnel;
+pub mod wire;
+
+use crate::witness::{Line, Witness};
+use anyhow::{Result, bail};
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// Whatever is awaited is there sooner, on a busy machine too.
+pub const SOON: Duration = Duration::from_secs(120);
+/// The guest's disk, full of what does not compress.
+pub const DISK_MIB: u64 = 2048;
+/// The guest's memory.
+pub const MEMORY_MIB: u64 = 512;
+/// The oracle's load in every run: 50 durable writes/s, 500 pages/s, a tick each 2 ms.
+const LOAD: [&str; 3] = [
+    "write start dev=/dev/vda offset=32M len=8M rate=50 seed=7",
+    "memory start mib=32 rate=500",
+    "tick start us=2000",
+];
+
+/// One whole move.
+#[derive(Debug, Clone, Copy)]
+pub struct Run {
+    /// From the command to the guest at its new place.
+    pub took: Duration,
+    /// How long the guest stood still, by its own ticks.
+    pub pause: Duration,
+}
+
+/// Fills a disk with bytes that do not compress.
+///
+/// # Errors
+/// When there is no room.
+pub fn full_disk(path: &Path, mib: u64) -> Result<()> {
+    let (mut from, mut to) = (File::open("/dev/urandom")?, File::create(path)?);
+    let mut buffer = vec![0; 4 << 20];
+    for _ in 0..mib / 4 {
+        from.read_exact(&mut buffer)?;
+        to.write_all(&buffer)?;
+    }
+    to.sync_all()?;
+    Ok(())
+}
+
+/// Puts the guest under the load that all runs have.
+///
+/// # Errors
+/// When its oracle does not work.
+fn load(witness: &Witness, line: &mut Line) -> Result<()> {
+    witness.wait_ready(SOON)?;
+    for command in LOAD {
+        line.command(command, SOON)?;
+    }
+    witness.wait_written(50, SOON)
+}
+
+/// A run counts only if nothing was lost in it.
+fn whole(line: &mut Line) -> Result<()> {
+    let sums = line.check()?;
+    if sums.lost + sums.stale > 0 {
+        bail!("the guest lost {} writes and {} pages", sums.lost, sums.stale);
+    }
+    Ok(())
+}
+
+/// Listens to the oracle on a host where the guest is about to be.
+fn listen(witness: &Witness, socket: &Path) -> Result<Line> {
+    let until = Instant::now() + SOON;
+    loop {
+        match witness.listen(socket) {
+            Ok(line) => return Ok(line),
+            Err(error) if Instant::now() > until => return Err(error),
+            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+        }
+    }
+}

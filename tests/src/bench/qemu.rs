@@ -1,0 +1,205 @@
+//! QEMU's own way: `blockdev-mirror` to an NBD export of the target, then
+//! `migrate`, both through Godwit's gateways.
+//!
+//! The order is libvirt's: mirror until it keeps up, migrate up to the pause
+//! before the switchover, end the mirror and the export, go on. QEMU's defaults
+//! are kept but for the bandwidth, which is not limited.
+
+use super::tunnel::{Tunnel, Way};
+use super::{DISK_MIB, MEMORY_MIB, Run, SOON, full_disk, listen, load, whole};
+use crate::guest;
+use crate::witness::Witness;
+use crate::world::World;
+use anyhow::{Context, Result, bail};
+use channel::preface::Stream;
+use qmp::Client;
+use qmp::commands::{
+    BlockExportAdd, BlockJobCancel, BlockdevAdd, BlockdevMirror, Cont, ExportType, Migrate,
+    MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
+    MigrationCapability, MigrationCapabilityStatus, MigrationParameters, MigrationStatus,
+    MirrorSync, NbdAddress, NbdServerStart, NbdServerStop, QueryBlockJobs, QueryMigrate,
+};
+use serde_json::json;
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+const ANSWER: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(2);
+/// For a whole copy.
+const LONG: Duration = Duration::from_secs(600);
+
+/// Moves a guest as QEMU does it by itself.
+///
+/// # Errors
+/// When QEMU refuses a step, or something is lost.
+pub fn run(godwit: &Path) -> Result<Run> {
+    let world = World::new(godwit)?;
+    let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
+    let disk = a.dir.join("disk.raw");
+    full_disk(&disk, DISK_MIB)?;
+    let copy = b.dir.join("disk.raw");
+    File::create(&copy)?.set_len(DISK_MIB << 20)?;
+    let source = Qemu::start(&world, &a.dir, &disk, &[])?;
+    let target = Qemu::start(&world, &b.dir, &copy, &["-incoming", "defer"])?;
+    let way = |stream, name: &str| Way { stream, near: a.dir.join(name), far: b.dir.join(name) };
+    let ways = vec![way(Stream::Disk(0), "nbd.sock"), way(Stream::Memory(0), "memory.sock")];
+    let _tunnel = Tunnel::open(&world, &a, &b, ways)?;
+
+    let witness = Witness::new();
+    let mut line = listen(&witness, &a.dir.join("oracle.sock"))?;
+    load(&witness, &mut line)?;
+    let mut line = listen(&witness, &b.dir.join("oracle.sock"))?;
+    let begun = Instant::now();
+    world.run(source.move_to(&target))?;
+    let took = begun.elapsed();
+    witness.wait_alive(SOON)?;
+    whole(&mut line)?;
+    Ok(Run { took, pause: witness.longest_pause_since(begun) })
+}
+
+/// A QEMU with the guest's hardware.
+struct Qemu {
+    child: Child,
+    client: Client,
+    folder: PathBuf,
+}
+
+impl Qemu {
+    fn start(world: &World, folder: &Path, disk: &Path, more: &[&str]) -> Result<Self> {
+        let at = |name: &str| folder.join(name).display().to_string();
+        let node = json!({
+            "driver": "raw", "node-name": "disk",
+            "file": {"driver": "file", "filename": disk, "cache": {"direct": true}},
+        });
+        let cmdline = std::fs::read_to_string(guest::image("cmdline")?)?;
+        let mut child = Command::new("qemu-system-x86_64")
+            .args(["-nodefaults", "-no-user-config", "-display", "none"])
+            .args(["-machine", "pc,accel=tcg", "-m", &MEMORY_MIB.to_string()])
+            .arg("-kernel")
+            .arg(guest::image("vmlinuz")?)
+            .arg("-initrd")
+            .arg(guest::image("initramfs.img")?)
+            .args(["-append", cmdline.trim(), "-blockdev", &node.to_string()])
+            .args(["-device", "virtio-blk-pci,drive=disk", "-serial", "null"])
+            .args(["-serial", &format!("unix:{},server=on,wait=off", at("oracle.sock"))])
+            .args(["-qmp", &format!("unix:{},server=on,wait=off", at("qmp.sock"))])
+            .args(more)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(folder.join("qemu.log"))?)
+            .spawn()
+            .context("cannot run qemu-system-x86_64")?;
+        match world.run(Client::connect(folder.join("qmp.sock"), SOON)) {
+            Ok(client) => Ok(Self { child, client, folder: folder.to_owned() }),
+            Err(error) => {
+                child.kill()?;
+                child.wait()?;
+                Err(error.into())
+            }
+        }
+    }
+
+    fn socket(&self, name: &str) -> String {
+        self.folder.join(name).display().to_string()
+    }
+
+    async fn move_to(&self, target: &Self) -> Result<()> {
+        self.mirror_to(target).await?;
+        target.set_up().await?;
+        self.set_up().await?;
+        let to = |qemu: &Self| format!("unix:{}", qemu.socket("memory.sock"));
+        target.client.execute(MigrateIncoming { uri: to(target) }, ANSWER).await?;
+        self.client.execute(Migrate { uri: to(self) }, ANSWER).await?;
+        self.wait_migration(MigrationStatus::PreSwitchover).await?;
+        self.end_mirror().await?;
+        target.client.execute(NbdServerStop {}, ANSWER).await?;
+        let state = MigrationStatus::PreSwitchover;
+        self.client.execute(MigrateContinue { state }, ANSWER).await?;
+        target.wait_migration(MigrationStatus::Completed).await?;
+        target.client.execute(Cont {}, ANSWER).await?;
+        Ok(())
+    }
+
+    async fn mirror_to(&self, target: &Self) -> Result<()> {
+        let addr = NbdAddress::Unix { path: target.socket("nbd.sock") };
+        target.client.execute(NbdServerStart { addr, ..Default::default() }, ANSWER).await?;
+        let export = BlockExportAdd {
+            r#type: ExportType::Nbd,
+            id: "disk".into(),
+            node_name: "disk".into(),
+            writable: Some(true),
+            ..Default::default()
+        };
+        target.client.execute(export, ANSWER).await?;
+        let remote = json!({
+            "driver": "nbd", "node-name": "remote", "export": "disk",
+            "server": {"type": "unix", "path": self.socket("nbd.sock")},
+        });
+        self.client.execute(BlockdevAdd(remote), ANSWER).await?;
+        let mirror = BlockdevMirror {
+            job_id: "mirror".into(),
+            device: "disk".into(),
+            target: "remote".into(),
+            sync: MirrorSync::Full,
+            ..Default::default()
+        };
+        self.client.execute(mirror, ANSWER).await?;
+        let until = Instant::now() + LONG;
+        loop {
+            let jobs = self.client.execute(QueryBlockJobs {}, ANSWER).await?;
+            match jobs.first() {
+                None => bail!("the mirror ended before it was ready"),
+                Some(job) if job.ready => return Ok(()),
+                Some(_) if Instant::now() > until => bail!("the mirror is not ready in {LONG:?}"),
+                Some(_) => tokio::time::sleep(POLL).await,
+            }
+        }
+    }
+
+    /// Ends the mirror, which then is equal: the guest stands still.
+    async fn end_mirror(&self) -> Result<()> {
+        let cancel = BlockJobCancel { device: "mirror".into(), ..Default::default() };
+        self.client.execute(cancel, ANSWER).await?;
+        let until = Instant::now() + SOON;
+        while !self.client.execute(QueryBlockJobs {}, ANSWER).await?.is_empty() {
+            if Instant::now() > until {
+                bail!("the mirror does not end");
+            }
+            tokio::time::sleep(POLL).await;
+        }
+        Ok(())
+    }
+
+    async fn set_up(&self) -> Result<()> {
+        let capability = MigrationCapability::PauseBeforeSwitchover;
+        let capabilities = vec![MigrationCapabilityStatus { capability, state: true }];
+        self.client.execute(MigrateSetCapabilities { capabilities }, ANSWER).await?;
+        let unlimited = Some(64 << 30);
+        let parameters = MigrationParameters { max_bandwidth: unlimited, ..Default::default() };
+        self.client.execute(MigrateSetParameters(parameters), ANSWER).await?;
+        Ok(())
+    }
+
+    async fn wait_migration(&self, wanted: MigrationStatus) -> Result<()> {
+        let until = Instant::now() + LONG;
+        loop {
+            let info = self.client.execute(QueryMigrate {}, ANSWER).await?;
+            match info.status {
+                Some(status) if status == wanted => return Ok(()),
+                Some(MigrationStatus::Failed) => bail!("the migration failed: {info:?}"),
+                _ if Instant::now() > until => bail!("not {wanted:?} in {LONG:?}: {info:?}"),
+                _ => tokio::time::sleep(POLL).await,
+            }
+        }
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
