@@ -2,7 +2,7 @@
 
 use anyhow::Result;
 use e2e::guest;
-use e2e::scene::{self, Scene, VM};
+use e2e::scene::{self, SOON, Scene, VM};
 use e2e::world::Host;
 use launcher::migration::status::Outcome;
 use launcher::status::Phase;
@@ -47,7 +47,12 @@ fn there_and_back_and_there_again_loses_nothing_and_sends_only_what_changed() ->
 fn a_dropped_write_is_found_by_the_oracle() -> Result<()> {
     // A block of the region, behind its seed: every later round rewrites it.
     let scene = scene(&["--inject", "drop-writes@33558528"])?;
-    scene.moved(&scene.a, &scene.b, &["--bandwidth", "8M"])?;
+    let mut moving = scene.stands_at(&scene.a, "source:Converging", &[])?;
+    // Once more over all of it, and no further: later writes would heal what is lost.
+    scene.witness.wait_written(scene.witness.written() + 1200, SOON)?;
+    scene.listen(&scene.a)?.command("write stop", SOON)?;
+    scene.world.run(scene.a.client(VM).release())?;
+    assert!(moving.wait()?.success());
     let lost = scene.check(&scene.b)?.lost > 0;
     let verified = scene.world.verify(VM, &scene.a, &scene.b)?;
     assert!(lost || !verified.status.success(), "{verified:?}");
