@@ -116,15 +116,14 @@ fn multifd_carries_a_busy_guest_and_an_idle_one() -> Result<()> {
     let scene = scene()?;
     moves(&scene, &scene.a, &scene.b, &["--multifd", "3"])?;
     let mut line = scene.listen(&scene.b)?;
-    for command in ["write stop", "memory stop", "tick start us=100000"] {
+    for command in ["write stop", "memory stop", "tick stop"] {
         line.command(command, SOON)?;
     }
-    for (from, to, disk) in
-        [(&scene.b, &scene.a, scene.disk_back()), (&scene.a, &scene.b, String::new())]
-    {
-        let disk: &[&str] = if disk.is_empty() { &[] } else { &["--disk", &disk] };
-        scene.moved(from, to, &[disk, &["--multifd", "2"]].concat())?;
-        let sums = scene.check(to)?;
+    let home = ["--disk", &scene.disk_back(), "--multifd", "2"];
+    for (from, to, more) in [(&scene.b, &scene.a, &home[..]), (&scene.a, &scene.b, &[])] {
+        scene.moved(from, to, more)?;
+        scene.world.wait_running(to, VM)?;
+        let sums = scene.listen(to)?.check()?;
         assert_eq!((sums.lost, sums.stale), (0, 0));
         scene.disks_are_equal(from, to)?;
     }
