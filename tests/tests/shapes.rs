@@ -83,6 +83,12 @@ fn disks_go_from_files_to_devices_and_back() -> Result<()> {
         Ok(vec![root(world.path("a/root.raw"))?, ("data", device)])
     })?;
     writes_also(&scene, &scene.a, 1, "dev=/dev/vdb len=2M")?;
+    let small = scene.world.path("b/small.raw");
+    File::create(&small)?.set_len(15 * MIB)?;
+    let disk = format!("data={}", small.display());
+    scene.is_refused(&scene.b, &["--disk", &disk], "make it at least as large")?;
+    assert!(!scene.b.folder(VM).join("root.raw").exists(), "half a move is left over");
+
     let to_device = format!("root={}", there.path().display());
     moves(&scene, &scene.a, &scene.b, &["--disk", &to_device])?;
     let to_device = format!("data={}", here.path().display());
