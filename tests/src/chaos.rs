@@ -123,7 +123,7 @@ const fn point(by: By, side: Side, state: &'static str) -> Point {
 }
 
 /// Every step of both halves, on all ways through a move.
-pub const POINTS: [Point; 23] = [
+pub const POINTS: [Point; 24] = [
     point(By::Success, Side::Source, "Seeding"),
     point(By::Success, Side::Source, "Seeded"),
     point(By::Success, Side::Source, "Arming"),
@@ -135,6 +135,7 @@ pub const POINTS: [Point; 23] = [
     point(By::Success, Side::Source, "Committed"),
     point(By::Success, Side::Target, "Adopting"),
     point(By::Success, Side::Target, "Activating"),
+    point(By::Success, Side::Target, "Released"),
     point(By::Success, Side::Target, "Running"),
     point(By::Success, Side::Source, "Released"),
     point(By::Cancel("Converging"), Side::Source, "Aborting"),
