@@ -149,9 +149,9 @@ pub struct Move {
     /// Disk streams.
     #[arg(long, default_value_t = 2)]
     pub streams: u16,
-    /// QEMU's additional memory channels.
-    #[arg(long, default_value_t = 0)]
-    pub multifd: u8,
+    /// QEMU's additional memory channels; default: one for each core, at most four.
+    #[arg(long)]
+    pub multifd: Option<u8>,
     /// Seconds that a lost link may take to come back.
     #[arg(long, default_value_t = 30.0)]
     pub reconnect: f64,

@@ -71,6 +71,7 @@ async fn demand_resumable(source: &Client) -> Result<()> {
 }
 
 fn policy(arguments: &cli::Move) -> Policy {
+    let usual = Policy::default();
     let rounds = mover::rounds::Policy {
         downtime_ms: arguments.downtime,
         max_downtime_ms: arguments.max_downtime.max(arguments.downtime),
@@ -82,12 +83,12 @@ fn policy(arguments: &cli::Move) -> Policy {
         compression: arguments.compression.into(),
         rounds,
         disk_streams: arguments.streams,
-        multifd: arguments.multifd,
+        multifd: arguments.multifd.unwrap_or(usual.multifd),
         reconnect_seconds: arguments.reconnect,
         answer_seconds: arguments.patience,
         pause_seconds: arguments.patience,
         commit_seconds: arguments.patience,
-        ..Policy::default()
+        ..usual
     }
 }
 

@@ -55,10 +55,9 @@ pub async fn stale_page(
     loop {
         let n = from.read(&mut buffer).await?;
         held.extend_from_slice(&buffer[..n]);
-        spoil(&mut held, number);
-        // A page may lie across two reads.
-        let keep = if n == 0 { 0 } else { held.len().min(PAGE - 1) };
-        let ready = held.len() - keep;
+        let whole = spoil(&mut held, number);
+        // N.B. no byte more than may be a page's begin: QEMU waits for the rest.
+        let ready = if n == 0 { held.len() } else { whole };
         to.write_all(&held[..ready]).await?;
         held.drain(..ready);
         if n == 0 {
@@ -67,19 +66,49 @@ pub async fn stale_page(
     }
 }
 
-fn spoil(bytes: &mut [u8], number: u64) {
+/// Returns how many bytes cannot be part of a page that has not come whole.
+fn spoil(bytes: &mut [u8], number: u64) -> usize {
     let mut at = 0;
-    while at + PAGE <= bytes.len() {
-        if bytes[at] != MAGIC[0] || !bytes[at..].starts_with(MAGIC) {
+    while at < bytes.len() {
+        let seen = MAGIC.len().min(bytes.len() - at);
+        if bytes[at..at + seen] != MAGIC[..seen] {
             at += 1;
             continue;
         }
-        let page = &mut bytes[at..at + PAGE];
+        let Some(page) = bytes.get_mut(at..at + PAGE) else { return at };
         if page[NUMBER..NUMBER + 8] == number.to_le_bytes() {
             for counter in COUNTERS {
                 page[counter..counter + 8].fill(0);
             }
         }
         at += PAGE;
+    }
+    bytes.len()
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[tokio::test]
+    async fn one_page_gets_old_however_it_is_cut_and_nothing_else_changes_or_waits() {
+        let mut page = vec![7; PAGE];
+        page[..MAGIC.len()].copy_from_slice(MAGIC);
+        page[NUMBER..NUMBER + 8].copy_from_slice(&3u64.to_le_bytes());
+        let mut spoiled = page.clone();
+        COUNTERS.iter().for_each(|at| spoiled[*at..*at + 8].fill(0));
+        let (mut source, mut from) = tokio::io::duplex(1 << 16);
+        let (mut to, mut target) = tokio::io::duplex(1 << 16);
+        let copying = tokio::spawn(async move { stale_page(&mut from, &mut to, 3).await });
+        for piece in [&b"before"[..], &page[..9], &page[9..2000], &page[2000..], b"after"] {
+            source.write_all(piece).await.unwrap();
+            tokio::task::yield_now().await;
+        }
+        // N.B. before the stream's end: QEMU would wait for it.
+        let mut got = vec![0; 6 + PAGE + 5];
+        target.read_exact(&mut got).await.unwrap();
+        assert_eq!(got, [&b"before"[..], &spoiled, b"after"].concat());
+        drop(source);
+        copying.await.unwrap().unwrap();
     }
 }

@@ -38,7 +38,7 @@ impl Default for Policy {
             compression: Compression::Auto,
             rounds: mover::rounds::Policy::default(),
             disk_streams: 2,
-            multifd: 0,
+            multifd: memory_channels(),
             reconnect_seconds: 30.0,
             answer_seconds: 30.0,
             stall_seconds: 60.0,
@@ -47,6 +47,12 @@ impl Default for Policy {
             memory_retries: 2,
         }
     }
+}
+
+/// As many additional memory channels as there are cores to fill them, up to four:
+/// one thread of QEMU's cannot fill a fast link.
+fn memory_channels() -> u8 {
+    std::thread::available_parallelism().map_or(0, |cores| cores.get().min(4) as u8)
 }
 
 impl Policy {
