@@ -32,8 +32,17 @@ const LOAD: [&str; 3] = [
 pub struct Run {
     /// From the command to the guest at its new place.
     pub took: Duration,
-    /// How long the guest stood still, by its own ticks.
+    /// How long the guest stood still at the switchover, by its own ticks.
     pub pause: Duration,
+    /// The longest time it stood still at all during the move, by its own ticks.
+    pub stall: Duration,
+}
+
+impl Run {
+    fn since(begun: Instant, took: Duration, witness: &Witness) -> Self {
+        let pause = witness.pause_at_switchover_since(begun);
+        Self { took, pause, stall: witness.longest_pause_since(begun) }
+    }
 }
 
 /// Fills a disk with bytes that do not compress.

@@ -138,6 +138,15 @@ impl Witness {
         gaps.map(|w| w[1].saturating_duration_since(w[0])).max().unwrap_or_default()
     }
 
+    /// The time between the last tick on one host and the first on the next, of the
+    /// last switchover since `from`; zero when there was none.
+    pub fn pause_at_switchover_since(&self, from: Instant) -> Duration {
+        let heard = self.lock();
+        let ticks: Vec<_> = heard.ticks.values().collect();
+        let switched = ticks.windows(2).rev().find(|w| w[0].1 != w[1].1 && w[1].0 >= from);
+        switched.map(|w| w[1].0.saturating_duration_since(w[0].0)).unwrap_or_default()
+    }
+
     /// Ticks that came from two hosts: a guest ran on after it had gone elsewhere.
     pub fn doubled(&self) -> Vec<u64> {
         self.lock().doubled.clone()

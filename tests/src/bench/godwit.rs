@@ -6,6 +6,7 @@ use crate::witness::{Line, Witness};
 use crate::world::{Host, Process, World};
 use anyhow::{Context, Result, bail};
 use launcher::migration::progress::Progress;
+use std::cell::Cell;
 use std::fs::File;
 use std::path::Path;
 use std::process::Child;
@@ -72,7 +73,7 @@ impl Scene {
         self.finish(moving)?;
         let took = begun.elapsed();
         self.witness.wait_alive(SOON)?;
-        Ok((Run { took, pause: self.witness.longest_pause_since(begun) }, line?))
+        Ok((Run::since(begun, took, &self.witness), line?))
     }
 
     fn progress(&self, host: &Host) -> Result<Progress> {
@@ -152,13 +153,25 @@ pub fn sent_again_after_a_cut(godwit: &Path) -> Result<f64> {
     Ok(scene.progress(&scene.a)?.bytes_again as f64 / (DISK_MIB << 20) as f64)
 }
 
-/// Bytes per second of the seed of a full disk of `mib` over a link of this RTT.
+/// Bytes per second of the seed of a full disk of `mib` over a link of this RTT,
+/// between the first and the last tenth of it.
 ///
 /// # Errors
 /// When the move fails.
 pub fn disk_rate(godwit: &Path, rtt: Duration, mib: u64) -> Result<f64> {
-    let took = seed_time(godwit, rtt, |disk| full_disk(disk, mib))?;
-    Ok((mib << 20) as f64 / took.as_secs_f64())
+    let scene = scene(godwit, Some(rtt / 2), |disk| full_disk(disk, mib))?;
+    let moving = scene.begin(&scene.a, &scene.b, &[])?;
+    let left = |tenths: u64| -> Result<(Instant, u64)> {
+        let left = Cell::new(0);
+        scene.wait(|_, progress| {
+            left.set(progress.bytes_left);
+            progress.bytes_total > 0 && progress.bytes_left <= progress.bytes_total / 10 * tenths
+        })?;
+        Ok((Instant::now(), left.get()))
+    };
+    let ((began, before), (ended, after)) = (left(9)?, left(1)?);
+    scene.finish(moving)?;
+    Ok((before - after) as f64 / (ended - began).as_secs_f64())
 }
 
 /// Seconds that a GiB of hole costs, over `gib` of them.
@@ -167,18 +180,14 @@ pub fn disk_rate(godwit: &Path, rtt: Duration, mib: u64) -> Result<f64> {
 /// When a move fails.
 pub fn hole_cost(godwit: &Path, gib: u64) -> Result<f64> {
     let sparse = |bytes| move |disk: &Path| Ok(File::create(disk)?.set_len(bytes)?);
-    let small = seed_time(godwit, Duration::ZERO, sparse(1 << 30))?;
-    let large = seed_time(godwit, Duration::ZERO, sparse((gib + 1) << 30))?;
+    let small = seed_time(godwit, sparse(1 << 30))?;
+    let large = seed_time(godwit, sparse((gib + 1) << 30))?;
     Ok(large.saturating_sub(small).as_secs_f64() / gib as f64)
 }
 
 /// From the first byte of the seed to the last that is safe.
-fn seed_time(
-    godwit: &Path,
-    rtt: Duration,
-    make_disk: impl FnOnce(&Path) -> Result<()>,
-) -> Result<Duration> {
-    let scene = scene(godwit, Some(rtt / 2), make_disk)?;
+fn seed_time(godwit: &Path, make_disk: impl FnOnce(&Path) -> Result<()>) -> Result<Duration> {
+    let scene = scene(godwit, None, make_disk)?;
     let moving = scene.begin(&scene.a, &scene.b, &[])?;
     scene.wait(|phase, _| phase != "Preparing")?;
     let begun = Instant::now();

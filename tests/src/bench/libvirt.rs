@@ -84,7 +84,7 @@ pub fn run(guest: &Guest) -> Result<Run> {
     let (took, mut line) = pair.migrate(|serial| witness.listen(serial))?;
     witness.wait_alive(SOON)?;
     whole(&mut line)?;
-    Ok(Run { took, pause: witness.longest_pause_since(begun) })
+    Ok(Run::since(begun, took, &witness))
 }
 
 /// Two libvirt hosts. Dropping it ends both and all that runs there.

@@ -42,7 +42,6 @@ pub fn run(godwit: &Path) -> Result<Run> {
     let copy = b.dir.join("disk.raw");
     File::create(&copy)?.set_len(DISK_MIB << 20)?;
     let source = Qemu::start(&world, &a.dir, &disk, &[])?;
-    let target = Qemu::start(&world, &b.dir, &copy, &["-incoming", "defer"])?;
     let way = |stream, name: &str| Way { stream, near: a.dir.join(name), far: b.dir.join(name) };
     let ways = vec![way(Stream::Disk(0), "nbd.sock"), way(Stream::Memory(0), "memory.sock")];
     let _tunnel = Tunnel::open(&world, &a, &b, ways)?;
@@ -50,13 +49,14 @@ pub fn run(godwit: &Path) -> Result<Run> {
     let witness = Witness::new();
     let mut line = listen(&witness, &a.dir.join("oracle.sock"))?;
     load(&witness, &mut line)?;
-    let mut line = listen(&witness, &b.dir.join("oracle.sock"))?;
     let begun = Instant::now();
+    let target = Qemu::start(&world, &b.dir, &copy, &["-incoming", "defer"])?;
+    let mut line = listen(&witness, &b.dir.join("oracle.sock"))?;
     world.run(source.move_to(&target))?;
     let took = begun.elapsed();
     witness.wait_alive(SOON)?;
     whole(&mut line)?;
-    Ok(Run { took, pause: witness.longest_pause_since(begun) })
+    Ok(Run::since(begun, took, &witness))
 }
 
 /// A QEMU with the guest's hardware.
@@ -76,7 +76,8 @@ impl Qemu {
         let cmdline = std::fs::read_to_string(guest::image("cmdline")?)?;
         let mut child = Command::new("qemu-system-x86_64")
             .args(["-nodefaults", "-no-user-config", "-display", "none"])
-            .args(["-machine", "pc,accel=tcg", "-m", &MEMORY_MIB.to_string()])
+            // As Godwit's guests: see there why not a multiple of 256 KiB.
+            .args(["-machine", "pc,accel=tcg", "-m", &format!("size={}K", MEMORY_MIB * 1024 + 8)])
             .arg("-kernel")
             .arg(guest::image("vmlinuz")?)
             .arg("-initrd")

@@ -44,15 +44,17 @@ impl Figures {
              |---|---|---|---|---|---|\n",
         );
         let took = self.moves.each_ref().map(|r| median(r.iter().map(|r| r.took.as_secs_f64())));
-        let pause =
-            self.moves.each_ref().map(|r| median(r.iter().map(|r| r.pause.as_secs_f64() * 1e3)));
+        let ms = |of: fn(&Run) -> Duration| {
+            self.moves.each_ref().map(|r| median(r.iter().map(|r| of(r).as_secs_f64() * 1e3)))
+        };
         for (what, [g, q, l], digits) in [
             (
                 format!("whole move of {DISK_MIB} MiB full disk and {MEMORY_MIB} MiB memory, s"),
                 took,
                 1,
             ),
-            ("pause that the guest saw, ms".to_owned(), pause, 0),
+            ("pause at the switchover, as the guest saw it, ms".to_owned(), ms(|r| r.pause), 0),
+            ("longest stall of the guest in the whole move, ms".to_owned(), ms(|r| r.stall), 0),
         ] {
             let (by_q, by_l) = (g / q, g / l);
             writeln!(
@@ -60,27 +62,28 @@ impl Figures {
                 "| {what} | {g:.digits$} | {q:.digits$} | {l:.digits$} | {by_q:.2} | {by_l:.2} |"
             )?;
         }
-        table.push_str("\n| what | figure | goal |\n|---|---|---|\n");
+        table.push_str("\nGoals: whole move <= 0.8 of QEMU's own way and <= 0.5 of libvirt; pause <= 50 ms, below libvirt's.\n\n| what | figure | goal |\n|---|---|---|\n");
         let near = self.rates.first().map_or(f64::NAN, |(_, rate)| *rate);
         for (rtt, rate) in &self.rates {
             writeln!(
                 table,
-                "| disk rate at {} ms RTT | {:.0} MiB/s, {:.2} of that at 0 ms | |",
+                "| disk rate at {} ms RTT | {:.0} MiB/s, {:.2} of that at 0 ms | {} |",
                 rtt.as_millis(),
                 rate / 1048576.0,
-                rate / near
+                rate / near,
+                if rtt.as_millis() == 100 { ">= 0.95" } else { "" }
             )?;
         }
-        writeln!(table, "| a GiB of hole costs | {:.1} ms | |", self.hole * 1e3)?;
+        writeln!(table, "| a GiB of hole costs | {:.1} ms | <= 50 ms |", self.hole * 1e3)?;
         writeln!(
             table,
-            "| sent again after the target's gateway died at half, share of the disk | {:.2} % | < 1 % |",
+            "| sent again after the target's gateway died at half, share of the disk | {:.2} % | <= 2 % |",
             self.again * 100.0
         )?;
         let super::godwit::WayBack { changed, sent_per_changed } = self.way_back;
         writeln!(
             table,
-            "| disk bytes sent back after {:.1} % changed, per byte changed | {sent_per_changed:.2} | |",
+            "| disk bytes sent back after {:.1} % changed, per byte changed | {sent_per_changed:.2} | <= 1.1 |",
             changed * 100.0
         )?;
         let (channel, tcp) = self.wire;
@@ -119,7 +122,10 @@ pub fn write_down(table: &str, runs: usize) -> Result<()> {
          gateways. libvirt's is `virsh migrate --live --p2p --copy-storage-all`: its streams are not \
          encrypted, Godwit's are. All three have the same guest under the same load, and their pause is \
          read from the same ticks inside it. QEMU and libvirt have their own defaults (QEMU's bandwidth \
-         is not limited; both aim at a pause of 300 ms, Godwit at 50 ms). After every move the guest \
+         is not limited; both aim at a pause of 300 ms, Godwit at 50 ms). Guests of \
+         Godwit and of QEMU have 8 KiB more memory than they are said to have: else QEMU before 9.0 under \
+         TCG may lose what they write, which libvirt does not let us avoid; the price is a stall when \
+         the memory's first pass begins. After every move the guest \
          checks its writes and its memory; a run that lost something fails.\n\n{table}\n\
          Machine: {model}, {cores} cores, guests under TCG, disks on one filesystem, both hosts on one \
          loopback, load average at the end {load}. {qemu}; {libvirt}.\n",

@@ -16,7 +16,7 @@ const RUNS: usize = 3;
 /// Round trips, in milliseconds.
 const RTTS: [u64; 3] = [0, 20, 100];
 /// Disk for the rates, and hole for its cost.
-const RATE_MIB: u64 = 1024;
+const RATE_MIB: u64 = 4096;
 const HOLE_GIB: u64 = 256;
 
 fn main() -> ExitCode {
@@ -64,8 +64,9 @@ fn measure(program: &Path) -> Result<Figures> {
 
 fn told(n: usize, who: &str, run: Result<Run>) -> Result<Run> {
     let run = run.with_context(|| format!("{who}, run {n}"))?;
-    let (took, pause) = (run.took.as_secs_f64(), run.pause.as_millis());
-    eprintln!("run {n} of {RUNS}: {who} {took:.1} s, {pause} ms");
+    let (pause, stall) = (run.pause.as_millis(), run.stall.as_millis());
+    let took = run.took.as_secs_f64();
+    eprintln!("run {n} of {RUNS}: {who} {took:.1} s, pause {pause} ms, longest stall {stall} ms");
     Ok(run)
 }
 
