@@ -282,16 +282,19 @@ pub async fn finish(qemu: &Qemu) -> Result<(), qmp::Error> {
     Ok(())
 }
 
-/// Sends the memory until QEMU has stopped the guest for the switchover.
+/// Sends the memory until QEMU has stopped the guest for the switchover. Of the pause
+/// that the policy aims at, `overhead` is needed for all else than memory.
 ///
 /// # Errors
 /// Why QEMU will not get there.
-pub async fn send(qemu: &Qemu, policy: &Policy) -> Result<(), String> {
+pub async fn send(qemu: &Qemu, policy: &Policy, overhead: Duration) -> Result<(), String> {
     let stall = Duration::from_secs_f64(policy.stall_seconds);
     let mut downtime = Duration::from_millis(policy.rounds.downtime_ms);
     let longest = Duration::from_millis(policy.rounds.max_downtime_ms);
     let converge = policy.rounds.throttle;
-    set_up(qemu, policy.multifd, converge, downtime).await.map_err(|e| e.to_string())?;
+    // At least half: over a long link a guest that works would never be caught.
+    let limit = |downtime: Duration| downtime.saturating_sub(overhead).max(downtime / 2);
+    set_up(qemu, policy.multifd, converge, limit(downtime)).await.map_err(|e| e.to_string())?;
     let uri = format!("unix:{OUTGOING}");
     qemu.qmp.execute(Migrate { uri }, QMP_DEADLINE).await.map_err(|e| e.to_string())?;
     let (mut sent, mut since) = (0, Instant::now());
@@ -311,7 +314,7 @@ pub async fn send(qemu: &Qemu, policy: &Policy) -> Result<(), String> {
             // The guest does not let itself be caught within the pause aimed at.
             downtime = (downtime * 2).min(longest);
             patience = passes + PASSES;
-            lengthen(qemu, downtime).await.map_err(|e| e.to_string())?;
+            lengthen(qemu, limit(downtime)).await.map_err(|e| e.to_string())?;
         }
         let now = info.ram.map_or(0, |ram| ram.transferred);
         if now != sent {

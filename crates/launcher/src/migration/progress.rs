@@ -141,8 +141,13 @@ impl Outlook {
             return None;
         }
         let bytes = (delta + self.buffered) as f64 / self.disk_rate;
-        // Last delta acknowledged, Loaded, Commit: two round trips and a half.
-        Some((bytes + 2.5 * self.rtt.as_secs_f64() + self.fixed.as_secs_f64()) * 1e3)
+        Some((bytes + self.overhead().as_secs_f64()) * 1e3)
+    }
+
+    /// What a pause takes beside the bytes: last delta acknowledged, Loaded, Commit
+    /// are two round trips and a half.
+    pub fn overhead(&self) -> Duration {
+        self.rtt.mul_f64(2.5) + self.fixed
     }
 }
 

@@ -184,7 +184,7 @@ impl Side {
     pub async fn try_send(&self, multifd: u8) -> Result<(), String> {
         let stall_seconds = PATIENCE.as_secs_f64();
         let policy = Policy { multifd, stall_seconds, ..Policy::default() };
-        memory::send(&self.qemu, &policy).await
+        memory::send(&self.qemu, &policy, Duration::ZERO).await
     }
 
     /// Connects to a target and sends the memory.

@@ -1,5 +1,6 @@
 //! Disks and memory on their way.
 
+use super::show::FIXED;
 use super::{Input, Order, Shell};
 use crate::migration::bitmaps::Bitmaps;
 use crate::migration::control;
@@ -7,6 +8,7 @@ use crate::migration::disks::{self, Disks, nodes};
 use crate::migration::links::{DiskDialer, Links};
 use crate::migration::memory::{self, Pumps};
 use crate::migration::offer::Holds;
+use crate::migration::progress::Outlook;
 use crate::qemu::{Qemu, throttle_group};
 use crate::vm::QMP_DEADLINE;
 use channel::preface::Stream;
@@ -90,8 +92,9 @@ impl Shell {
         }
         let (qemu, inputs) = (self.guest.qemu.clone(), self.inputs.clone());
         let policy = self.request.policy.clone();
+        let overhead = Outlook { rtt: self.rtt(), fixed: FIXED, ..Outlook::default() }.overhead();
         self.memory = Some(tokio::spawn(async move {
-            let input = match memory::send(&qemu, &policy).await {
+            let input = match memory::send(&qemu, &policy, overhead).await {
                 Ok(()) => Input::Standing,
                 Err(why) => Input::Core(Event::Failed(Failure::Other(why))),
             };

@@ -132,7 +132,7 @@ impl Shell {
 
 /// Stopping the guest, sending and loading its devices, and two swaps of owner
 /// records: measured under TCG on one machine, see docs/benchmarks.md.
-const FIXED: Duration = Duration::from_millis(25);
+pub(super) const FIXED: Duration = Duration::from_millis(25);
 
 struct Memory {
     total: u64,
