@@ -1,6 +1,8 @@
 //! A move as its launcher shows it.
 
+use super::policy::Policy;
 use super::progress::Progress;
+use handover::Deadline;
 use serde::{Deserialize, Serialize};
 
 /// Which half of the move this launcher is.
@@ -81,6 +83,22 @@ impl Status {
             outcome: None,
             failpoint: None,
         }
+    }
+}
+
+impl Status {
+    /// A half has entered a phase, and waits there.
+    pub fn enter(&mut self, phase: &str, waiting: Option<handover::Waiting>, policy: &Policy) {
+        self.phase = phase.to_owned();
+        self.since = now();
+        self.waiting = waiting.map(|waiting| Waiting {
+            reason: waiting.reason.to_owned(),
+            deadline_seconds: match waiting.deadline {
+                Deadline::Data => None,
+                kind => Some(policy.deadline(kind).as_secs_f64()),
+            },
+        });
+        self.outcome = None;
     }
 }
 

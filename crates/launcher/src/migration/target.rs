@@ -7,7 +7,7 @@ use super::control::Sent;
 use super::hall::Gate;
 use super::history::History;
 use super::policy::Policy;
-use super::status::{Half, Outcome, Status, Waiting, now};
+use super::status::{Half, Outcome, Status};
 use super::ticket::{Here, Ticket};
 use super::{Error, Moving, memory};
 use crate::qemu::Qemu;
@@ -252,19 +252,10 @@ impl Shell {
     }
 
     fn show_phase(&self) {
-        let waiting = self.core.waiting().map(|waiting| Waiting {
-            reason: waiting.reason.to_owned(),
-            deadline_seconds: match waiting.deadline {
-                Deadline::Data => None,
-                kind => Some(self.request.policy.deadline(kind).as_secs_f64()),
-            },
-        });
+        let (phase, waiting) = (self.core.phase(), self.core.waiting());
         self.launcher.show(|status| {
             if let Some(migration) = &mut status.migration {
-                migration.phase = self.core.phase().to_owned();
-                migration.since = now();
-                migration.waiting = waiting;
-                migration.outcome = None;
+                migration.enter(phase, waiting, &self.request.policy);
             }
         });
     }

@@ -2,29 +2,19 @@
 
 use super::Shell;
 use crate::migration::progress::{DiskProgress, MemoryProgress, Outlook};
-use crate::migration::status::{Outcome, Waiting, now};
+use crate::migration::status::Outcome;
 use crate::migration::{disks, memory};
 use channel::resumable::Monitor;
-use handover::Deadline;
 use handover::source::State;
 use mover::counters::Limit;
 use std::time::Duration;
 
 impl Shell {
     pub(super) fn show_phase(&self) {
-        let waiting = self.core.waiting().map(|waiting| Waiting {
-            reason: waiting.reason.to_owned(),
-            deadline_seconds: match waiting.deadline {
-                Deadline::Data => None,
-                kind => Some(self.request.policy.deadline(kind).as_secs_f64()),
-            },
-        });
+        let (phase, waiting) = (self.core.phase(), self.core.waiting());
         self.launcher.show(|status| {
             if let Some(migration) = &mut status.migration {
-                migration.phase = self.core.phase().to_owned();
-                migration.since = now();
-                migration.waiting = waiting;
-                migration.outcome = None;
+                migration.enter(phase, waiting, &self.request.policy);
             }
         });
     }
