@@ -16,7 +16,7 @@ use xxhash_rust::xxh3::xxh3_128;
 /// Faults put in on purpose, so that the checks that must find them are themselves checked.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Fault {
-    /// Every write that covers this byte of disk 0, but the first, is dropped.
+    /// Every write that covers this byte of disk 0 is dropped.
     pub drop_writes_at: Option<u64>,
     /// This byte of disk 0 is flipped whenever it is written.
     pub flip_byte_at: Option<u64>,
@@ -57,8 +57,6 @@ struct State {
     streams: Vec<Stream>,
     /// Bytes written, zeroed and compared so far.
     received: u64,
-    /// The write that a fault lets pass has passed.
-    fault_primed: bool,
     failed: Option<String>,
     stopped: bool,
 }
@@ -312,8 +310,7 @@ impl Shared {
         if let Some(at) = self.fault.flip_byte_at.filter(|at| covers(*at)) {
             bytes[(at - head.extent.offset) as usize] ^= 0x01;
         }
-        let dropped = self.fault.drop_writes_at.is_some_and(covers);
-        dropped && std::mem::replace(&mut self.lock().fault_primed, true)
+        self.fault.drop_writes_at.is_some_and(covers)
     }
 
     /// Acknowledges only what an fsync that began afterwards covered.

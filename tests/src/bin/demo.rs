@@ -2,9 +2,9 @@
 //! an oracle inside it looks for lost writes and lost memory.
 //!
 //! With `--inject FAULT` a fault is put into the first move; then the demo must fail.
-//! N.B. a dropped write is found only if the oracle wrote that block before, and does
-//! not write it again until the check: it wrote the one at 40570880 with its write 71,
-//! and comes by again with its write 8264, 40 seconds later.
+//! N.B. a dropped write is found only if the oracle does not write that block again
+//! before the check: it wrote the one at 40570880 with its write 71, and comes by again
+//! with its write 8264, 40 seconds later.
 
 use anyhow::{Context, Result, bail};
 use e2e::guest;

@@ -116,7 +116,7 @@ async fn open(
     disks: &mut Vec<Received>,
 ) -> Result<Shell, String> {
     check(request, &offer)?;
-    let holds = open_disks(launcher, request, &offer, disks)?;
+    let holds = open_disks(launcher, request, heir, &offer, disks)?;
     let qemu = start_qemu(launcher, request, &offer, disks).await?;
     launcher.owner.watch(heir, qemu.process.pid()).await;
     let nodes = nodes(disks.iter().map(|d| (d.name.as_str(), d.shown, &d.disk)));
@@ -164,7 +164,7 @@ async fn open(
             _ => "the target's ledger did not answer; is its gateway running?".to_owned(),
         });
     }
-    mark_incomplete(launcher, heir, &offer, disks)?;
+    mark_incomplete(launcher, heir, &offer, disks.iter())?;
     let prepared = Prepared { disks: holds, disk_tokens, memory_tokens };
     let body = serde_json::to_value(&prepared).map_err(text)?;
     sent.send(&FromTarget::Prepared(body)).await;
@@ -225,6 +225,7 @@ fn check(request: &PrepareRequest, offer: &Offer) -> Result<(), String> {
 fn open_disks(
     launcher: &Handle,
     request: &PrepareRequest,
+    heir: &InstanceId,
     offer: &Offer,
     disks: &mut Vec<Received>,
 ) -> Result<Vec<Holds>, String> {
@@ -240,6 +241,8 @@ fn open_disks(
         let name = spec.name.clone();
         let disk = Arc::new(disk);
         disks.push(Received { name, disk: disk.clone(), copied, created, shown });
+        // What we made was never a disk that may be started.
+        mark_incomplete(launcher, heir, offer, disks.last().filter(|d| d.created))?;
         if spec.shared && !disk.is_direct() {
             return Err(format!(
                 "shared disk {} cannot be used past the page cache; use a filesystem with O_DIRECT",
@@ -271,14 +274,15 @@ fn open_disks(
     Ok(holds)
 }
 
-/// N.B. before their first byte is overwritten: what the disks were, they are no more.
-fn mark_incomplete(
+/// Marks disks as half a copy. N.B. before their first byte is overwritten: what they
+/// were, they are no more.
+fn mark_incomplete<'a>(
     launcher: &Handle,
     heir: &InstanceId,
     offer: &Offer,
-    disks: &[Received],
+    disks: impl IntoIterator<Item = &'a Received>,
 ) -> Result<(), String> {
-    for received in disks.iter().filter(|d| d.copied) {
+    for received in disks.into_iter().filter(|d| d.copied) {
         let mark = Mark::Incomplete {
             vm: launcher.config.vm.clone(),
             copy: offer.copy.clone(),
