@@ -110,7 +110,7 @@ pub struct Outlook {
     pub memory_rate: f64,
     /// Bytes of memory per second that the guest dirties.
     pub memory_dirty_rate: f64,
-    /// Bytes on their way that a pause has to wait for.
+    /// Bytes of memory on their way that a pause has to wait for.
     pub buffered: u64,
     /// Round-trip time of the link.
     pub rtt: Duration,
@@ -140,7 +140,8 @@ impl Outlook {
         if self.disk_rate <= 0.0 {
             return None;
         }
-        let bytes = (delta + self.buffered) as f64 / self.disk_rate;
+        let memory = if self.buffered > 0 { self.buffered as f64 / self.memory_rate } else { 0.0 };
+        let bytes = delta as f64 / self.disk_rate + memory;
         Some((bytes + self.overhead().as_secs_f64()) * 1e3)
     }
 

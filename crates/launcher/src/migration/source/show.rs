@@ -36,14 +36,14 @@ impl Shell {
         };
         let dirty_rate = self.dirty_rate(recorded);
         let total_memory = self.guest.qemu.spec.memory_mib << 20;
-        let disk_rate = rate.max(self.disk_rate());
-        // QEMU knows its rate only after a first look.
+        // What the link has carried while it had to: a stream that mostly waits tells nothing.
+        let link = self.disk_rate().max(memory.as_ref().map_or(0.0, |m| m.rate));
         let outlook = Outlook {
             disk_left: left,
-            disk_rate,
+            disk_rate: link,
             disk_dirty_rate: dirty_rate,
             memory_left: memory.as_ref().map_or(total_memory, |m| m.left),
-            memory_rate: memory.as_ref().map(|m| m.rate).filter(|r| *r > 0.0).unwrap_or(disk_rate),
+            memory_rate: link,
             memory_dirty_rate: memory.as_ref().map_or(0.0, |m| m.dirty_rate),
             buffered: self.memory_monitors.iter().map(Monitor::buffered).sum(),
             rtt: self.rtt(),
