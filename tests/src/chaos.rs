@@ -172,7 +172,8 @@ impl Fault {
     fn deadlines(self) -> (u64, u64) {
         match self {
             Fault::Cut(time) => (3 * time.as_secs() + 2, 3 * time.as_secs() + 2),
-            _ => (2, 3),
+            // N.B. they hold before the fault too, on the busiest machine.
+            _ => (4, 10),
         }
     }
 }

@@ -5,6 +5,10 @@ use anyhow::Result;
 use e2e::chaos::{By, FAULTS, POINTS, Point, Programs, Trial, run_all};
 use std::path::Path;
 
+/// Trials at a time, with the stub, which mostly waits, and with real guests.
+const STUBS: usize = 5;
+const GUESTS: usize = 2;
+
 fn programs(stub: bool) -> Programs {
     Programs {
         godwit: Path::new(env!("CARGO_BIN_EXE_godwit-under-test")).to_owned(),
@@ -24,12 +28,12 @@ fn only(trials: impl Iterator<Item = Trial>) -> Vec<Trial> {
 
 #[test]
 fn whatever_breaks_wherever_one_instance_is_left_and_nothing_is_lost() -> Result<()> {
-    run_all(&matrix(POINTS.into_iter(), 0), &programs(true), 8)
+    run_all(&matrix(POINTS.into_iter(), 0), &programs(true), STUBS)
 }
 
 #[test]
 fn whatever_breaks_wherever_with_multifd_one_instance_is_left_and_nothing_is_lost() -> Result<()> {
-    run_all(&matrix(POINTS.into_iter(), 2), &programs(true), 8)
+    run_all(&matrix(POINTS.into_iter(), 2), &programs(true), STUBS)
 }
 
 /// Where a real QEMU and a stub of it may differ most.
@@ -39,7 +43,7 @@ fn matters(point: &Point) -> bool {
 
 #[test]
 fn a_real_guest_survives_every_fault_where_it_matters_most() -> Result<()> {
-    run_all(&matrix(POINTS.into_iter().filter(matters), 0), &programs(false), 3)
+    run_all(&matrix(POINTS.into_iter().filter(matters), 0), &programs(false), GUESTS)
 }
 
 #[test]
@@ -48,5 +52,5 @@ fn a_real_guest_survives_a_fault_between_every_two_steps() -> Result<()> {
     let others = POINTS.into_iter().filter(|at| !matters(at) && at.by != By::Refusal);
     let faults = FAULTS.into_iter().cycle();
     let trials = others.zip(faults).map(|(at, fault)| Trial::at(at, fault, 2));
-    run_all(&only(trials), &programs(false), 3)
+    run_all(&only(trials), &programs(false), GUESTS)
 }
