@@ -171,7 +171,7 @@ impl Fault {
     /// that heals must be outlasted, all else is to be noticed soon.
     fn deadlines(self) -> (u64, u64) {
         match self {
-            Fault::Cut(time) => (3 * time.as_secs() + 2, 3 * time.as_secs() + 2),
+            Fault::Cut(time) => ((3 * time.as_secs() + 2).max(4), (3 * time.as_secs() + 2).max(10)),
             // N.B. they hold before the fault too, on the busiest machine.
             _ => (4, 10),
         }
