@@ -81,6 +81,7 @@ fn what_the_firmware_keeps_is_there_after_a_move_and_a_restart() -> Result<()> {
     };
     let _on_a = a.launch(VM, &spec(&variables), &[])?;
     let on_b = b.receive(VM, &[])?;
+    world.wait_running(&a, VM)?;
     Shell::open(&a)?.set("source", "0x2a")?;
 
     let ended = world.move_vm(VM, &a, &b, &[])?;
@@ -97,6 +98,8 @@ fn what_the_firmware_keeps_is_there_after_a_move_and_a_restart() -> Result<()> {
     let there = b.folder(VM).join("vars.raw");
     assert_eq!(std::fs::metadata(&there)?.len(), std::fs::metadata(VARIABLES)?.len());
     let _on_b = b.launch(VM, &spec(&there), &[])?;
+    // N.B. the console of the launcher that was killed is still there for a moment.
+    world.wait_running(&b, VM)?;
     let mut shell = Shell::open(&b)?;
     shell.shows("source", "2A")?;
     shell.shows("target", "2B")
