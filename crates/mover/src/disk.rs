@@ -64,10 +64,10 @@ pub enum Error {
     },
     /// Somebody else has it open as the disk of a VM.
     #[error(
-        "target disk {path} is in use by another VM or tool of QEMU; end that, or choose another disk"
+        "disk {path} is in use by another VM or tool of QEMU; end that, or choose another disk"
     )]
     InUse {
-        /// The target.
+        /// The disk.
         path: PathBuf,
     },
     /// An operation failed.

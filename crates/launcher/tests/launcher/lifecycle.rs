@@ -157,7 +157,7 @@ async fn two_launchers_never_share_a_disk() {
     first.until_phase(Phase::Running).await;
     let mut second = other.spawn(Some(&spec));
     assert!(!second.ended().await.success());
-    assert!(second.words().contains("lock"), "{}", second.words());
+    assert!(second.words().contains("in use"), "{}", second.words());
 }
 
 #[tokio::test]
