@@ -90,7 +90,7 @@ pub struct Pumps {
 
 impl Pumps {
     /// Takes QEMU's connections as they come and carries each over the next of `ways`.
-    /// QEMU never sees one break: see [`shield`].
+    /// QEMU never sees one break: see `shield`.
     ///
     /// # Errors
     /// When the socket cannot be made.
