@@ -10,7 +10,7 @@ pub mod wire;
 use crate::witness::{Line, Witness};
 use anyhow::{Result, bail};
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::Write;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
@@ -45,15 +45,15 @@ impl Run {
     }
 }
 
-/// Fills a disk with bytes that do not compress.
+/// Makes a disk full of bytes that do not compress.
 ///
 /// # Errors
 /// When there is no room.
 pub fn full_disk(path: &Path, mib: u64) -> Result<()> {
-    let (mut from, mut to) = (File::open("/dev/urandom")?, File::create(path)?);
+    let mut to = File::create(path)?;
     let mut buffer = vec![0; 4 << 20];
-    for _ in 0..mib / 4 {
-        from.read_exact(&mut buffer)?;
+    for n in 0..mib / 4 {
+        oracle::block::fill(&mut buffer, n);
         to.write_all(&buffer)?;
     }
     to.sync_all()?;

@@ -4,16 +4,19 @@ use super::{DISK_MIB, MEMORY_MIB, Run, SOON, full_disk, listen, load, whole};
 use crate::guest;
 use crate::witness::{Line, Witness};
 use crate::world::{Host, Process, World};
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use launcher::migration::progress::Progress;
 use std::cell::Cell;
 use std::fs::File;
+use std::io::Read;
 use std::path::Path;
 use std::process::Child;
 use std::time::{Duration, Instant};
 
 const VM: &str = "bench";
 const POLL: Duration = Duration::from_millis(2);
+/// What a guest's filesystem writes at least.
+const BLOCK: usize = 4096;
 
 struct Scene {
     world: World,
@@ -127,14 +130,28 @@ pub fn way_back(godwit: &Path) -> Result<WayBack> {
     line.command(&format!("write start {region} batch=64 seed=9 id=1"), SOON)?;
     std::thread::sleep(Duration::from_secs(10));
     line.command("write stop id=1", SOON)?;
-    // Both writers' slots: what may have changed since the move.
-    let changed = line.check()?.slots * 4096;
+    let (at_a, at_b) = (scene.world.path("a/root.raw"), scene.b.folder(VM).join("root.raw"));
+    let changed = differing(&at_a, &at_b)?;
     let disk = format!("root={}", scene.world.path("a/root.raw").display());
     let (_, mut line) = scene.hop(&scene.b, &scene.a, &["--disk", &disk])?;
     whole(&mut line)?;
     let sent = scene.progress(&scene.b)?.bytes_sent as f64;
     let (changed, all) = (changed as f64, (DISK_MIB << 20) as f64);
     Ok(WayBack { changed: changed / all, sent_per_changed: sent / changed })
+}
+
+/// Bytes of the blocks in which two disks differ.
+fn differing(one: &Path, other: &Path) -> Result<u64> {
+    let (mut one, mut other) = (File::open(one)?, File::open(other)?);
+    let (mut ours, mut theirs) = (vec![0; 4 << 20], vec![0; 4 << 20]);
+    let mut blocks = 0;
+    for _ in 0..DISK_MIB / 4 {
+        one.read_exact(&mut ours)?;
+        other.read_exact(&mut theirs)?;
+        let pairs = ours.chunks(BLOCK).zip(theirs.chunks(BLOCK));
+        blocks += pairs.filter(|(our, their)| our != their).count();
+    }
+    Ok((blocks * BLOCK) as u64)
 }
 
 /// The share of the disk that is sent again when the target's gateway dies at half.
@@ -150,7 +167,9 @@ pub fn sent_again_after_a_cut(godwit: &Path) -> Result<f64> {
     scene.b.kill_gateway();
     scene.b.start_gateway()?;
     scene.finish(moving)?;
-    Ok(scene.progress(&scene.a)?.bytes_again as f64 / (DISK_MIB << 20) as f64)
+    let again = scene.progress(&scene.a)?.bytes_again;
+    ensure!(again > 0, "no stream broke when the gateway was killed");
+    Ok(again as f64 / (DISK_MIB << 20) as f64)
 }
 
 /// Bytes per second of the seed of a full disk of `mib` over a link of this RTT,
@@ -174,27 +193,20 @@ pub fn disk_rate(godwit: &Path, rtt: Duration, mib: u64) -> Result<f64> {
     Ok((before - after) as f64 / (ended - began).as_secs_f64())
 }
 
-/// Seconds that a GiB of hole costs, over `gib` of them.
+/// Seconds that a GiB of hole costs a whole move, over `gib` of them. Below zero
+/// when it is less than what two moves differ by.
 ///
 /// # Errors
 /// When a move fails.
 pub fn hole_cost(godwit: &Path, gib: u64) -> Result<f64> {
-    let sparse = |bytes| move |disk: &Path| Ok(File::create(disk)?.set_len(bytes)?);
-    let small = seed_time(godwit, sparse(1 << 30))?;
-    let large = seed_time(godwit, sparse((gib + 1) << 30))?;
-    Ok(large.saturating_sub(small).as_secs_f64() / gib as f64)
-}
-
-/// From the first byte of the seed to the last that is safe.
-fn seed_time(godwit: &Path, make_disk: impl FnOnce(&Path) -> Result<()>) -> Result<Duration> {
-    let scene = scene(godwit, None, make_disk)?;
-    let moving = scene.begin(&scene.a, &scene.b, &[])?;
-    scene.wait(|phase, _| phase != "Preparing")?;
-    let begun = Instant::now();
-    scene.wait(|phase, _| phase != "Seeding")?;
-    let took = begun.elapsed();
-    scene.finish(moving)?;
-    Ok(took)
+    let whole_move = |bytes: u64| -> Result<f64> {
+        let scene = scene(godwit, None, |disk| Ok(File::create(disk)?.set_len(bytes)?))?;
+        let (run, mut line) = scene.hop(&scene.a, &scene.b, &[])?;
+        whole(&mut line)?;
+        Ok(run.took.as_secs_f64())
+    };
+    let (small, large) = (whole_move(1 << 30)?, whole_move((gib + 1) << 30)?);
+    Ok((large - small) / gib as f64)
 }
 
 /// Resident MiB of a launcher whose guest runs and does not move.

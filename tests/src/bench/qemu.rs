@@ -9,13 +9,13 @@ use super::tunnel::{Tunnel, Way};
 use super::{DISK_MIB, MEMORY_MIB, Run, SOON, full_disk, listen, load, whole};
 use crate::guest;
 use crate::witness::Witness;
-use crate::world::World;
+use crate::world::{Host, World};
 use anyhow::{Context, Result, bail};
 use channel::preface::Stream;
 use qmp::Client;
 use qmp::commands::{
-    BlockExportAdd, BlockJobCancel, BlockdevAdd, BlockdevMirror, Cont, ExportType, Migrate,
-    MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
+    BlockExportAdd, BlockJobCancel, BlockJobInfo, BlockdevAdd, BlockdevMirror, Cont, ExportType,
+    Migrate, MigrateContinue, MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters,
     MigrationCapability, MigrationCapabilityStatus, MigrationParameters, MigrationStatus,
     MirrorSync, NbdAddress, NbdServerStart, NbdServerStop, QueryBlockJobs, QueryMigrate,
 };
@@ -35,28 +35,76 @@ const LONG: Duration = Duration::from_secs(600);
 /// # Errors
 /// When QEMU refuses a step, or something is lost.
 pub fn run(godwit: &Path) -> Result<Run> {
-    let world = World::new(godwit)?;
-    let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
-    let disk = a.dir.join("disk.raw");
-    full_disk(&disk, DISK_MIB)?;
-    let copy = b.dir.join("disk.raw");
-    File::create(&copy)?.set_len(DISK_MIB << 20)?;
-    let source = Qemu::start(&world, &a.dir, &disk, &[])?;
-    let way = |stream, name: &str| Way { stream, near: a.dir.join(name), far: b.dir.join(name) };
-    let ways = vec![way(Stream::Disk(0), "nbd.sock"), way(Stream::Memory(0), "memory.sock")];
-    let _tunnel = Tunnel::open(&world, &a, &b, ways)?;
-
-    let witness = Witness::new();
-    let mut line = listen(&witness, &a.dir.join("oracle.sock"))?;
-    load(&witness, &mut line)?;
+    let scene = scene(godwit, None, DISK_MIB)?;
+    let Scene { world, witness, .. } = &scene;
     let begun = Instant::now();
-    let target = Qemu::start(&world, &b.dir, &copy, &["-incoming", "defer"])?;
-    let mut line = listen(&witness, &b.dir.join("oracle.sock"))?;
-    world.run(source.move_to(&target))?;
+    let target = scene.target()?;
+    let mut line = listen(witness, &target.folder.join("oracle.sock"))?;
+    world.run(scene.source.move_to(&target))?;
     let took = begun.elapsed();
     witness.wait_alive(SOON)?;
     whole(&mut line)?;
-    Ok(Run::since(begun, took, &witness))
+    Ok(Run::since(begun, took, witness))
+}
+
+/// Bytes per second of the mirror of a full disk of `mib` over a link of this RTT,
+/// between the first and the last tenth of it.
+///
+/// # Errors
+/// When QEMU refuses a step.
+pub fn disk_rate(godwit: &Path, rtt: Duration, mib: u64) -> Result<f64> {
+    let scene = scene(godwit, Some(rtt / 2), mib)?;
+    let target = scene.target()?;
+    scene.world.run(async {
+        scene.source.begin_mirror_to(&target).await?;
+        let done = |tenths: u64| {
+            let source = &scene.source;
+            async move {
+                let job = source.wait_mirror(|job| job.offset >= job.len / 10 * tenths).await?;
+                anyhow::Ok((Instant::now(), job.offset))
+            }
+        };
+        let ((began, before), (ended, after)) = (done(1).await?, done(9).await?);
+        Ok((after - before) as f64 / (ended - began).as_secs_f64())
+    })
+}
+
+/// A loaded guest whose disk is full, and a way to where it is to go.
+struct Scene {
+    source: Qemu,
+    _tunnel: Tunnel,
+    witness: Witness,
+    _a: Host,
+    b: Host,
+    mib: u64,
+    world: World,
+}
+
+fn scene(godwit: &Path, delay: Option<Duration>, mib: u64) -> Result<Scene> {
+    let world = World::new(godwit)?;
+    let a = world.host("a", "127.0.0.2")?;
+    let b = match delay {
+        Some(delay) => world.far_host("b", "127.0.0.3", delay)?,
+        None => world.host("b", "127.0.0.3")?,
+    };
+    let disk = a.dir.join("disk.raw");
+    full_disk(&disk, mib)?;
+    let source = Qemu::start(&world, &a.dir, &disk, &[])?;
+    let way = |stream, name: &str| Way { stream, near: a.dir.join(name), far: b.dir.join(name) };
+    let ways = vec![way(Stream::Disk(0), "nbd.sock"), way(Stream::Memory(0), "memory.sock")];
+    let tunnel = Tunnel::open(&world, &a, &b, ways)?;
+    let witness = Witness::new();
+    let mut line = listen(&witness, &a.dir.join("oracle.sock"))?;
+    load(&witness, &mut line)?;
+    Ok(Scene { source, _tunnel: tunnel, witness, _a: a, b, mib, world })
+}
+
+impl Scene {
+    fn target(&self) -> Result<Qemu> {
+        let copy = self.b.dir.join("disk.raw");
+        File::create(&copy)?.set_len(self.mib << 20)?;
+        Qemu::start(&self.world, &self.b.dir, &copy, &["-incoming", "defer"])
+    }
 }
 
 /// A QEMU with the guest's hardware.
@@ -107,7 +155,8 @@ impl Qemu {
     }
 
     async fn move_to(&self, target: &Self) -> Result<()> {
-        self.mirror_to(target).await?;
+        self.begin_mirror_to(target).await?;
+        self.wait_mirror(|job| job.ready).await?;
         target.set_up().await?;
         self.set_up().await?;
         let to = |qemu: &Self| format!("unix:{}", qemu.socket("memory.sock"));
@@ -123,7 +172,7 @@ impl Qemu {
         Ok(())
     }
 
-    async fn mirror_to(&self, target: &Self) -> Result<()> {
+    async fn begin_mirror_to(&self, target: &Self) -> Result<()> {
         let addr = NbdAddress::Unix { path: target.socket("nbd.sock") };
         target.client.execute(NbdServerStart { addr, ..Default::default() }, ANSWER).await?;
         let export = BlockExportAdd {
@@ -147,13 +196,18 @@ impl Qemu {
             ..Default::default()
         };
         self.client.execute(mirror, ANSWER).await?;
+        Ok(())
+    }
+
+    /// Waits until the mirror is as `holds` says.
+    async fn wait_mirror(&self, holds: impl Fn(&BlockJobInfo) -> bool) -> Result<BlockJobInfo> {
         let until = Instant::now() + LONG;
         loop {
             let jobs = self.client.execute(QueryBlockJobs {}, ANSWER).await?;
-            match jobs.first() {
-                None => bail!("the mirror ended before it was ready"),
-                Some(job) if job.ready => return Ok(()),
-                Some(_) if Instant::now() > until => bail!("the mirror is not ready in {LONG:?}"),
+            match jobs.into_iter().next() {
+                None => bail!("the mirror ended too early"),
+                Some(job) if holds(&job) => return Ok(job),
+                Some(job) if Instant::now() > until => bail!("the mirror hangs: {job:?}"),
                 Some(_) => tokio::time::sleep(POLL).await,
             }
         }

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result};
 use e2e::bench::libvirt::Guest;
-use e2e::bench::report::{Figures, write_down};
+use e2e::bench::report::{Figures, Rates, write_down};
 use e2e::bench::{MEMORY_MIB, Run, godwit, libvirt, qemu, wire};
 use e2e::guest;
 use e2e::world::World;
@@ -11,7 +11,7 @@ use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
-/// Of each kind of whole move.
+/// Of each kind of whole move, and of each rate.
 const RUNS: usize = 3;
 /// Round trips, in milliseconds.
 const RTTS: [u64; 3] = [0, 20, 100];
@@ -45,10 +45,14 @@ fn measure(program: &Path) -> Result<Figures> {
         moves[1].push(told(n, "QEMU's own way", qemu::run(program))?);
         moves[2].push(told(n, "libvirt", libvirt_run())?);
     }
-    let mut rates = Vec::new();
-    for rtt in RTTS.map(Duration::from_millis) {
-        eprintln!("disk rate at {} ms", rtt.as_millis());
-        rates.push((rtt, godwit::disk_rate(program, rtt, RATE_MIB)?));
+    let mut rates =
+        RTTS.map(|ms| Rates { rtt: Duration::from_millis(ms), godwit: vec![], qemu: vec![] });
+    for n in 1..=RUNS {
+        for Rates { rtt, godwit, qemu } in &mut rates {
+            eprintln!("run {n} of {RUNS}: disk rate at {} ms", rtt.as_millis());
+            godwit.push(self::godwit::disk_rate(program, *rtt, RATE_MIB)?);
+            qemu.push(self::qemu::disk_rate(program, *rtt, RATE_MIB)?);
+        }
     }
     eprintln!("holes");
     let hole = godwit::hole_cost(program, HOLE_GIB)?;
@@ -59,7 +63,7 @@ fn measure(program: &Path) -> Result<Figures> {
     eprintln!("the channel and plain TCP");
     let wire = (wire::channel(program)?, wire::plain_tcp(&World::new(program)?)?);
     let idle = godwit::idle_launcher(program)?;
-    Ok(Figures { moves, rates, hole, again, way_back, wire, idle })
+    Ok(Figures { moves, rates: rates.into(), hole, again, way_back, wire, idle })
 }
 
 fn told(n: usize, who: &str, run: Result<Run>) -> Result<Run> {

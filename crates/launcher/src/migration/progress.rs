@@ -62,6 +62,15 @@ pub struct Progress {
     pub throttle: Option<u64>,
 }
 
+impl Progress {
+    /// Takes over what the data path has counted.
+    pub(crate) fn count(&mut self, counters: &Counters) {
+        self.bytes_total = counters.asked;
+        self.bytes_sent = counters.sent;
+        self.bytes_again = counters.again;
+    }
+}
+
 /// Turns running totals into rates over the last seconds. Pure: the caller brings the time.
 #[derive(Debug, Default)]
 pub struct Meter {

@@ -65,10 +65,8 @@ impl Shell {
             let Some(migration) = &mut status.migration else { return };
             let progress = &mut migration.progress;
             progress.disks = disks;
-            progress.bytes_total = counters.asked;
+            progress.count(&counters);
             progress.bytes_left = left;
-            progress.bytes_sent = counters.sent;
-            progress.bytes_again = counters.again;
             progress.rate = rate as u64;
             progress.dirty_rate = dirty_rate as u64;
             progress.eta_seconds = outlook.eta();
@@ -104,12 +102,17 @@ impl Shell {
 
     pub(super) fn show_end(&self, outcome: Outcome) {
         let paused = self.resumed.or_else(|| self.paused.map(|at| at.elapsed()));
+        // N.B. what was shown while it moved may lack the last delta.
+        let counters = self.sender.as_ref().map(|sender| sender.counters());
         self.launcher.show(|status| {
             let Some(migration) = &mut status.migration else { return };
             migration.phase = self.core.phase().to_owned();
             migration.waiting = None;
             migration.failpoint = None;
             migration.progress.throttle = None;
+            if let Some(counters) = counters {
+                migration.progress.count(&counters);
+            }
             migration.paused_ms = paused.map(|p| p.as_secs_f64() * 1e3);
             if outcome == Outcome::Succeeded {
                 migration.progress.bytes_left = 0;
