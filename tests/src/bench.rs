@@ -8,6 +8,7 @@ pub mod tunnel;
 pub mod wire;
 
 use crate::witness::{Line, Witness};
+use crate::world::{Host, World};
 use anyhow::{Result, bail};
 use std::fs::File;
 use std::io::Write;
@@ -58,6 +59,16 @@ pub fn full_disk(path: &Path, mib: u64) -> Result<()> {
     }
     to.sync_all()?;
     Ok(())
+}
+
+/// A host and, this far away, another.
+fn two_hosts(world: &World, delay: Option<Duration>) -> Result<(Host, Host)> {
+    let a = world.host("a", "127.0.0.2")?;
+    let b = match delay {
+        Some(delay) => world.far_host("b", "127.0.0.3", delay)?,
+        None => world.host("b", "127.0.0.3")?,
+    };
+    Ok((a, b))
 }
 
 /// Puts the guest under the load that all runs have.

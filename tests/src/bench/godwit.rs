@@ -1,6 +1,6 @@
 //! Godwit's own moves.
 
-use super::{DISK_MIB, MEMORY_MIB, Run, SOON, full_disk, listen, load, whole};
+use super::{DISK_MIB, MEMORY_MIB, Run, SOON, full_disk, listen, load, two_hosts, whole};
 use crate::guest;
 use crate::witness::{Line, Witness};
 use crate::world::{Host, Process, World};
@@ -15,7 +15,7 @@ use std::time::{Duration, Instant};
 
 const VM: &str = "bench";
 const POLL: Duration = Duration::from_millis(2);
-/// What a guest's filesystem writes at least.
+/// What the oracle writes at a time.
 const BLOCK: usize = 4096;
 
 struct Scene {
@@ -34,11 +34,7 @@ fn scene(
     make_disk: impl FnOnce(&Path) -> Result<()>,
 ) -> Result<Scene> {
     let world = World::new(godwit)?;
-    let a = world.host("a", "127.0.0.2")?;
-    let b = match delay {
-        Some(delay) => world.far_host("b", "127.0.0.3", delay)?,
-        None => world.host("b", "127.0.0.3")?,
-    };
+    let (a, b) = two_hosts(&world, delay)?;
     let disk = world.path("a/root.raw");
     make_disk(&disk)?;
     let on_a = a.launch(VM, &guest::spec(VM, &disk, MEMORY_MIB)?, &[])?;
@@ -66,6 +62,14 @@ impl Scene {
             bail!("{}", std::fs::read_to_string(self.world.path("move.log"))?);
         }
         Ok(())
+    }
+
+    /// Awaits a move from a to b, in which nothing may be lost.
+    fn finish_whole(&self, moving: Child) -> Result<()> {
+        let line = listen(&self.witness, &self.b.folder(VM).join("oracle.sock"));
+        self.finish(moving)?;
+        self.witness.wait_alive(SOON)?;
+        whole(&mut line?)
     }
 
     /// Moves the guest; follows it. Returns the run and the line to its oracle.
@@ -128,11 +132,13 @@ pub fn way_back(godwit: &Path) -> Result<WayBack> {
     let percent = DISK_MIB / 100;
     let region = format!("dev=/dev/vda offset=64M len={percent}M");
     line.command(&format!("write start {region} batch=64 seed=9 id=1"), SOON)?;
-    std::thread::sleep(Duration::from_secs(10));
+    // It picks its slots at random: after five times their number, 99 % were written.
+    let slots = (percent << 20) / BLOCK as u64;
+    scene.witness.wait_written_by(1, 5 * slots, SOON)?;
     line.command("write stop id=1", SOON)?;
     let (at_a, at_b) = (scene.world.path("a/root.raw"), scene.b.folder(VM).join("root.raw"));
     let changed = differing(&at_a, &at_b)?;
-    let disk = format!("root={}", scene.world.path("a/root.raw").display());
+    let disk = format!("root={}", at_a.display());
     let (_, mut line) = scene.hop(&scene.b, &scene.a, &["--disk", &disk])?;
     whole(&mut line)?;
     let sent = scene.progress(&scene.b)?.bytes_sent as f64;
@@ -166,7 +172,7 @@ pub fn sent_again_after_a_cut(godwit: &Path) -> Result<f64> {
     })?;
     scene.b.kill_gateway();
     scene.b.start_gateway()?;
-    scene.finish(moving)?;
+    scene.finish_whole(moving)?;
     let again = scene.progress(&scene.a)?.bytes_again;
     ensure!(again > 0, "no stream broke when the gateway was killed");
     Ok(again as f64 / (DISK_MIB << 20) as f64)
@@ -189,7 +195,7 @@ pub fn disk_rate(godwit: &Path, rtt: Duration, mib: u64) -> Result<f64> {
         Ok((Instant::now(), left.get()))
     };
     let ((began, before), (ended, after)) = (left(9)?, left(1)?);
-    scene.finish(moving)?;
+    scene.finish_whole(moving)?;
     Ok((before - after) as f64 / (ended - began).as_secs_f64())
 }
 

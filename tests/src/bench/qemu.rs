@@ -6,7 +6,7 @@
 //! are kept but for the bandwidth, which is not limited.
 
 use super::tunnel::{Tunnel, Way};
-use super::{DISK_MIB, MEMORY_MIB, Run, SOON, full_disk, listen, load, whole};
+use super::{DISK_MIB, MEMORY_MIB, Run, SOON, full_disk, listen, load, two_hosts, whole};
 use crate::guest;
 use crate::witness::Witness;
 use crate::world::{Host, World};
@@ -82,11 +82,7 @@ struct Scene {
 
 fn scene(godwit: &Path, delay: Option<Duration>, mib: u64) -> Result<Scene> {
     let world = World::new(godwit)?;
-    let a = world.host("a", "127.0.0.2")?;
-    let b = match delay {
-        Some(delay) => world.far_host("b", "127.0.0.3", delay)?,
-        None => world.host("b", "127.0.0.3")?,
-    };
+    let (a, b) = two_hosts(&world, delay)?;
     let disk = a.dir.join("disk.raw");
     full_disk(&disk, mib)?;
     let source = Qemu::start(&world, &a.dir, &disk, &[])?;
