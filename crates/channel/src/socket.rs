@@ -90,8 +90,11 @@ pub fn bind_beneath(dir: &Path, name: &str) -> Result<UnixListener, Error> {
         Errno::WOULDBLOCK => Error::InUse { path: path() },
         e => failed(e.into()),
     })?;
-    remove_stale(dir, &dirfd, name)?;
-    listen(&dirfd, name).map_err(failed)
+    let bound = remove_stale(dir, &dirfd, name).and_then(|()| listen(&dirfd, name).map_err(failed));
+    // N.B. closing it is not enough: a process that another thread forks holds it till it runs
+    // its program, and the next name would be refused.
+    let unlocked = rfs::flock(&dirfd, FlockOperation::Unlock).map_err(|e| failed(e.into()));
+    bound.and_then(|listener| unlocked.map(|()| listener))
 }
 
 /// Whether this process's user is at the other end.

@@ -1,7 +1,9 @@
 //! Ids are strict, keys are private, and a CA speaks for its own cluster.
 
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
 use channel::identity::{Ca, Error, Identity, Role, SpiffeId, Trust};
@@ -136,4 +138,24 @@ async fn sockets_work_beneath_a_deep_folder_and_are_private() {
         assert!(matches!(refused, Err(socket::Error::Unsafe { .. })), "{taken}: {refused:?}");
     }
     assert_eq!(std::fs::read(deep.join("precious")).expect("still there"), b"data");
+}
+
+#[tokio::test]
+async fn a_folder_is_free_again_at_once_whatever_is_forked_meanwhile() {
+    let dir = tempdir().expect("a folder");
+    let busy = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while busy.load(Ordering::Relaxed) {
+                // That a user is named makes std fork, instead of the quicker `posix_spawn`.
+                let user = rustix::process::geteuid().as_raw();
+                let child = std::process::Command::new("true").uid(user).status();
+                assert!(child.expect("it runs").success());
+            }
+        });
+        let bound = (0..500).map(|n| socket::bind_beneath(dir.path(), &format!("{n}.sock")));
+        let refused: Vec<_> = bound.filter_map(Result::err).collect();
+        busy.store(false, Ordering::Relaxed);
+        assert!(refused.is_empty(), "{} refused: {}", refused.len(), refused[0]);
+    });
 }
