@@ -47,6 +47,24 @@ pub fn run(godwit: &Path) -> Result<Run> {
     Ok(Run::since(begun, took, witness))
 }
 
+/// The pause of `migrate` alone, as the guest sees it: straight from one QEMU to the other, with
+/// one disk for both, and aiming at 50 ms as Godwit does. Whoever moves disks too adds to it.
+///
+/// # Errors
+/// When QEMU refuses a step, or something is lost.
+pub fn bare_pause(godwit: &Path) -> Result<Duration> {
+    let scene = scene(godwit, None, 64)?;
+    let Scene { world, witness, source, .. } = &scene;
+    let begun = Instant::now();
+    let disk = source.folder.join("disk.raw");
+    let target = Qemu::start(world, &scene.b.dir, &disk, &["-incoming", "defer"])?;
+    let mut line = listen(witness, &target.folder.join("oracle.sock"))?;
+    world.run(source.move_memory_to(&target))?;
+    witness.wait_alive(SOON)?;
+    whole(&mut line)?;
+    Ok(witness.pause_at_switchover_since(begun))
+}
+
 /// Bytes per second of the mirror of a full disk of `mib` over a link of this RTT,
 /// between the first and the last tenth of it.
 ///
@@ -161,6 +179,21 @@ impl Qemu {
         self.wait_migration(MigrationStatus::PreSwitchover).await?;
         self.end_mirror().await?;
         target.client.execute(NbdServerStop {}, ANSWER).await?;
+        let state = MigrationStatus::PreSwitchover;
+        self.client.execute(MigrateContinue { state }, ANSWER).await?;
+        target.wait_migration(MigrationStatus::Completed).await?;
+        target.client.execute(Cont {}, ANSWER).await?;
+        Ok(())
+    }
+
+    async fn move_memory_to(&self, target: &Self) -> Result<()> {
+        self.set_up().await?;
+        let aim = MigrationParameters { downtime_limit: Some(50), ..Default::default() };
+        self.client.execute(MigrateSetParameters(aim), ANSWER).await?;
+        let uri = format!("unix:{}", target.socket("bare.sock"));
+        target.client.execute(MigrateIncoming { uri: uri.clone() }, ANSWER).await?;
+        self.client.execute(Migrate { uri }, ANSWER).await?;
+        self.wait_migration(MigrationStatus::PreSwitchover).await?;
         let state = MigrationStatus::PreSwitchover;
         self.client.execute(MigrateContinue { state }, ANSWER).await?;
         target.wait_migration(MigrationStatus::Completed).await?;

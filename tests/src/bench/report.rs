@@ -13,6 +13,8 @@ use std::time::Duration;
 pub struct Figures {
     /// Whole moves: Godwit's, QEMU's own way, libvirt's; in turn.
     pub moves: [Vec<Run>; 3],
+    /// Pauses of QEMU's `migrate` alone.
+    pub bare: Vec<Duration>,
     /// Of the disk, by RTT; the first is the one that the others are compared with.
     pub rates: Vec<Rates>,
     /// Seconds for each GiB of hole.
@@ -134,7 +136,13 @@ impl Figures {
         let WayBack { changed, sent_per_changed } = self.way_back;
         let (channel, tcp) = self.wire;
         table.push_str("\n| what | figure | goal |\n|---|---|---|\n");
+        let bare: Vec<_> = self.bare.iter().map(|pause| ms(*pause)).collect();
         for (what, figure, goal) in [
+            (
+                "pause of QEMU's `migrate` alone, one disk for both, aiming at 50 ms".to_owned(),
+                format!("{} ms", spread(&bare, 0)),
+                String::new(),
+            ),
             (
                 "a GiB of hole costs the whole move".to_owned(),
                 format!("{:.2} ms", self.hole * 1e3),

@@ -39,11 +39,13 @@ fn bench() -> Result<()> {
 
 fn measure(program: &Path) -> Result<Figures> {
     let mut moves = [vec![], vec![], vec![]];
+    let mut bare = vec![];
     // In turn, so that all see the same machine.
     for n in 1..=RUNS {
         moves[0].push(told(n, "Godwit", godwit::run(program))?);
         moves[1].push(told(n, "QEMU's own way", qemu::run(program))?);
         moves[2].push(told(n, "libvirt", libvirt_run())?);
+        bare.push(qemu::bare_pause(program)?);
     }
     let mut rates =
         RTTS.map(|ms| Rates { rtt: Duration::from_millis(ms), godwit: vec![], qemu: vec![] });
@@ -63,7 +65,7 @@ fn measure(program: &Path) -> Result<Figures> {
     eprintln!("the channel and plain TCP");
     let wire = (wire::channel(program)?, wire::plain_tcp(&World::new(program)?)?);
     let idle = godwit::idle_launcher(program)?;
-    Ok(Figures { moves, rates: rates.into(), hole, again, way_back, wire, idle })
+    Ok(Figures { moves, bare, rates: rates.into(), hole, again, way_back, wire, idle })
 }
 
 fn told(n: usize, who: &str, run: Result<Run>) -> Result<Run> {
