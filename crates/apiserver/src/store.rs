@@ -125,8 +125,10 @@ pub enum WriteError {
     /// The database refused; nothing was changed.
     #[error("the database cannot be written; is its disk full? Nothing was changed")]
     Database(#[source] Arc<rusqlite::Error>),
-    /// The database is in doubt, and nothing more is written to it.
-    #[error("the database stopped at an earlier error; restart, which reads it anew")]
+    /// What the database holds is in doubt, and nothing more is written to it.
+    #[error(
+        "the database stopped at an error, and whether this write is in it is not known; restart, which reads it anew"
+    )]
     Stopped,
 }
 

@@ -6,6 +6,7 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, params};
 use serde_json::Value;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 /// `application_id` of our files: "Gdwt".
 const APPLICATION: i32 = 0x4764_7774;
@@ -90,7 +91,8 @@ impl Database {
             | OpenFlags::SQLITE_OPEN_NOFOLLOW
             | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(file, flags)?;
-        // One process has it, from the first read on.
+        // One process has it, from the first read on; another need not wait to be told.
+        connection.busy_timeout(Duration::ZERO)?;
         connection.pragma_update(None, "locking_mode", "EXCLUSIVE")?;
         let number = |name: &str| connection.pragma_query_value(None, name, |row| row.get(0));
         let (application, format): (i32, i32) =
@@ -169,7 +171,11 @@ impl Database {
         if free <= SPARE_PAGES.max(all / 4) {
             return Ok(false);
         }
-        self.connection.execute_batch(&format!("PRAGMA incremental_vacuum({SHRINK_PAGES})"))?;
+        let sql = format!("PRAGMA incremental_vacuum({SHRINK_PAGES})");
+        let mut vacuum = self.connection.prepare(&sql)?;
+        let mut pages = vacuum.query([])?;
+        // N.B. each step gives back one page; all of them are one transaction.
+        while pages.next()?.is_some() {}
         Ok(true)
     }
 }

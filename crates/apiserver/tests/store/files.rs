@@ -1,7 +1,7 @@
 //! Files that must not be used, and are left as they are.
 
-use crate::{all, create};
-use apiserver::store::{OpenError, Store};
+use crate::{all, body, create, key};
+use apiserver::store::{Change, Expect, OpenError, Store, To};
 use std::fs;
 use std::path::Path;
 
@@ -57,4 +57,30 @@ async fn a_file_that_is_not_sound_is_refused_and_left_alone() {
     std::os::unix::fs::symlink(folder.path().join("precious"), &link).expect("a link");
     Store::open(&link).expect_err("a link is not followed");
     assert!(!folder.path().join("precious").exists());
+}
+
+#[tokio::test]
+async fn the_file_shrinks_when_its_objects_are_gone() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("db");
+    let mib = || fs::metadata(&file).expect("a file").len() >> 20;
+    let store = Store::open(&file).expect("opened");
+    let mut large = body(0);
+    large["text"] = "x".repeat(32 << 10).into();
+    let creates =
+        (0..1024).map(|n| Change { to: To::Body(large.clone()), ..create(&n.to_string(), 0) });
+    let made = store.write(creates.collect()).await.expect("written");
+    drop(store);
+    assert!(mib() >= 32, "{} MiB", mib());
+
+    let store = Store::open(&file).expect("opened");
+    let deletes = (0..).zip(made).map(|(n, object): (u64, _)| Change {
+        key: key(&n.to_string()),
+        expect: Expect::At(object.revision),
+        to: To::Nothing(body(0)),
+    });
+    store.write(deletes.collect()).await.expect("deleted");
+    drop(store);
+    // What is spared, and one step.
+    assert!(mib() <= 6, "{} MiB", mib());
 }
