@@ -179,11 +179,7 @@ impl Qemu {
         self.wait_migration(MigrationStatus::PreSwitchover).await?;
         self.end_mirror().await?;
         target.client.execute(NbdServerStop {}, ANSWER).await?;
-        let state = MigrationStatus::PreSwitchover;
-        self.client.execute(MigrateContinue { state }, ANSWER).await?;
-        target.wait_migration(MigrationStatus::Completed).await?;
-        target.client.execute(Cont {}, ANSWER).await?;
-        Ok(())
+        self.switch_over_to(target).await
     }
 
     async fn move_memory_to(&self, target: &Self) -> Result<()> {
@@ -194,6 +190,11 @@ impl Qemu {
         target.client.execute(MigrateIncoming { uri: uri.clone() }, ANSWER).await?;
         self.client.execute(Migrate { uri }, ANSWER).await?;
         self.wait_migration(MigrationStatus::PreSwitchover).await?;
+        self.switch_over_to(target).await
+    }
+
+    /// From the pause before the switchover to the guest that runs at its target.
+    async fn switch_over_to(&self, target: &Self) -> Result<()> {
         let state = MigrationStatus::PreSwitchover;
         self.client.execute(MigrateContinue { state }, ANSWER).await?;
         target.wait_migration(MigrationStatus::Completed).await?;
