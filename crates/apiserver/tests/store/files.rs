@@ -1,9 +1,13 @@
 //! Files that must not be used, and are left as they are.
 
 use crate::{all, body, create, key};
-use apiserver::store::{Change, Expect, OpenError, Store, To};
+use apiserver::store::{Change, Expect, OpenError, Store, To, WriteError};
 use std::fs;
 use std::path::Path;
+use std::process::Command;
+
+/// The database of the process that has no room.
+const FULL: &str = "STORE_TEST_FULL";
 
 async fn written(file: &Path) {
     let store = Store::open(file).expect("opened");
@@ -83,4 +87,44 @@ async fn the_file_shrinks_when_its_objects_are_gone() {
     drop(store);
     // What is spared, and one step.
     assert!(mib() <= 6, "{} MiB", mib());
+}
+
+/// No test of its own: the process whose files may not grow.
+#[tokio::test]
+async fn the_process_that_has_no_room() {
+    let Some(file) = std::env::var_os(FULL) else { return };
+    let store = Store::open(Path::new(&file)).expect("opened");
+    let mut large = body(0);
+    large["text"] = "x".repeat(32 << 10).into();
+    for n in 0..1000 {
+        let change = Change { to: To::Body(large.clone()), ..create(&n.to_string(), 0) };
+        match store.write(vec![change]).await {
+            Ok(_) => {}
+            Err(WriteError::Database(_)) => {
+                assert_eq!((store.revision(), store.get(&key(&n.to_string()))), (n, None));
+                fs::write(Path::new(&file).with_file_name("written"), n.to_string()).expect("kept");
+                return;
+            }
+            Err(other) => panic!("{n}: {other}"),
+        }
+    }
+    panic!("there was room for all");
+}
+
+#[test]
+fn a_write_for_which_there_is_no_room_changes_nothing() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let file = folder.path().join("db");
+    // In blocks of 512 bytes or of 1 KiB, as the shell likes.
+    let limited = "trap '' XFSZ; ulimit -f 4096; exec \"$0\" \"$@\"";
+    let status = Command::new("sh")
+        .args(["-c", limited])
+        .arg(std::env::current_exe().expect("this test"))
+        .args(["--exact", "files::the_process_that_has_no_room"])
+        .env(FULL, &file)
+        .status();
+    assert!(status.expect("it ran").success());
+    let written = fs::read_to_string(folder.path().join("written")).expect("a number");
+    let store = Store::open(&file).expect("opened, now that there is room");
+    assert_eq!(store.list(&all()).expect("a list").objects.len().to_string(), written);
 }
