@@ -55,7 +55,12 @@ struct Shared(Arc<SharedBucket>);
 impl Limiter for Shared {
     fn take(&self, n: u64) -> Pin<Box<dyn Future<Output = ()> + Send + '_>> {
         let wait = self.0.book(n);
-        Box::pin(tokio::time::sleep(wait))
+        Box::pin(async move {
+            // N.B. a sleep of nothing lasts until the timer's next millisecond.
+            if !wait.is_zero() {
+                tokio::time::sleep(wait).await;
+            }
+        })
     }
 }
 
