@@ -8,15 +8,14 @@
 //! A bitmap is read like this: QEMU exports only one that does not record, and
 //! keeps busy one that is exported. So a round adds the next bitmap and stops
 //! the old one in a single transaction, exports the old one, reads it, ends the
-//! export and removes it. If reading fails, the old one is merged into the new:
+//! export and removes it: the last two while what was read is being sent. If reading fails, the old one is merged into the new:
 //! no write is ever forgotten.
 
 use mover::extent::{Extent, ExtentSet};
 use qmp::commands::{
     BitmapRef, BlockDirtyBitmapAdd, BlockDirtyBitmapDisable, BlockDirtyBitmapMerge,
-    BlockDirtyBitmapRemove, BlockExportAdd, BlockExportDel, ExportRemoveMode, ExportType,
-    NbdAddress, NbdServerStart, NbdServerStop, QueryNamedBlockNodes, Transaction,
-    TransactionAction,
+    BlockDirtyBitmapRemove, BlockExportAdd, ExportType, NbdAddress, NbdServerStart, NbdServerStop,
+    QueryNamedBlockNodes, Transaction, TransactionAction,
 };
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -106,7 +105,7 @@ impl Bitmaps {
     }
 
     /// What was written since the last call or [`Bitmaps::begin`], per disk; a
-    /// new record begins at the same instant for all disks.
+    /// new record begins at the same instant for all disks. To be followed by [`Bitmaps::tidy`].
     ///
     /// # Errors
     /// [`Error`]; then nothing is forgotten and the call can be repeated.
@@ -121,10 +120,21 @@ impl Bitmaps {
         self.round += 1;
         let read = self.read(&old).await;
         if read.is_err() {
+            self.unserve(&old).await?;
             self.merge_back(&old, &new).await?;
+            self.remove(&old).await?;
         }
-        self.remove(&old).await?;
         read
+    }
+
+    /// Forgets what the last [`Bitmaps::swap`] returned.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn tidy(&self) -> Result<(), Error> {
+        let old = round_name(self.round - 1);
+        self.unserve(&old).await?;
+        self.remove(&old).await
     }
 
     async fn merge_back(&self, old: &str, new: &str) -> Result<(), Error> {
@@ -157,6 +167,7 @@ impl Bitmaps {
             .collect();
         self.transact("copy", name, actions).await?;
         let read = self.read(&copy).await;
+        self.unserve(&copy).await?;
         self.remove(&copy).await?;
         read
     }
@@ -222,7 +233,7 @@ impl Bitmaps {
         Error::Qmp { what, bitmap: bitmap.to_owned(), source }
     }
 
-    /// The extents of a bitmap that does not record.
+    /// The extents of a bitmap that does not record. To be followed by [`Self::unserve`].
     async fn read(&self, name: &str) -> Result<Vec<ExtentSet>, Error> {
         let counts = self.counts(name).await?;
         if counts.iter().all(|count| *count == 0) {
@@ -233,13 +244,6 @@ impl Bitmaps {
         let server = NbdServerStart { addr, max_connections: Some(4) };
         let started = self.qmp.execute(server, QMP_DEADLINE).await;
         started.map_err(|source| self.fail("serve", name, source))?;
-        let read = self.read_all(name, &counts).await;
-        let stopped = self.qmp.execute(NbdServerStop, QMP_DEADLINE).await;
-        stopped.map_err(|source| self.fail("stop serving", name, source))?;
-        read
-    }
-
-    async fn read_all(&self, name: &str, counts: &[u64]) -> Result<Vec<ExtentSet>, Error> {
         let mut all = Vec::new();
         for (node, count) in self.nodes.iter().zip(counts) {
             all.push(match count {
@@ -251,10 +255,9 @@ impl Bitmaps {
     }
 
     async fn read_one(&self, node: &Node, name: &str) -> Result<ExtentSet, Error> {
-        let id = format!("{}-bitmap", node.name);
         let export = BlockExportAdd {
             r#type: ExportType::Nbd,
-            id: id.clone(),
+            id: format!("{}-bitmap", node.name),
             node_name: node.name.clone(),
             name: Some(node.name.clone()),
             writable: Some(false),
@@ -264,11 +267,17 @@ impl Bitmaps {
         let added = self.qmp.execute(export, QMP_DEADLINE).await;
         added.map_err(|source| self.fail("export", name, source))?;
         let extents = self.fetch(node, name).await;
-        let end = BlockExportDel { id, mode: Some(ExportRemoveMode::Hard) };
-        let ended = self.qmp.execute(end, QMP_DEADLINE).await;
-        ended.map_err(|source| self.fail("end the export of", name, source))?;
-        self.wait_until_idle(name).await?;
         extents.map_err(|why| Error::Read { bitmap: name.to_owned(), node: node.name.clone(), why })
+    }
+
+    /// Ends the server and with it its exports, whether [`Self::read`] has started it or not.
+    async fn unserve(&self, name: &str) -> Result<(), Error> {
+        match self.qmp.execute(NbdServerStop, QMP_DEADLINE).await {
+            // Nothing was written, so that it was not needed.
+            Err(qmp::Error::Refused { .. }) => Ok(()),
+            Err(source) => Err(self.fail("stop serving", name, source)),
+            Ok(_) => self.wait_until_idle(name).await,
+        }
     }
 
     async fn fetch(&self, node: &Node, name: &str) -> Result<ExtentSet, String> {

@@ -224,6 +224,7 @@ impl Disks {
             self.sender.push(i as u16, Mode::Over, extents)?;
             self.unpushed[i] = ExtentSet::new();
         }
+        self.bitmaps.tidy().await?;
         Ok(bytes)
     }
 

@@ -19,14 +19,16 @@ use std::time::Duration;
 use tokio::net::UnixStream;
 use tokio::sync::{oneshot, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout};
 
 /// Source's socket for QEMU, in the launcher's folder.
 pub const OUTGOING: &str = "memory.sock";
 /// QEMU's socket at the target, in the launcher's folder.
 pub const INCOMING: &str = "incoming.sock";
 /// QEMU's status is asked this often where its events do not tell.
-const POLL: Duration = Duration::from_millis(5);
+const POLL: Duration = Duration::from_millis(20);
+/// Between two tries to bring back a guest that stands still.
+const RETRY: Duration = Duration::from_millis(5);
 /// QEMU's own limit on its bandwidth is out of the way: ours is the token bucket.
 const NO_LIMIT: u64 = 64 << 30;
 
@@ -255,11 +257,23 @@ pub async fn look(qemu: &Qemu) -> Result<MigrationInfo, qmp::Error> {
     qemu.qmp.execute(QueryMigrate, QMP_DEADLINE).await
 }
 
+/// Waits for QEMU's next word, and not longer than it takes to ask it.
+async fn stir(events: &mut qmp::event::Events) {
+    // Events that were missed are a reason to ask; those of a closed connection are not.
+    let _ = timeout(POLL, async {
+        if let Err(qmp::event::Error::Closed(_)) = events.next().await {
+            std::future::pending::<()>().await;
+        }
+    })
+    .await;
+}
+
 /// Waits until the target's QEMU says that everything is loaded.
 ///
 /// # Errors
 /// Why it will not be.
 pub async fn loaded(qemu: &Qemu) -> Result<(), String> {
+    let mut events = qemu.qmp.events();
     loop {
         let info = look(qemu).await.map_err(|e| e.to_string())?;
         match info.status {
@@ -267,7 +281,7 @@ pub async fn loaded(qemu: &Qemu) -> Result<(), String> {
             Some(MigrationStatus::Failed) => {
                 return Err(info.error_desc.unwrap_or("QEMU could not load the guest".into()));
             }
-            _ => tokio::time::sleep(POLL).await,
+            _ => stir(&mut events).await,
         }
     }
 }
@@ -295,6 +309,7 @@ pub async fn send(qemu: &Qemu, policy: &Policy, overhead: Duration) -> Result<()
     // At least half: over a long link a guest that works would never be caught.
     let limit = |downtime: Duration| downtime.saturating_sub(overhead).max(downtime / 2);
     set_up(qemu, policy.multifd, converge, limit(downtime)).await.map_err(|e| e.to_string())?;
+    let mut events = qemu.qmp.events();
     let uri = format!("unix:{OUTGOING}");
     qemu.qmp.execute(Migrate { uri }, QMP_DEADLINE).await.map_err(|e| e.to_string())?;
     let (mut sent, mut since) = (0, Instant::now());
@@ -322,7 +337,7 @@ pub async fn send(qemu: &Qemu, policy: &Policy, overhead: Duration) -> Result<()
         } else if since.elapsed() > stall {
             return Err(format!("no memory was sent for {stall:?}: the link or the target hangs"));
         }
-        tokio::time::sleep(POLL).await;
+        stir(&mut events).await;
     }
 }
 
@@ -392,6 +407,6 @@ pub async fn bring_back(qemu: &Qemu, deadline: Duration) -> Result<(), String> {
         if Instant::now() > until {
             return Err(format!("QEMU stays in {:?} after {deadline:?}", state.status));
         }
-        tokio::time::sleep(POLL).await;
+        tokio::time::sleep(RETRY).await;
     }
 }
