@@ -105,3 +105,39 @@ impl Resource {
         }
     }
 }
+
+impl Resource {
+    /// Under which objects are kept. Events are the same in both of their groups.
+    pub fn storage_key(&self) -> String {
+        self.key()
+    }
+
+    /// Whether a stored object is served as it is.
+    pub fn serves_as_stored(&self, stored: &serde_json::Value) -> bool {
+        stored["apiVersion"] == self.api_version()
+    }
+
+    /// A stored object in this version. Versions of a CRD differ in their name alone
+    /// (`conversion.strategy: None`).
+    pub fn to_served(&self, stored: &serde_json::Value) -> serde_json::Value {
+        let mut object = stored.clone();
+        if let Some(root) = object.as_object_mut() {
+            root.insert("apiVersion".into(), self.api_version().into());
+        }
+        self.schema.prune(&mut object);
+        self.schema.fill_in(&mut object);
+        object
+    }
+
+    /// An object as it is kept.
+    pub fn to_stored(&self, mut object: serde_json::Value) -> serde_json::Value {
+        let version = match &*self.group {
+            "" => self.storage_version.to_string(),
+            group => format!("{group}/{}", self.storage_version),
+        };
+        if let Some(root) = object.as_object_mut() {
+            root.insert("apiVersion".into(), version.into());
+        }
+        object
+    }
+}

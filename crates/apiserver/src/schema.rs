@@ -4,6 +4,16 @@
 //! Source: `apiextensions.k8s.io/v1` `JSONSchemaProps` and its `x-kubernetes-*` extensions;
 //! the built-in kinds' schemas are those that Kubernetes publishes.
 
+mod builtin;
+mod openapi;
+mod parse;
+mod rules;
+mod validate;
+mod walk;
+
+pub use builtin::{builtin, metadata};
+pub use rules::Rules;
+
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -39,6 +49,8 @@ pub struct Schema {
     pub checks: Checks,
     /// `x-kubernetes-validations`, as they were given.
     pub rules: Vec<Value>,
+    /// Those of it and its parts, compiled; only of a whole object's schema.
+    pub compiled: Option<Rules>,
     /// For people.
     pub description: Option<Box<str>>,
 }

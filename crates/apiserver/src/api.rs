@@ -1,0 +1,590 @@
+//! A request's way: who asks, what for, whether they may, and then to the handler.
+
+use crate::auth::rbac::{self, Decision, Rule, Rules};
+use crate::auth::{Attributes, MASTERS, User, node, review, token};
+use crate::body::{self, Answer};
+use crate::catalog::Catalog;
+use crate::handler::{self, Call, Handler, options};
+use crate::request::{Accept, Info, Path, Verb};
+use crate::resource::Resource;
+use crate::selector::Selection;
+use crate::status::{Failure, Subject};
+use crate::store::{Key, Query, Store};
+use crate::{builtin, discovery, kinds, meta, openapi};
+use arc_swap::ArcSwap;
+use bytes::Bytes;
+use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
+use http::{HeaderMap, HeaderValue, Request, StatusCode, request};
+use hyper::body::Body;
+use jiff::Timestamp;
+use serde_json::{Value, json};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use tokio::sync::watch;
+
+const CRDS: &str = "customresourcedefinitions.apiextensions.k8s.io";
+const RBAC: [&str; 4] = [
+    "roles.rbac.authorization.k8s.io",
+    "clusterroles.rbac.authorization.k8s.io",
+    "rolebindings.rbac.authorization.k8s.io",
+    "clusterrolebindings.rbac.authorization.k8s.io",
+];
+
+/// Where the logs of pods are.
+pub trait Logs: Send + Sync {
+    /// A container's log, as its query asks for it.
+    fn read<'a>(
+        &'a self,
+        pod: &'a Value,
+        query: &'a [(String, String)],
+    ) -> Pin<Box<dyn Future<Output = Result<Answer, Failure>> + Send + 'a>>;
+}
+
+/// What a server is made of.
+pub struct Config {
+    /// All objects.
+    pub store: Store,
+    /// For tokens of service accounts.
+    pub keys: token::Keys,
+    /// The logs of pods, if it has any.
+    pub logs: Option<Box<dyn Logs>>,
+    /// As clients reach it: `127.0.0.1:6443`.
+    pub address: String,
+    /// Turns true when the server ends.
+    pub ending: watch::Receiver<bool>,
+}
+
+/// What all requests share.
+pub struct Shared {
+    store: Store,
+    keys: token::Keys,
+    logs: Option<Box<dyn Logs>>,
+    address: String,
+    builtin: Vec<Arc<Resource>>,
+    catalog: ArcSwap<Catalog>,
+    rules: ArcSwap<Rules>,
+    requests: AtomicU64,
+    began: std::time::Instant,
+}
+
+/// The server's API, as a service: over TLS, or in this process as one user.
+#[derive(Clone)]
+pub struct Api {
+    shared: Arc<Shared>,
+    handler: Handler,
+}
+
+impl Api {
+    /// All objects, for who watches them from within.
+    pub fn store(&self) -> &Store {
+        &self.shared.store
+    }
+
+    /// All that is served now.
+    pub fn catalog(&self) -> Arc<Catalog> {
+        self.shared.catalog.load_full()
+    }
+
+    /// Of a store.
+    pub fn new(config: Config) -> Self {
+        let Config { store, keys, logs, address, ending } = config;
+        let shared = Arc::new(Shared {
+            store: store.clone(),
+            keys,
+            logs,
+            address,
+            builtin: builtin::resources(),
+            catalog: ArcSwap::from_pointee(Catalog::default()),
+            rules: ArcSwap::from_pointee(Rules::default()),
+            requests: AtomicU64::new(0),
+            began: std::time::Instant::now(),
+        });
+        shared.read_catalog();
+        shared.read_rules();
+        Self { handler: Handler { store, shared: shared.clone(), ending }, shared }
+    }
+
+    /// Answers a request. `certified` is who its client's certificate says it is.
+    pub async fn answer<B>(&self, request: Request<B>, certified: Option<Arc<User>>) -> Answer
+    where
+        B: Body<Data = Bytes>,
+        B::Error: std::fmt::Display,
+    {
+        self.shared.requests.fetch_add(1, Ordering::Relaxed);
+        let mut answer = match self.try_answer(request, certified).await {
+            Ok(answer) => answer,
+            Err(failure) => body::failure(&failure),
+        };
+        let headers = answer.headers_mut();
+        headers.insert("Cache-Control", HeaderValue::from_static("no-cache, private"));
+        if let Ok(id) = HeaderValue::from_str(&uuid::Uuid::new_v4().to_string()) {
+            headers.insert("Audit-Id", id);
+        }
+        answer
+    }
+
+    async fn try_answer<B>(
+        &self,
+        request: Request<B>,
+        certified: Option<Arc<User>>,
+    ) -> Result<Answer, Failure>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: std::fmt::Display,
+    {
+        let (head, sent) = request.into_parts();
+        let user = self.authenticate(&head.headers, certified)?;
+        let user = self.impersonate(&head.headers, user)?;
+        let query = crate::request::query(head.uri.query().unwrap_or_default())?;
+        match Info::parse(head.uri.path())? {
+            Info::Other(path) => self.page(&head, &path, &user),
+            Info::Resource(path) => {
+                let call = self.call(&head, path, query, user, sent).await?;
+                let deprecated = call.resource.deprecated.clone();
+                let mut answer = self.handler.serve(call).await?;
+                if let Some(warning) = deprecated {
+                    handler::warn(&mut answer, &[warning.into()]);
+                }
+                Ok(answer)
+            }
+        }
+    }
+
+    async fn call<B>(
+        &self,
+        head: &request::Parts,
+        path: Path,
+        query: Vec<(String, String)>,
+        user: Arc<User>,
+        sent: B,
+    ) -> Result<Call, Failure>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: std::fmt::Display,
+    {
+        let watches = query.iter().any(|(n, v)| n == "watch" && matches!(&**v, "true" | "1"));
+        let verb = Verb::of(&head.method, &path, watches)?;
+        let found =
+            self.shared.catalog.load().find(&path.group, &path.version, &path.resource).cloned();
+        // Who may not ask is not told what there is.
+        self.shared.permit(&user, &attributes(verb, &path, &query))?;
+        let resource = found.ok_or_else(Failure::no_such_path)?;
+        check_place(&resource, &path, verb)?;
+        let (options, mut selection) = options::parse(query, &resource)?;
+        let name = by_name(verb, &path, &mut selection);
+        let header = |name| head.headers.get(name).and_then(|v: &HeaderValue| v.to_str().ok());
+        let body = match verb {
+            Verb::Get | Verb::List | Verb::Watch => Bytes::new(),
+            _ => body::read(sent).await?,
+        };
+        let include = options.query.iter().find(|(n, _)| n == "includeObject").map(|(_, v)| &**v);
+        let mut accept = Accept::parse(header(ACCEPT))?;
+        accept.include = match include {
+            Some("None") => crate::request::Include::None,
+            Some("Object") => crate::request::Include::Object,
+            _ => crate::request::Include::Metadata,
+        };
+        Ok(Call {
+            verb,
+            namespace: if resource.namespaced { path.namespace.into() } else { "".into() },
+            resource,
+            name: name.into(),
+            subresource: path.subresource.into(),
+            selection,
+            options,
+            user,
+            accept,
+            media: header(CONTENT_TYPE).map(str::to_owned),
+            user_agent: header(USER_AGENT).unwrap_or_default().to_owned(),
+            body,
+        })
+    }
+
+    fn authenticate(
+        &self,
+        headers: &HeaderMap,
+        certified: Option<Arc<User>>,
+    ) -> Result<Arc<User>, Failure> {
+        if let Some(user) = certified {
+            return Ok(user);
+        }
+        let Some(header) = headers.get(AUTHORIZATION) else {
+            return Ok(Arc::new(User::anonymous()));
+        };
+        let text = header.to_str().unwrap_or_default();
+        let token = text.split_once(' ').filter(|(kind, _)| kind.eq_ignore_ascii_case("bearer"));
+        let token = token.map(|(_, token)| token.trim()).ok_or_else(Failure::unauthorized)?;
+        let audience = self.shared.keys.audience();
+        let user =
+            self.shared.keys.verify(token, &[audience], &|r, ns, n| self.shared.look_up(r, ns, n));
+        user.map(Arc::new).ok_or_else(Failure::unauthorized)
+    }
+
+    /// Acts as another, who was named in headers, if that is allowed.
+    fn impersonate(&self, headers: &HeaderMap, user: Arc<User>) -> Result<Arc<User>, Failure> {
+        let text = |value: &HeaderValue| value.to_str().unwrap_or_default().to_owned();
+        let name = headers.get("Impersonate-User").map(text).unwrap_or_default();
+        let groups: Vec<String> = headers.get_all("Impersonate-Group").iter().map(text).collect();
+        if name.is_empty() {
+            return match groups.is_empty() {
+                true => Ok(user),
+                false => Err(Failure::bad_request("requested groups without impersonating a user")),
+            };
+        }
+        let account =
+            name.strip_prefix("system:serviceaccount:").and_then(|rest| rest.split_once(':'));
+        let may = |resource: &str, namespace: &str, name: &str| {
+            let what = Attributes {
+                verb: "impersonate".into(),
+                resource: resource.into(),
+                namespace: namespace.into(),
+                name: name.into(),
+                ..Attributes::default()
+            };
+            self.shared.permit(&user, &what)
+        };
+        match account {
+            Some((namespace, account)) => may("serviceaccounts", namespace, account)?,
+            None => may("users", "", &name)?,
+        }
+        for group in &groups {
+            may("groups", "", group)?;
+        }
+        let mut other = User { name: name.clone(), groups, ..User::default() };
+        match account {
+            Some((namespace, _)) if other.groups.is_empty() => {
+                other.groups = vec![
+                    "system:serviceaccounts".into(),
+                    format!("system:serviceaccounts:{namespace}"),
+                ];
+            }
+            _ => {}
+        }
+        let known = if name == "system:anonymous" {
+            "system:unauthenticated"
+        } else {
+            "system:authenticated"
+        };
+        if !other.is_in(known) {
+            other.groups.push(known.into());
+        }
+        Ok(Arc::new(other))
+    }
+
+    /// What is no resource.
+    fn page(&self, head: &request::Parts, path: &str, user: &User) -> Result<Answer, Failure> {
+        let verb = head.method.as_str().to_lowercase();
+        self.shared
+            .permit(user, &Attributes { verb, path: path.into(), ..Attributes::default() })?;
+        if head.method != http::Method::GET && head.method != http::Method::HEAD {
+            return Err(Failure::no_such_verb());
+        }
+        let accept = head.headers.get(ACCEPT).and_then(|v| v.to_str().ok());
+        let aggregated = crate::request::takes_aggregated_discovery(accept);
+        let catalog = self.shared.catalog.load();
+        let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
+        let found = match &parts[..] {
+            ["api"] if aggregated => {
+                return Ok(discovery_answer(&discovery::aggregated(&catalog, true)));
+            }
+            ["apis"] if aggregated => {
+                return Ok(discovery_answer(&discovery::aggregated(&catalog, false)));
+            }
+            ["api"] => Some(discovery::core_versions(&self.shared.address)),
+            ["apis"] => Some(discovery::groups(&catalog)),
+            ["apis", group] => discovery::group(&catalog, group),
+            ["api", version] => discovery::resources(&catalog, "", version),
+            ["apis", group, version] => discovery::resources(&catalog, group, version),
+            ["openapi", "v3"] => Some(openapi::index(&catalog)),
+            ["openapi", "v3", "api", version] => openapi::document(&catalog, "", version),
+            ["openapi", "v3", "apis", group, version] => {
+                openapi::document(&catalog, group, version)
+            }
+            ["version"] => Some(version()),
+            ["healthz" | "livez" | "readyz", ..] => {
+                return Ok(body::answer(StatusCode::OK, "text/plain; charset=utf-8", "ok"));
+            }
+            ["metrics"] => {
+                return Ok(body::answer(
+                    StatusCode::OK,
+                    "text/plain; version=0.0.4",
+                    self.shared.metrics(),
+                ));
+            }
+            [] => Some(
+                json!({"paths": ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v3", "/readyz", "/version"]}),
+            ),
+            _ => None,
+        };
+        found.map(|page| body::json(StatusCode::OK, &page)).ok_or_else(Failure::no_such_path)
+    }
+}
+
+fn discovery_answer(page: &Value) -> Answer {
+    let media = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+    body::answer(StatusCode::OK, media, page.to_string())
+}
+
+fn version() -> Value {
+    json!({
+        "major": "1", "minor": "33", "gitVersion": format!("v1.33.0+godwit-{}", crate::VERSION),
+        "gitCommit": "", "gitTreeState": "clean", "buildDate": "1970-01-01T00:00:00Z",
+        "goVersion": "", "compiler": "rustc", "platform": format!("linux/{}", crate::ARCHITECTURE),
+    })
+}
+
+fn attributes(verb: Verb, path: &Path, query: &[(String, String)]) -> Attributes {
+    // A list or watch of one name is judged by that name.
+    let selector = query.iter().find(|(n, _)| n == "fieldSelector").map(|(_, v)| &**v);
+    let named =
+        selector.and_then(|s| s.strip_prefix("metadata.name=")).filter(|n| !n.contains(','));
+    let name = match (&*path.name, named) {
+        ("", Some(named)) => named.to_owned(),
+        (name, _) => name.to_owned(),
+    };
+    Attributes {
+        verb: verb.name().into(),
+        group: path.group.clone(),
+        version: path.version.clone(),
+        resource: path.resource.clone(),
+        subresource: path.subresource.clone(),
+        namespace: path.namespace.clone(),
+        name,
+        path: String::new(),
+    }
+}
+
+/// A watch of one object is one of its name.
+fn by_name(verb: Verb, path: &Path, selection: &mut Selection) -> String {
+    if verb == Verb::Watch && !path.name.is_empty() {
+        selection.fields.0.push(("metadata.name".into(), path.name.clone(), true));
+        return String::new();
+    }
+    path.name.clone()
+}
+
+fn check_place(resource: &Resource, path: &Path, verb: Verb) -> Result<(), Failure> {
+    let one = !path.name.is_empty() || verb == Verb::Create;
+    let own = &*resource.plural == "namespaces";
+    match (resource.namespaced, path.namespace.is_empty()) {
+        (true, true) if one && resource.stored => Err(Failure::no_such_path()),
+        (false, false) if !own => Err(Failure::no_such_path()),
+        _ if verb == Verb::Create && !path.name.is_empty() && path.subresource.is_empty() => {
+            Err(Failure::no_such_verb())
+        }
+        _ => Ok(()),
+    }
+}
+
+impl node::Pods for Shared {
+    fn on(&self, node: &str) -> Vec<Value> {
+        let all = self.all("pods").into_iter();
+        all.filter(|pod| pod["spec"]["nodeName"] == node).map(|pod| (*pod).clone()).collect()
+    }
+
+    fn claim(&self, namespace: &str, name: &str) -> Option<Value> {
+        self.look_up("persistentvolumeclaims", namespace, name)
+    }
+}
+
+impl Shared {
+    fn look_up(&self, resource: &str, namespace: &str, name: &str) -> Option<Value> {
+        self.store.get(&Key::new(resource, namespace, name)).map(|o| (*o.body).clone())
+    }
+
+    fn all(&self, resource: &str) -> Vec<Arc<Value>> {
+        let query = Query { resource, namespace: None, at: None, after: None, limit: usize::MAX };
+        // Of the present, which is never too old.
+        let list = self.store.list(&query).map(|list| list.objects).unwrap_or_default();
+        list.into_iter().map(|(_, object)| object.body).collect()
+    }
+
+    fn read_catalog(&self) {
+        let crds = self.all(CRDS);
+        let catalog = Catalog::new(&self.builtin, crds.iter().map(|crd| &**crd));
+        self.catalog.store(Arc::new(catalog));
+    }
+
+    fn read_rules(&self) {
+        let [roles, cluster_roles, bindings, cluster_bindings] = RBAC.map(|key| self.all(key));
+        let roles = roles.iter().chain(&cluster_roles).map(|r| &**r);
+        let bindings = bindings.iter().chain(&cluster_bindings).map(|b| &**b);
+        self.rules.store(Arc::new(Rules::new(roles, bindings)));
+    }
+
+    /// Something was written that requests are judged by.
+    pub fn noticed(&self, resource: &Resource, _object: &Value) {
+        let key = resource.key();
+        if key == CRDS {
+            self.read_catalog();
+        } else if RBAC.contains(&&*key) {
+            self.read_rules();
+        }
+    }
+
+    /// Whether somebody may do something.
+    pub fn judge(&self, user: &User, what: &Attributes) -> Decision {
+        match node::authorize(user, what, self) {
+            Some(decision) => decision,
+            None => self.rules.load().authorize(user, what),
+        }
+    }
+
+    fn permit(&self, user: &User, what: &Attributes) -> Result<(), Failure> {
+        let decision = self.judge(user, what);
+        if decision.allowed {
+            return Ok(());
+        }
+        let why = rbac::refusal(user, what, &decision.reason);
+        if what.resource.is_empty() {
+            let mut failure =
+                Failure::forbidden(Subject { group: "", kind: "", name: &what.path }, &why);
+            failure.message = format!("forbidden: {why}");
+            return Err(failure);
+        }
+        let subject = Subject { group: &what.group, kind: &what.resource, name: &what.name };
+        Err(Failure::forbidden(subject, &why))
+    }
+
+    /// What depends on who writes: nodes write only their own, and nobody gives what they do not
+    /// have.
+    ///
+    /// # Errors
+    /// 403.
+    pub fn admit_by_user(
+        &self,
+        call: &Call,
+        new: Option<&Value>,
+        old: Option<&Value>,
+    ) -> Result<(), Failure> {
+        let key = call.resource.key();
+        let object = new.or(old);
+        let name = object.map(|o| meta::text(o, "name")).unwrap_or_default();
+        if let Some(node) = node::name_of(&call.user)
+            && let Some(why) = node::restrict(node, &key, object)
+        {
+            return Err(Failure::forbidden(call.subject(name), &why));
+        }
+        let (true, Some(new)) = (RBAC.contains(&&*key), new) else { return Ok(()) };
+        match self.beyond(call, &key, new, old) {
+            Some(why) => Err(Failure::forbidden(call.subject(name), &why)),
+            None => Ok(()),
+        }
+    }
+
+    fn beyond(&self, call: &Call, key: &str, new: &Value, old: Option<&Value>) -> Option<String> {
+        let user = &call.user;
+        let rules = self.rules.load();
+        let may = |verb: &str, resource: &str, name: &str| {
+            let what = Attributes {
+                verb: verb.into(),
+                group: "rbac.authorization.k8s.io".into(),
+                resource: resource.into(),
+                namespace: call.namespace.to_string(),
+                name: name.into(),
+                ..Attributes::default()
+            };
+            user.is_in(MASTERS) || self.judge(user, &what).allowed
+        };
+        let name = meta::text(new, "name");
+        if key.contains("bindings.") {
+            let role = &new["roleRef"];
+            let (kind, named) = (role["kind"].as_str()?, role["name"].as_str()?);
+            let cluster = kind == "ClusterRole";
+            let plural = if cluster { "clusterroles" } else { "roles" };
+            if old.is_some_and(|old| old["subjects"] == new["subjects"])
+                || may("bind", plural, named)
+            {
+                return None;
+            }
+            let granted = rules.of_role(cluster, &call.namespace, named).unwrap_or_default();
+            return rules.beyond(user, &call.namespace, granted);
+        }
+        if old.is_some_and(|old| {
+            old["rules"] == new["rules"] && old["aggregationRule"] == new["aggregationRule"]
+        }) {
+            return None;
+        }
+        if may("escalate", &call.resource.plural, name) {
+            return None;
+        }
+        let mut granted: Vec<Rule> =
+            new["rules"].as_array().into_iter().flatten().map(Rule::of).collect();
+        if new["aggregationRule"].is_object() {
+            // It may come to be anything.
+            let all = || vec!["*".to_owned()];
+            granted.push(Rule { verbs: all(), groups: all(), resources: all(), ..Rule::default() });
+            granted.push(Rule { verbs: all(), paths: all(), ..Rule::default() });
+        }
+        rules.beyond(user, &call.namespace, &granted)
+    }
+
+    /// Names and conditions of a CRD, with its write.
+    ///
+    /// # Errors
+    /// None yet: names that are taken are told by a condition.
+    pub fn admit_crd(&self, crd: &mut Value, _old: Option<&Value>) -> Result<(), Failure> {
+        let others: Vec<Value> = self.all(CRDS).iter().map(|crd| (**crd).clone()).collect();
+        let taken = kinds::names_taken(crd, &others);
+        kinds::crd_conditions(crd, &taken, Timestamp::now());
+        Ok(())
+    }
+
+    /// A container's log.
+    ///
+    /// # Errors
+    /// 501 when there are none.
+    pub async fn logs(&self, pod: &Value, query: &[(String, String)]) -> Result<Answer, Failure> {
+        match &self.logs {
+            Some(logs) => logs.read(pod, query).await,
+            None => Err(Failure::not_implemented("this server runs no pods and has no logs")),
+        }
+    }
+
+    /// A token of an account.
+    ///
+    /// # Errors
+    /// As [`token::Keys::issue`].
+    pub fn issue_token(
+        &self,
+        account: &Value,
+        request: &Value,
+        now: Timestamp,
+    ) -> Result<Value, Failure> {
+        self.keys.issue(account, request, &|r, ns, n| self.look_up(r, ns, n), now)
+    }
+
+    /// The answer to a question.
+    ///
+    /// # Errors
+    /// 400 when it asks nothing.
+    pub fn review(&self, call: &Call, question: &Value, _now: Timestamp) -> Result<Value, Failure> {
+        match &*call.resource.kind {
+            "TokenReview" => {
+                let own = [self.keys.audience()];
+                let asked = question["spec"]["audiences"].as_array();
+                let asked: Vec<&str> =
+                    asked.into_iter().flatten().filter_map(Value::as_str).collect();
+                let audiences = if asked.is_empty() { &own[..] } else { &asked };
+                let sent = question["spec"]["token"].as_str().unwrap_or_default();
+                let found = self.keys.verify(sent, audiences, &|r, ns, n| self.look_up(r, ns, n));
+                Ok(review::token(question, found.as_ref(), audiences))
+            }
+            "SelfSubjectReview" => Ok(review::who(question, &call.user)),
+            "SelfSubjectRulesReview" => Ok(review::rules(question, &call.user, &self.rules.load())),
+            _ => review::access(question, &call.user, &|user, what| self.judge(user, what)),
+        }
+    }
+
+    fn metrics(&self) -> String {
+        format!(
+            "# TYPE apiserver_request_total counter\napiserver_request_total {}\n\
+             # TYPE process_uptime_seconds gauge\nprocess_uptime_seconds {}\n\
+             # TYPE apiserver_storage_revision gauge\napiserver_storage_revision {}\n",
+            self.requests.load(Ordering::Relaxed),
+            self.began.elapsed().as_secs(),
+            self.store.revision(),
+        )
+    }
+}
