@@ -1,7 +1,7 @@
 //! What can be said on the command line.
 
 use crate::view::Output;
-use crate::{host, moving, roles};
+use crate::{cluster, host, moving, roles};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mover::codec::Compression;
@@ -34,7 +34,13 @@ pub enum Command {
     Verify(Verify),
     /// Connect to a VM's serial console. End with Ctrl-].
     Console(Console),
-    /// Show what a VM does.
+    /// Run a Kubernetes API of its own on this machine: an embedded cluster.
+    Up(Up),
+    /// End an embedded cluster. What is in it is kept.
+    Down(Down),
+    /// Print the kubeconfig of an embedded cluster, or merge it into another.
+    Kubeconfig(Kubeconfig),
+    /// List the embedded clusters, or show what a VM does.
     Status(Status),
     /// Let a VM shut itself down.
     Shutdown(Shutdown),
@@ -208,14 +214,63 @@ pub struct Console {
 /// `godwit status`
 #[derive(Debug, Args)]
 pub struct Status {
-    /// The VM.
-    pub vm: String,
-    /// The host's folder.
-    #[arg(long)]
-    pub host: PathBuf,
+    /// The VM; without it the clusters are listed.
+    #[arg(requires = "host")]
+    pub vm: Option<String>,
+    /// The folder of the VM's host.
+    #[arg(long, requires = "vm")]
+    pub host: Option<PathBuf>,
+    /// The folder of the clusters' folders.
+    #[arg(long, conflicts_with = "vm")]
+    pub dir: Option<PathBuf>,
     /// How to show it.
     #[arg(short, long, value_enum, default_value = "text")]
     pub output: Output,
+}
+
+/// `godwit up`
+#[derive(Debug, Args)]
+pub struct Up {
+    /// The cluster's name.
+    #[arg(long, default_value = "local")]
+    pub name: String,
+    /// The folder of the clusters' folders; default: in the user's data.
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// The port of its API on 127.0.0.1; default: the one it had before, or a free one.
+    #[arg(long)]
+    pub port: Option<u16>,
+    /// Let it run on its own.
+    #[arg(long)]
+    pub detach: bool,
+}
+
+/// `godwit down`
+#[derive(Debug, Args)]
+pub struct Down {
+    /// The cluster's name.
+    #[arg(long, default_value = "local")]
+    pub name: String,
+    /// The folder of the clusters' folders.
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+}
+
+/// `godwit kubeconfig`
+#[derive(Debug, Args)]
+pub struct Kubeconfig {
+    /// The cluster's name.
+    #[arg(long, default_value = "local")]
+    pub name: String,
+    /// The folder of the clusters' folders.
+    #[arg(long)]
+    pub dir: Option<PathBuf>,
+    /// Merge it into the one that kubectl uses.
+    #[arg(long)]
+    pub merge: bool,
+    /// Merge it into this one.
+    #[arg(long, requires = "merge")]
+    pub into: Option<PathBuf>,
 }
 
 /// `godwit shutdown`
@@ -243,7 +298,13 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Move(arguments) => moving::run(arguments).await,
         Command::Verify(arguments) => moving::verify(arguments).await,
         Command::Console(arguments) => host::console(arguments).await,
-        Command::Status(arguments) => host::status(&arguments).await,
+        Command::Up(arguments) => cluster::up(arguments).await,
+        Command::Down(arguments) => cluster::down(&arguments),
+        Command::Kubeconfig(arguments) => cluster::kubeconfig(&arguments),
+        Command::Status(Status { vm: Some(vm), host: Some(host), output, .. }) => {
+            host::status(&host, &vm, output).await
+        }
+        Command::Status(arguments) => cluster::list(arguments.dir.as_deref(), arguments.output),
         Command::Shutdown(arguments) => host::shutdown(&arguments).await,
         // Handled before there is a runtime.
         Command::Exec { .. } => Ok(ExitCode::FAILURE),

@@ -53,9 +53,9 @@ pub fn client(host: &Path, vm: &str) -> Result<Client> {
 ///
 /// # Errors
 /// When its launcher cannot be reached.
-pub async fn status(arguments: &cli::Status) -> Result<ExitCode> {
-    let status = client(&arguments.host, &arguments.vm)?.status().await?;
-    match arguments.output {
+pub async fn status(host: &Path, vm: &str, output: Output) -> Result<ExitCode> {
+    let status = client(host, vm)?.status().await?;
+    match output {
         Output::Json => println!("{}", serde_json::to_string_pretty(&status)?),
         Output::Text => {
             let reason = status.reason.as_deref().map(|r| format!(": {r}")).unwrap_or_default();

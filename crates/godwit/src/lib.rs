@@ -1,6 +1,7 @@
 //! The `godwit` command: CLI, roles, wiring. It decides nothing.
 
 pub mod cli;
+mod cluster;
 mod host;
 mod moving;
 mod roles;
@@ -19,8 +20,11 @@ pub fn main() -> ExitCode {
         return ExitCode::from(127);
     }
     roles::log();
-    // One thread: QEMU dies with the thread that started it, and a launcher stays small.
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = match &arguments.command {
+        cli::Command::Up(_) => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
+        // One thread: QEMU dies with the thread that started it, and a launcher stays small.
+        _ => tokio::runtime::Builder::new_current_thread().enable_all().build(),
+    };
     let outcome = match runtime {
         Ok(runtime) => {
             let outcome = runtime.block_on(cli::run(arguments.command));

@@ -31,26 +31,18 @@ impl Access<'_> {
 
     /// The kubeconfig of this cluster alone.
     pub fn config(&self) -> Value {
-        let mut config = json!({
-            "apiVersion": "v1", "kind": "Config", "preferences": {},
-            "clusters": [], "contexts": [], "users": [],
-        });
-        self.merge_into(&mut config);
-        config["current-context"] = self.context().into();
-        config
-    }
-
-    /// Puts this cluster's entries into a kubeconfig, in the place of older ones of that name.
-    pub fn merge_into(&self, config: &mut Value) {
         let (context, user) = (self.context(), format!("godwit-{}-admin", self.cluster));
-        let cluster =
-            json!({"server": self.server, "certificate-authority-data": self.authority});
+        let cluster = json!({"server": self.server, "certificate-authority-data": self.authority});
         let credentials = json!({
             "client-certificate-data": self.certificate, "client-key-data": self.key,
         });
-        put(config, "clusters", &context, "cluster", cluster);
-        put(config, "users", &user, "user", credentials);
-        put(config, "contexts", &context, "context", json!({"cluster": context, "user": user}));
+        json!({
+            "apiVersion": "v1", "kind": "Config", "preferences": {},
+            "clusters": [{"name": context, "cluster": cluster}],
+            "users": [{"name": user, "user": credentials}],
+            "contexts": [{"name": context, "context": {"cluster": context, "user": user}}],
+            "current-context": context,
+        })
     }
 }
 
@@ -65,19 +57,21 @@ fn put(config: &mut Value, list: &str, name: &str, what: &str, value: Value) {
     }
 }
 
-/// Merges a cluster's entries into a kubeconfig file; makes one if there is none. The current
-/// context changes only if there was none.
+/// Merges all entries of one kubeconfig into another, a file; makes one if there is none. The
+/// current context changes only if there was none.
 ///
 /// # Errors
 /// When the file is no kubeconfig or cannot be written; then it is as it was.
-pub fn merge(file: &Path, access: &Access<'_>) -> Result<()> {
-    let mut config = match read(file)? {
-        Some(config) => config,
-        None => return write(file, &access.config()),
-    };
-    access.merge_into(&mut config);
+pub fn merge(file: &Path, own: &Value) -> Result<()> {
+    let Some(mut config) = read(file)? else { return write(file, own) };
+    for (list, what) in [("clusters", "cluster"), ("users", "user"), ("contexts", "context")] {
+        for entry in own[list].as_array().into_iter().flatten() {
+            let name = entry["name"].as_str().unwrap_or_default();
+            put(&mut config, list, name, what, entry[what].clone());
+        }
+    }
     if config["current-context"].as_str().is_none_or(str::is_empty) {
-        config["current-context"] = access.context().into();
+        config["current-context"] = own["current-context"].clone();
     }
     write(file, &config)
 }
@@ -91,15 +85,16 @@ fn read(file: &Path) -> Result<Option<Value>> {
     if size > MOST {
         bail!("{} is too large to be a kubeconfig", file.display());
     }
-    let text = std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
+    let text =
+        std::fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))?;
     if text.trim().is_empty() {
         return Ok(None);
     }
     let config: Value = serde_saphyr::from_str(&text)
         .with_context(|| format!("{} is no kubeconfig; nothing was changed", file.display()))?;
     let lists = ["clusters", "contexts", "users"];
-    let odd = |list: &&str| !config[**list].is_null() && !config[**list].is_array();
-    if !config.is_object() || lists.iter().any(|list| odd(&list)) {
+    let odd = |list: &str| !config[list].is_null() && !config[list].is_array();
+    if !config.is_object() || lists.iter().any(|list| odd(list)) {
         bail!("{} is no kubeconfig; nothing was changed", file.display());
     }
     Ok(Some(config))

@@ -1,0 +1,207 @@
+//! Embedded clusters: `godwit up`, `down`, `status` and `kubeconfig`.
+
+mod folder;
+mod kubeconfig;
+
+use crate::cli;
+use crate::view::Output;
+use anyhow::{Context, Result, bail};
+use apiserver::embedded::{Config, Server};
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use folder::{Folder, Running};
+use kubeconfig::Access;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::json;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::{Duration, Instant};
+use tokio::signal::unix::{SignalKind, signal};
+
+/// A cluster is ready, or has ended, within this time.
+const PATIENCE: Duration = Duration::from_secs(30);
+const POLL: Duration = Duration::from_millis(20);
+
+/// Runs a cluster until SIGTERM or SIGINT; or starts one that runs by itself.
+///
+/// # Errors
+/// When it cannot be started.
+pub async fn up(arguments: cli::Up) -> Result<ExitCode> {
+    let folder = Folder::of(arguments.dir.as_deref(), &arguments.name)?;
+    if arguments.detach {
+        return detach(&folder, &arguments);
+    }
+    let began = Instant::now();
+    let lock = folder.lock()?;
+    let server = start(&folder, arguments.port).await?;
+    let access = access(&arguments.name, &server)?;
+    kubeconfig::write(&folder.kubeconfig(), &access.config())?;
+    let running =
+        Running { name: arguments.name.clone(), address: server.address, pid: std::process::id() };
+    folder.publish(&running)?;
+    eprintln!("cluster {} is ready after {:.1} s", running.name, began.elapsed().as_secs_f64());
+    println!("export KUBECONFIG={}", folder.kubeconfig().display());
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    eprintln!("cluster {} ends", running.name);
+    server.stop().await;
+    drop(lock);
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn start(folder: &Folder, port: Option<u16>) -> Result<Server> {
+    // The port that it had before, so that kubeconfigs stay true.
+    let before = folder.last().map(|last| last.address.port());
+    let listen = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
+    let config =
+        |port| Config { folder: folder.path().to_owned(), listen: listen(port), logs: None };
+    Ok(Server::start(config(port.or(before).unwrap_or(0))).await?)
+}
+
+fn access<'a>(name: &'a str, server: &Server) -> Result<Access<'a>> {
+    let administrator = server.administrator()?;
+    Ok(Access {
+        cluster: name,
+        server: format!("https://{}", server.address),
+        authority: STANDARD.encode(server.pki.authority()),
+        certificate: STANDARD.encode(administrator.certificate),
+        key: STANDARD.encode(administrator.key),
+    })
+}
+
+/// Starts this program once more, on its own, and waits until it is ready.
+fn detach(folder: &Folder, arguments: &cli::Up) -> Result<ExitCode> {
+    // One that runs is told of here, not in a log.
+    drop(folder.lock()?);
+    let log = folder.open_log()?;
+    let mut command = Command::new(std::env::current_exe().context("cannot find this program")?);
+    command.arg("up").arg("--name").arg(&arguments.name);
+    if let Some(dir) = &arguments.dir {
+        command.arg("--dir").arg(std::path::absolute(dir)?);
+    }
+    if let Some(port) = arguments.port {
+        command.arg("--port").arg(port.to_string());
+    }
+    command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
+    // A terminal's Ctrl-C is not for it.
+    let mut child = command.process_group(0).spawn().context("cannot run this program again")?;
+    let until = Instant::now() + PATIENCE;
+    loop {
+        if folder.running().is_some_and(|running| running.pid == child.id()) {
+            break;
+        }
+        if let Some(exit) = child.try_wait()? {
+            bail!("the cluster ended with {exit}; it said:\n{}", folder.last_words());
+        }
+        if Instant::now() > until {
+            bail!("the cluster is not ready after {PATIENCE:?}; see {}", folder.log().display());
+        }
+        std::thread::sleep(POLL);
+    }
+    eprintln!("cluster {} is ready", arguments.name);
+    println!("export KUBECONFIG={}", folder.kubeconfig().display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Ends a cluster.
+///
+/// # Errors
+/// When it does not end.
+pub fn down(arguments: &cli::Down) -> Result<ExitCode> {
+    let folder = Folder::of(arguments.dir.as_deref(), &arguments.name)?;
+    let Some(running) = folder.running() else {
+        eprintln!("cluster {} does not run", arguments.name);
+        return Ok(ExitCode::SUCCESS);
+    };
+    let pid = i32::try_from(running.pid).ok().and_then(Pid::from_raw);
+    let pid = pid.with_context(|| format!("{} is no process", running.pid))?;
+    kill_process(pid, Signal::TERM).context("cannot end the cluster's process")?;
+    let until = Instant::now() + PATIENCE;
+    while folder.running().is_some() {
+        if Instant::now() > until {
+            bail!(
+                "process {} has not ended after {PATIENCE:?}; see {}",
+                running.pid,
+                folder.log().display()
+            );
+        }
+        std::thread::sleep(POLL);
+    }
+    eprintln!("cluster {} has ended", arguments.name);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Lists the clusters of this machine's user.
+///
+/// # Errors
+/// When their folder cannot be read.
+pub fn list(dir: Option<&std::path::Path>, output: Output) -> Result<ExitCode> {
+    let clusters = folder::all(dir)?;
+    let row = |folder: &Folder| {
+        let running = folder.running();
+        let last = running.clone().or_else(|| folder.last());
+        json!({
+            "name": folder.name(),
+            "state": if running.is_some() { "running" } else { "stopped" },
+            "server": last.map(|l| format!("https://{}", l.address)),
+            "pid": running.map(|r| r.pid),
+            "kubeconfig": folder.kubeconfig(),
+        })
+    };
+    let rows: Vec<_> = clusters.iter().map(row).collect();
+    match output {
+        Output::Json => println!("{}", serde_json::to_string_pretty(&rows)?),
+        Output::Text => {
+            println!("{:16} {:8} {:28} KUBECONFIG", "NAME", "STATE", "SERVER");
+            for row in rows {
+                let text = |field: &str| row[field].as_str().unwrap_or("-").to_owned();
+                println!(
+                    "{:16} {:8} {:28} {}",
+                    text("name"),
+                    text("state"),
+                    text("server"),
+                    text("kubeconfig")
+                );
+            }
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints a cluster's kubeconfig, or merges it into another.
+///
+/// # Errors
+/// When there is none, or the other is none.
+pub fn kubeconfig(arguments: &cli::Kubeconfig) -> Result<ExitCode> {
+    let folder = Folder::of(arguments.dir.as_deref(), &arguments.name)?;
+    let own = folder.kubeconfig();
+    let text = std::fs::read_to_string(&own).with_context(|| {
+        format!("there is no {}; run `godwit up --name {}` first", own.display(), arguments.name)
+    })?;
+    if !arguments.merge {
+        print!("{text}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    let config =
+        serde_saphyr::from_str(&text).with_context(|| format!("{} is damaged", own.display()))?;
+    let target = arguments.into.clone().map_or_else(default_kubeconfig, Ok)?;
+    kubeconfig::merge(&target, &config)?;
+    eprintln!("context godwit-{} is in {}", arguments.name, target.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Where kubectl looks.
+fn default_kubeconfig() -> Result<PathBuf> {
+    if let Some(list) = std::env::var_os("KUBECONFIG")
+        && let Some(first) = std::env::split_paths(&list).next()
+    {
+        return Ok(first);
+    }
+    let home = std::env::var_os("HOME").context("HOME is not set; say --into FILE")?;
+    Ok(PathBuf::from(home).join(".kube/config"))
+}
