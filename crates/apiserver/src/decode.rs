@@ -1,6 +1,7 @@
 //! Bodies of requests as JSON values: from JSON or YAML, bounded, with the fields that are given
 //! twice.
 
+use crate::protobuf;
 use crate::status::Failure;
 use serde::de::{Deserialize, DeserializeSeed, Deserializer, Error, MapAccess, SeqAccess, Visitor};
 use serde_json::{Map, Number, Value};
@@ -27,6 +28,7 @@ pub fn object(media: Option<&str>, body: &[u8]) -> Result<Decoded, Failure> {
     let decoded = match media.split(';').next().unwrap_or_default().trim() {
         "application/json" | "*/*" | "" => json(body)?,
         "application/yaml" => yaml(body)?,
+        protobuf::MEDIA => Decoded { value: protobuf::decode(body)?, duplicates: Vec::new() },
         other => {
             return Err(Failure::unsupported_media(format!(
                 "the body of the request was in an unknown format - accepted media types include: \
