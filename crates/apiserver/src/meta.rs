@@ -33,7 +33,7 @@ pub fn add_finalizer(object: &mut Value, name: &str) {
     if finalizers(object).contains(&name) {
         return;
     }
-    let Some(meta) = object["metadata"].as_object_mut() else { return };
+    let Some(meta) = object.get_mut("metadata").and_then(Value::as_object_mut) else { return };
     match meta.get_mut("finalizers").and_then(Value::as_array_mut) {
         Some(all) => all.push(name.into()),
         None => drop(meta.insert("finalizers".into(), Value::from(vec![name]))),
@@ -42,7 +42,7 @@ pub fn add_finalizer(object: &mut Value, name: &str) {
 
 /// Removes a finalizer, and the list with the last one.
 pub fn remove_finalizer(object: &mut Value, name: &str) {
-    let Some(meta) = object["metadata"].as_object_mut() else { return };
+    let Some(meta) = object.get_mut("metadata").and_then(Value::as_object_mut) else { return };
     let Some(all) = meta.get_mut("finalizers").and_then(Value::as_array_mut) else { return };
     all.retain(|f| f != name);
     if all.is_empty() {

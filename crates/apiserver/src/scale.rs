@@ -53,6 +53,11 @@ pub fn set(object: &Value, paths: &Scale, scale: &Value) -> Result<Value, Failur
         at = map.entry(field).or_insert_with(|| json!({}));
     }
     *at = replicas.into();
+    if next != *object
+        && let Some(generation) = object["metadata"]["generation"].as_i64()
+    {
+        meta::set(&mut next, "generation", (generation + 1).into());
+    }
     Ok(next)
 }
 

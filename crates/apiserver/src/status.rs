@@ -57,11 +57,19 @@ impl Subject<'_> {
         details
     }
 
+    fn kind_and_group(&self) -> String {
+        match self.group {
+            "" => self.kind.to_owned(),
+            group => format!("{}.{group}", self.kind),
+        }
+    }
+
     /// `virtualmachines.kubevirt.io "web"`, as messages have it.
     fn quoted(&self) -> String {
-        match self.group {
-            "" => format!("{} {:?}", self.kind, self.name),
-            group => format!("{}.{group} {:?}", self.kind, self.name),
+        let kind = self.kind_and_group();
+        match self.name {
+            "" => kind,
+            name => format!("{kind} {name:?}"),
         }
     }
 }
@@ -107,7 +115,7 @@ impl Failure {
             [one] => one.clone(),
             several => format!("[{}]", several.join(", ")),
         };
-        let message = format!("{} is invalid: {told}", what.quoted());
+        let message = format!("{} {:?} is invalid: {told}", what.kind_and_group(), what.name);
         Self { details: what.details(causes), ..Self::new(422, "Invalid", message) }
     }
 

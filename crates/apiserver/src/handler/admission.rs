@@ -27,6 +27,9 @@ impl Handler {
         match &*call.resource.key() {
             "pods" => pods::fill_in(self, call, object)?,
             "persistentvolumeclaims" => claims::fill_in(self, object),
+            "customresourcedefinitions.apiextensions.k8s.io" => {
+                meta::add_finalizer(object, "customresourcecleanup.apiextensions.k8s.io");
+            }
             "persistentvolumes" => meta::add_finalizer(object, "kubernetes.io/pv-protection"),
             "validatingwebhookconfigurations.admissionregistration.k8s.io"
             | "mutatingwebhookconfigurations.admissionregistration.k8s.io" => {

@@ -55,7 +55,7 @@ fn mount_token(spec: &mut Value) {
     let mount = json!({"name": name, "readOnly": true, "mountPath": TOKEN_PATH});
     let mut mounted = false;
     for list in ["initContainers", "containers"] {
-        for container in spec[list].as_array_mut().into_iter().flatten() {
+        for container in spec.get_mut(list).and_then(Value::as_array_mut).into_iter().flatten() {
             let has = container["volumeMounts"].as_array();
             let has = has.is_some_and(|all| all.iter().any(|m| m["mountPath"] == TOKEN_PATH));
             if !has && push(container, "volumeMounts", mount.clone()) {
