@@ -55,7 +55,8 @@ pub struct Server {
     /// Its certificates.
     pub pki: Pki,
     ending: watch::Sender<bool>,
-    tasks: JoinSet<()>,
+    housekeeping: JoinSet<()>,
+    serving: JoinSet<()>,
 }
 
 impl Server {
@@ -90,10 +91,10 @@ impl Server {
             ending: ends.clone(),
         });
         first_objects(&api.as_user(User::new("system:apiserver", &[MASTERS]))).await?;
-        let mut tasks = JoinSet::new();
-        housekeeping::start(&api, pki.authority(), &mut tasks);
-        tasks.spawn(server::serve(api.clone(), listener, tls, ends));
-        Ok(Self { api, address, pki, ending, tasks })
+        let (mut housekeeping, mut serving) = (JoinSet::new(), JoinSet::new());
+        housekeeping::start(&api, pki.authority(), &mut housekeeping);
+        serving.spawn(server::serve(api.clone(), listener, tls, ends));
+        Ok(Self { api, address, pki, ending, housekeeping, serving })
     }
 
     /// The credential of the cluster's administrator.
@@ -104,15 +105,12 @@ impl Server {
         self.pki.user("admin", "kubernetes-admin", &[MASTERS])
     }
 
-    /// Ends: no new requests, watches end, what is under way is finished.
+    /// Ends: no new requests, watches end, what is under way is finished, the database is closed.
     pub async fn stop(mut self) {
+        self.housekeeping.shutdown().await;
         self.ending.send_replace(true);
-        // The housekeeping ends with its store.
-        let patience = std::time::Duration::from_secs(6);
-        let all = async { while self.tasks.join_next().await.is_some() {} };
-        if tokio::time::timeout(patience, all).await.is_err() {
-            self.tasks.abort_all();
-        }
+        // It gives up on connections that do not end.
+        while self.serving.join_next().await.is_some() {}
     }
 }
 

@@ -60,9 +60,9 @@ pub async fn serve(
         }
     }
     let all = async { while connections.join_next().await.is_some() {} };
-    if tokio::time::timeout(FAREWELL, all).await.is_err() {
-        connections.abort_all();
-    }
+    // Those that do not end by then are cut off.
+    let _ = tokio::time::timeout(FAREWELL, all).await;
+    connections.shutdown().await;
 }
 
 async fn connection(

@@ -1,0 +1,145 @@
+//! kube-rs and kubectl, over TLS.
+
+use crate::world::{World, kubectl};
+use k8s_openapi::api::coordination::v1::Lease;
+use kube::api::{Api, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::discovery::Discovery;
+use serde_json::json;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kube_rs_discovers_and_uses_all_that_is_served() {
+    let world = World::new().await;
+    let client = world.client().await;
+    let discovery = Discovery::new(client.clone()).run().await.unwrap();
+    let mut kinds = 0;
+    for group in discovery.groups() {
+        for (resource, capabilities) in group.recommended_resources() {
+            if capabilities.supports_operation("list") {
+                let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
+                api.list(&ListParams::default()).await.unwrap();
+                kinds += 1;
+            }
+        }
+    }
+    assert!(kinds >= 28, "{kinds}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_lease_has_one_holder() {
+    let world = World::new().await;
+    let leases: Api<Lease> = Api::namespaced(world.client().await, "default");
+    let lease =
+        json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "l"}});
+    leases.create(&PostParams::default(), &serde_json::from_value(lease).unwrap()).await.unwrap();
+    let seen = leases.get("l").await.unwrap();
+    let mut tasks = tokio::task::JoinSet::new();
+    for n in 0..16 {
+        let (leases, mut own) = (leases.clone(), seen.clone());
+        own.spec.get_or_insert_default().holder_identity = Some(format!("h{n}"));
+        tasks.spawn(async move { leases.replace("l", &PostParams::default(), &own).await.is_ok() });
+    }
+    let mut winners = 0;
+    while let Some(won) = tasks.join_next().await {
+        winners += u32::from(won.unwrap());
+    }
+    assert_eq!(winners, 1);
+    let apply = json!({
+        "apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "l"},
+        "spec": {"leaseDurationSeconds": 0},
+    });
+    let params = PatchParams::apply("x").force();
+    let refused = leases.patch("l", &params, &Patch::Apply(apply)).await.unwrap_err();
+    assert!(refused.to_string().contains("must be greater than 0"), "{refused}");
+}
+
+const MANIFEST: &str = r#"
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: m, labels: {app: x}}
+data: {k: "1"}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: p, labels: {app: x}}
+spec: {containers: [{name: c, image: "a:1"}]}
+"#;
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubectl_works_as_with_any_kubernetes() {
+    let world = World::new().await;
+    let Some(kubectl) = kubectl(&world) else {
+        eprintln!("NOT RUN: there is no kubectl of 1.27 or later");
+        return;
+    };
+    let apply = |manifest: &str, more: &[&str]| {
+        let arguments = [&["apply", "-f", "-"], more].concat();
+        kubectl.run(&arguments, manifest)
+    };
+    assert_eq!(apply(MANIFEST, &[]).1, "configmap/m created\npod/p created\n");
+    assert_eq!(apply(MANIFEST, &[]).1, "configmap/m unchanged\npod/p unchanged\n");
+    let changed = MANIFEST.replace("k: \"1\"", "k: \"2\"");
+    assert_eq!(apply(&changed, &[]).1, "configmap/m configured\npod/p unchanged\n");
+    // From now on the server applies, and owns what kubectl did.
+    assert!(apply(&changed, &["--server-side"]).0);
+    let (conflict, said) = apply(
+        &MANIFEST.replace("k: \"1\"", "k: \"3\""),
+        &["--server-side", "--field-manager=other"],
+    );
+    assert!(!conflict && said.contains("conflict with \"kubectl\": .data.k"), "{said}");
+    let strange = "apiVersion: v1\nkind: ConfigMap\nmetadata: {name: s}\nspec: {a: 1}\n";
+    assert!(apply(strange, &[]).1.contains("unknown field \"spec\""));
+
+    let wide = kubectl.ok(&["get", "pods", "-o", "wide"]);
+    let columns: Vec<&str> = wide.lines().next().unwrap().split_whitespace().collect();
+    assert_eq!(columns[..5], ["NAME", "READY", "STATUS", "RESTARTS", "AGE"]);
+    assert!(wide.lines().nth(1).unwrap().starts_with("p      0/1     Pending"), "{wide}");
+    assert_eq!(kubectl.ok(&["get", "cm", "-l", "app=x", "-o", "name"]), "configmap/m\n");
+    assert_eq!(kubectl.ok(&["get", "cm", "m", "-o", "jsonpath={.data.k}"]), "2");
+    assert_eq!(
+        kubectl.ok(&["get", "pods", "--field-selector", "status.phase=Running", "-o", "name"]),
+        ""
+    );
+    assert!(kubectl.ok(&["describe", "pod", "p"]).contains("Priority:         0"));
+    assert!(kubectl.ok(&["explain", "pod.spec.containers.image"]).contains("Container image name"));
+    assert!(kubectl.ok(&["api-resources"]).contains("customresourcedefinitions"));
+
+    // These are sent as protobuf.
+    kubectl.ok(&["create", "namespace", "n"]);
+    kubectl.ok(&["create", "secret", "generic", "s", "--from-literal=a=b", "-n", "n"]);
+    assert_eq!(kubectl.ok(&["get", "secret", "s", "-n", "n", "-o", "jsonpath={.data.a}"]), "Yg==");
+    kubectl.ok(&["create", "role", "r", "--verb=get", "--resource=pods", "-n", "n"]);
+    kubectl.ok(&["create", "rolebinding", "b", "--role=r", "--user=bob", "-n", "n"]);
+    assert_eq!(kubectl.ok(&["auth", "can-i", "get", "pods", "-n", "n", "--as=bob"]), "yes\n");
+    assert!(
+        kubectl.fails(&["auth", "can-i", "delete", "pods", "-n", "n", "--as=bob"]).contains("no")
+    );
+    kubectl.ok(&["create", "serviceaccount", "robot"]);
+    assert_eq!(kubectl.ok(&["create", "token", "robot"]).split('.').count(), 3);
+    kubectl.ok(&["create", "quota", "q", "--hard=pods=5,requests.memory=1Gi", "-n", "n"]);
+    assert!(
+        kubectl.ok(&["describe", "quota", "q", "-n", "n"]).contains("requests.memory  0     1Gi")
+    );
+
+    kubectl.ok(&["label", "pod", "p", "tier=db"]);
+    kubectl.ok(&["annotate", "pod", "p", "note=hi"]);
+    kubectl.ok(&[
+        "patch",
+        "pod",
+        "p",
+        "-p",
+        r#"{"spec":{"containers":[{"name":"c","image":"a:2"}]}}"#,
+    ]);
+    assert!(
+        kubectl
+            .fails(&["patch", "pod", "p", "-p", r#"{"spec":{"hostNetwork":true}}"#])
+            .contains("pod updates may not change fields")
+    );
+    assert!(
+        kubectl
+            .fails(&["wait", "pod", "p", "--for=condition=Ready", "--timeout=1s"])
+            .contains("timed out")
+    );
+    kubectl.ok(&["delete", "pod", "p"]);
+    kubectl.ok(&["delete", "namespace", "n", "--timeout=20s"]);
+    assert!(kubectl.fails(&["get", "namespace", "n"]).contains("namespaces \"n\" not found"));
+}
