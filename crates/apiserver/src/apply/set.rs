@@ -116,7 +116,7 @@ impl Set {
                 set.children.insert(name.clone(), Self::parse(child, depth - 1));
             }
         }
-        set
+        set.tidy()
     }
 
     /// The paths of all that is in it, as people read them.
