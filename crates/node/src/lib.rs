@@ -1,0 +1,7 @@
+//! What runs pods in an embedded cluster: scheduler, storage, node agents, and the watch over
+//! nodes. All of it speaks to the API as a client, and would run against any other.
+
+pub mod events;
+pub mod kept;
+pub mod scheduler;
+pub mod storage;

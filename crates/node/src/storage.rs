@@ -1,0 +1,3 @@
+//! Storage: classes, and the volumes that claims get of them.
+
+pub mod claims;
