@@ -1,0 +1,5 @@
+//! A node's agent: runs the pods that are bound to its node.
+
+pub mod command;
+pub mod images;
+pub mod record;
