@@ -2,4 +2,6 @@
 
 pub mod command;
 pub mod images;
+pub mod machine;
 pub mod record;
+pub mod status;

@@ -109,8 +109,7 @@ async fn attend(files: &Files, run: &Run, mut child: Child) -> io::Result<Exit> 
 
 async fn copy(mut from: impl AsyncRead + Unpin, stream: Stream, log: Arc<Mutex<Writer>>) {
     let mut piece = vec![0; PIECE];
-    loop {
-        let Ok(n @ 1..) = from.read(&mut piece).await else { break };
+    while let Ok(n @ 1..) = from.read(&mut piece).await {
         // A full disk costs lines, and is no reason to hold the container up.
         if let Ok(mut log) = log.lock() {
             let _ = log.write(stream, &piece[..n], Timestamp::now());
