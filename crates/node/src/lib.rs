@@ -4,6 +4,7 @@
 pub mod agent;
 pub mod events;
 pub mod kept;
+pub mod lifecycle;
 pub mod logs;
 pub mod scheduler;
 pub mod storage;
