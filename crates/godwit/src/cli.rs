@@ -54,6 +54,14 @@ pub enum Command {
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
     },
+    /// Run a pod's container until it ends.
+    #[command(hide = true, name = node::supervise::COMMAND)]
+    PodProcess {
+        /// The container's folder.
+        folder: PathBuf,
+        /// The number of its run.
+        attempt: u32,
+    },
 }
 
 /// `godwit host`
@@ -240,6 +248,16 @@ pub struct Up {
     /// The port of its API on 127.0.0.1; default: the one it had before, or a free one.
     #[arg(long)]
     pub port: Option<u16>,
+    /// How many nodes it has; without any it runs no pods.
+    #[arg(long, default_value_t = 1)]
+    pub nodes: u8,
+    /// What each node's volumes may take, and those that all share: `20Gi`; default: the size of
+    /// the file system.
+    #[arg(long, value_name = "SIZE")]
+    pub storage: Option<String>,
+    /// An image that its nodes have: a program of this machine that is run in its stead.
+    #[arg(long, value_name = "NAME=PROGRAM")]
+    pub image: Vec<String>,
     /// Let it run on its own.
     #[arg(long)]
     pub detach: bool,
@@ -254,6 +272,9 @@ pub struct Down {
     /// The folder of the clusters' folders.
     #[arg(long)]
     pub dir: Option<PathBuf>,
+    /// Let its pods go on: the next `godwit up` takes them over.
+    #[arg(long)]
+    pub keep_pods: bool,
 }
 
 /// `godwit kubeconfig`
@@ -307,7 +328,7 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Status(arguments) => cluster::list(arguments.dir.as_deref(), arguments.output),
         Command::Shutdown(arguments) => host::shutdown(&arguments).await,
         // Handled before there is a runtime.
-        Command::Exec { .. } => Ok(ExitCode::FAILURE),
+        Command::Exec { .. } | Command::PodProcess { .. } => Ok(ExitCode::FAILURE),
     }
 }
 

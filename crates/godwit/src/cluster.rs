@@ -2,6 +2,7 @@
 
 mod folder;
 mod kubeconfig;
+mod nodes;
 
 use crate::cli;
 use crate::view::Output;
@@ -11,6 +12,9 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use folder::{Folder, Running};
 use kubeconfig::Access;
+use node::agent::Ending;
+use node::logs::serve::PodLogs;
+use nodes::Nodes;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -36,6 +40,7 @@ pub async fn up(arguments: cli::Up) -> Result<ExitCode> {
     let began = Instant::now();
     let lock = folder.lock()?;
     let server = start(&folder, arguments.port).await?;
+    let nodes = Nodes::start(&server, folder.path(), &arguments).await?;
     let access = access(&arguments.name, &server)?;
     kubeconfig::write(&folder.kubeconfig(), &access.config())?;
     let running =
@@ -43,24 +48,36 @@ pub async fn up(arguments: cli::Up) -> Result<ExitCode> {
     folder.publish(&running)?;
     eprintln!("cluster {} is ready after {:.1} s", running.name, began.elapsed().as_secs_f64());
     println!("export KUBECONFIG={}", folder.kubeconfig().display());
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
-    }
+    let how = asked_to_end().await?;
     eprintln!("cluster {} ends", running.name);
+    nodes.end(how).await;
     server.stop().await;
     drop(lock);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Waits for the signal to end.
+async fn asked_to_end() -> Result<Ending> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut keep = signal(SignalKind::user_defined1())?;
+    Ok(tokio::select! {
+        _ = terminate.recv() => Ending::WithPods,
+        _ = tokio::signal::ctrl_c() => Ending::WithPods,
+        _ = keep.recv() => Ending::WithoutPods,
+    })
 }
 
 async fn start(folder: &Folder, port: Option<u16>) -> Result<Server> {
     // The port that it had before, so that kubeconfigs stay true.
     let before = folder.last().map(|last| last.address.port());
     let listen = |port| SocketAddr::new(IpAddr::V4(Ipv4Addr::LOCALHOST), port);
-    let config =
-        |port| Config { folder: folder.path().to_owned(), listen: listen(port), logs: None };
-    Ok(Server::start(config(port.or(before).unwrap_or(0))).await?)
+    let logs = PodLogs { disks: nodes::disks(folder.path()) };
+    let config = Config {
+        folder: folder.path().to_owned(),
+        listen: listen(port.or(before).unwrap_or(0)),
+        logs: Some(Box::new(logs)),
+    };
+    Ok(Server::start(config).await?)
 }
 
 fn access<'a>(name: &'a str, server: &Server) -> Result<Access<'a>> {
@@ -86,6 +103,13 @@ fn detach(folder: &Folder, arguments: &cli::Up) -> Result<ExitCode> {
     }
     if let Some(port) = arguments.port {
         command.arg("--port").arg(port.to_string());
+    }
+    command.arg("--nodes").arg(arguments.nodes.to_string());
+    if let Some(size) = &arguments.storage {
+        command.arg("--storage").arg(size);
+    }
+    for image in &arguments.image {
+        command.arg("--image").arg(image);
     }
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     // A terminal's Ctrl-C is not for it.
@@ -120,7 +144,8 @@ pub fn down(arguments: &cli::Down) -> Result<ExitCode> {
     };
     let pid = i32::try_from(running.pid).ok().and_then(Pid::from_raw);
     let pid = pid.with_context(|| format!("{} is no process", running.pid))?;
-    kill_process(pid, Signal::TERM).context("cannot end the cluster's process")?;
+    let how = if arguments.keep_pods { Signal::USR1 } else { Signal::TERM };
+    kill_process(pid, how).context("cannot end the cluster's process")?;
     let until = Instant::now() + PATIENCE;
     while folder.running().is_some() {
         if Instant::now() > until {

@@ -19,6 +19,16 @@ pub fn main() -> ExitCode {
         eprintln!("godwit: cannot run {}: {error}", command[0].display());
         return ExitCode::from(127);
     }
+    if let cli::Command::PodProcess { folder, attempt } = &arguments.command {
+        // It writes down itself how its container ends; who started it may be gone.
+        return match node::supervise::supervise(folder, *attempt) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                eprintln!("godwit: {}", launcher::chain(&error));
+                ExitCode::FAILURE
+            }
+        };
+    }
     roles::log();
     let runtime = match &arguments.command {
         cli::Command::Up(_) => tokio::runtime::Builder::new_multi_thread().enable_all().build(),

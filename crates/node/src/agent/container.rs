@@ -206,12 +206,13 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// Turns readable when a process ends; None for one that has.
+#[expect(deprecated, reason = "an owned descriptor stays open, which is all that it asks for")]
 fn ended(process: Process) -> io::Result<Option<AsyncFd<std::os::fd::OwnedFd>>> {
     let Some(pid) = Pid::from_raw(process.pid).filter(|_| process.is_alive()) else {
         return Ok(None);
     };
     match rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) {
-        Ok(fd) => Ok(AsyncFd::register(fd).map(Some)?),
+        Ok(fd) => AsyncFd::new(fd).map(Some),
         Err(rustix::io::Errno::SRCH) => Ok(None),
         Err(error) => Err(error.into()),
     }

@@ -1,0 +1,151 @@
+//! What runs pods in an embedded cluster: each part in this process, under its own identity.
+
+use crate::cli;
+use anyhow::{Context, Result, bail};
+use apiserver::auth::User;
+use apiserver::embedded::Server;
+use apiserver::quantity::Quantity;
+use jiff::SignedDuration;
+use kube::Client;
+use node::agent::images::{Image, Images};
+use node::agent::{self, Ending, pod_address};
+use node::storage::disks::Disks;
+use node::{lifecycle, scheduler, storage};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use tokio::sync::watch;
+use tokio::task::JoinSet;
+
+/// The image that is this program.
+pub const IMAGE: &str = "godwit.dev/godwit";
+/// When a cluster ends, its containers have this long to do so.
+const LEAVING: SignedDuration = SignedDuration::from_secs(10);
+
+/// The parts that run.
+pub struct Nodes {
+    ending: watch::Sender<Ending>,
+    agents: JoinSet<()>,
+    /// They end when they are dropped.
+    _controllers: JoinSet<()>,
+}
+
+/// A part's client: the API in this process, as a user.
+fn client(server: &Server, user: &str, groups: &[&str]) -> Client {
+    Client::new(server.api.as_user(User::new(user, groups)), "default")
+}
+
+/// Where a cluster's volumes and pods are.
+pub fn disks(folder: &Path) -> Disks {
+    Disks::new(folder.join("machine"))
+}
+
+impl Nodes {
+    /// Starts them all.
+    ///
+    /// # Errors
+    /// When what was asked for makes no sense, or the API refuses.
+    pub async fn start(server: &Server, folder: &Path, arguments: &cli::Up) -> Result<Self> {
+        let disks = disks(folder);
+        let pool = pool(folder, arguments.storage.as_deref())?;
+        let images = images(&arguments.image)?;
+        let mut controllers = JoinSet::new();
+        if arguments.nodes > 0 {
+            let binder = client(server, "system:persistent-volume-binder", &[]);
+            storage::make_classes(&binder).await.context("cannot make the storage classes")?;
+            let config = storage::Config { disks: disks.clone(), shared: pool };
+            controllers.spawn(storage::run(binder, config));
+            controllers.spawn(scheduler::run(client(server, "system:kube-scheduler", &[])));
+            controllers.spawn(lifecycle::run(client(server, "system:node-controller", &[])));
+        }
+        let (ending, ends) = watch::channel(Ending::Not);
+        let mut agents = JoinSet::new();
+        for number in 1..=arguments.nodes {
+            let name = format!("{}-{number}", arguments.name);
+            let config = agent::Config {
+                address: pod_address(&format!("{} {name}", folder.display())),
+                labels: BTreeMap::new(),
+                taints: Vec::new(),
+                extended: BTreeMap::new(),
+                pool,
+                images: images.clone(),
+                host_paths: agent::volumes::HostPaths::default(),
+                environment: environment(server),
+                folder: disks.node(&name),
+                supervisor: own_program()?,
+                leaving: LEAVING,
+                name: name.clone(),
+            };
+            let client = client(server, &format!("system:node:{name}"), &["system:nodes"]);
+            let ends = ends.clone();
+            agents.spawn(async move {
+                if let Err(error) = agent::run(client, config, ends).await {
+                    tracing::error!("node {name} does not run: {error}");
+                }
+            });
+        }
+        Ok(Self { ending, agents, _controllers: controllers })
+    }
+
+    /// Ends them, and what runs on them or not.
+    pub async fn end(mut self, how: Ending) {
+        self.ending.send_replace(how);
+        // Each has a limit of its own.
+        while self.agents.join_next().await.is_some() {}
+    }
+}
+
+fn own_program() -> Result<PathBuf> {
+    std::env::current_exe().context("cannot find this program")
+}
+
+/// How programs in pods find the API.
+fn environment(server: &Server) -> Vec<(String, String)> {
+    let pair = |name: &str, value: String| (name.to_owned(), value);
+    vec![
+        pair("KUBERNETES_SERVICE_HOST", server.address.ip().to_string()),
+        pair("KUBERNETES_SERVICE_PORT", server.address.port().to_string()),
+        pair("KUBERNETES_SERVICE_PORT_HTTPS", server.address.port().to_string()),
+    ]
+}
+
+/// How many bytes volumes may take.
+fn pool(folder: &Path, asked: Option<&str>) -> Result<i64> {
+    if let Some(text) = asked {
+        return match Quantity::parse(text).map(Quantity::units) {
+            Some(size) if size > 0 => Ok(size),
+            _ => bail!("--storage {text} is no size: say 20Gi, or 500Mi"),
+        };
+    }
+    let found = rustix::fs::statvfs(folder)
+        .with_context(|| format!("cannot ask for the file system of {}", folder.display()))?;
+    Ok(i64::try_from(found.f_blocks.saturating_mul(found.f_frsize)).unwrap_or(i64::MAX))
+}
+
+/// The images that nodes have: this program, and those that were named.
+fn images(named: &[String]) -> Result<Images> {
+    let program = own_program()?;
+    let own = Image {
+        entrypoint: vec!["godwit".into()],
+        programs: BTreeMap::from([("godwit".into(), program)]),
+        machine: false,
+    };
+    let mut all = BTreeMap::from([(IMAGE.to_owned(), own)]);
+    for text in named {
+        let Some((name, program)) = text.split_once('=') else {
+            bail!("--image {text} is not NAME=PROGRAM, like example.org/shell=/bin/sh");
+        };
+        if agent::images::name(name) != name || name.is_empty() {
+            bail!("--image {text}: give the name without tag or digest");
+        }
+        if !Path::new(program).is_absolute() || !Path::new(program).is_file() {
+            bail!("--image {text}: {program} is no program; give its whole path");
+        }
+        let image = Image {
+            entrypoint: vec![program.to_owned()],
+            programs: BTreeMap::new(),
+            machine: true,
+        };
+        all.insert(name.to_owned(), image);
+    }
+    Ok(Images(all))
+}
