@@ -6,7 +6,8 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::Time;
 use kube::api::{ObjectMeta, Patch, PatchParams, PostParams};
 use kube::{Api, Client};
 use serde_json::json;
-use uuid::Uuid;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex};
 
 /// How an event is meant.
 #[derive(Debug, Clone, Copy)]
@@ -17,51 +18,77 @@ pub enum Kind {
     Warning,
 }
 
-/// Says what happens, as one component.
+/// How many events are remembered to be counted: as client-go's recorder does.
+const REMEMBERED: usize = 4096;
+
+/// Says what happens, as one component. It only writes events, and remembers what it wrote.
 #[derive(Clone)]
 pub struct Recorder {
     client: Client,
     source: EventSource,
+    /// Names and counts, by what was said.
+    said: Arc<Mutex<HashMap<String, (String, i32)>>>,
 }
 
 impl Recorder {
     /// For a component, on a node where it is on one.
     pub fn new(client: Client, component: &str, host: Option<&str>) -> Self {
         let source = EventSource { component: Some(component.into()), host: host.map(Into::into) };
-        Self { client, source }
+        Self { client, source, said: Arc::default() }
     }
 
     /// Says something about an object. The same said again is counted. An event that cannot be
     /// written is only logged: nothing depends on it.
     pub async fn say(&self, about: &ObjectReference, kind: Kind, reason: &str, message: &str) {
-        if let Err(error) = self.write(about, kind, reason, message).await {
-            tracing::warn!("the event {reason} ({message}) cannot be written: {error}");
+        let namespace = about.namespace.as_deref().unwrap_or("default");
+        let api: Api<Event> = Api::namespaced(self.client.clone(), namespace);
+        let key = format!("{:?} {kind:?} {reason} {message}", about.uid);
+        let (name, count) = self.count(key, about.name.as_deref().unwrap_or_default());
+        let mut written = Ok(());
+        let mut is_new = count == 1;
+        if !is_new {
+            let now = Time(Timestamp::now());
+            let patch = Patch::Merge(json!({"count": count, "lastTimestamp": now}));
+            match api.patch(&name, &PatchParams::default(), &patch).await {
+                // Events do not last.
+                Err(kube::Error::Api(status)) if status.code == 404 => is_new = true,
+                other => written = other.map(|_| ()),
+            }
+        }
+        if is_new {
+            written = self.create(&api, about, kind, reason, message, &name).await;
+        }
+        if let Err(error) = written {
+            tracing::warn!("the event {reason} ({message}) cannot be written: {}", why(&error));
         }
     }
 
-    async fn write(
+    /// The name of an event, and how often it has been said with this time.
+    fn count(&self, key: String, object: &str) -> (String, i32) {
+        let mut said = self.said.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        if said.len() >= REMEMBERED {
+            said.clear();
+        }
+        let new = || (format!("{object}.{:x}", Timestamp::now().as_nanosecond()), 0);
+        let found = said.entry(key).or_insert_with(new);
+        found.1 = found.1.saturating_add(1);
+        found.clone()
+    }
+
+    async fn create(
         &self,
+        api: &Api<Event>,
         about: &ObjectReference,
         kind: Kind,
         reason: &str,
         message: &str,
+        name: &str,
     ) -> kube::Result<()> {
-        let namespace = about.namespace.as_deref().unwrap_or("default");
-        let api: Api<Event> = Api::namespaced(self.client.clone(), namespace);
-        let object = about.name.as_deref().unwrap_or_default();
-        let what = format!("{:?} {reason} {message} {:?}", about.uid, self.source.component);
-        let id = Uuid::new_v5(&Uuid::NAMESPACE_OID, what.as_bytes()).simple().to_string();
-        let name = format!("{object}.{}", &id[..16]);
         let now = Time(Timestamp::now());
-        if let Some(before) = api.get_opt(&name).await? {
-            let count = before.count.unwrap_or(1).saturating_add(1);
-            let patch = Patch::Merge(json!({"count": count, "lastTimestamp": now}));
-            return api.patch(&name, &PatchParams::default(), &patch).await.map(|_| ());
-        }
         let event = Event {
             metadata: ObjectMeta {
-                name: Some(name),
-                namespace: Some(namespace.into()),
+                name: Some(name.into()),
+                namespace: api.namespace().map(Into::into),
                 ..ObjectMeta::default()
             },
             involved_object: about.clone(),
@@ -77,5 +104,13 @@ impl Recorder {
             ..Event::default()
         };
         api.create(&PostParams::default(), &event).await.map(|_| ())
+    }
+}
+
+/// What the API said, without all that came with it.
+pub fn why(error: &kube::Error) -> String {
+    match error {
+        kube::Error::Api(status) => status.message.clone(),
+        other => other.to_string(),
     }
 }

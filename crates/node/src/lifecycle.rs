@@ -3,7 +3,7 @@
 //! Source: Kubernetes' node lifecycle and taint eviction controllers.
 
 use crate::agent::register::LEASES;
-use crate::events::{Kind, Recorder};
+use crate::events::{Kind, Recorder, why};
 use crate::kept::{Keeper, reference};
 use crate::ready;
 use crate::scheduler::nodes::{self, NO_EXECUTE, NO_SCHEDULE, taints, tolerates};
@@ -113,7 +113,7 @@ pub async fn run(client: Client) {
         watch.renewals.note(&leases.state(), &nodes.state());
         for node in nodes.state() {
             if let Err(error) = watch.node(&node).await {
-                tracing::warn!("a node is looked at again: {error}");
+                tracing::warn!("a node is looked at again: {}", why(&error));
             }
         }
         let mut next = ROUND;
@@ -121,7 +121,7 @@ pub async fn run(client: Client) {
             match watch.pod(&pod, &nodes.state()).await {
                 Ok(Some(wait)) => next = next.min(wait),
                 Ok(None) => {}
-                Err(error) => tracing::warn!("a pod is looked at again: {error}"),
+                Err(error) => tracing::warn!("a pod is looked at again: {}", why(&error)),
             }
         }
         let _ = tokio::time::timeout(next, keeper.bell.notified()).await;

@@ -10,7 +10,7 @@ pub mod plan;
 pub mod resources;
 pub mod snapshot;
 
-use crate::events::{Kind, Recorder};
+use crate::events::{Kind, Recorder, why};
 use crate::kept::{Keeper, reference};
 use crate::ready;
 use k8s_openapi::api::core::v1::{
@@ -115,7 +115,7 @@ impl Scheduler {
             }
             let name = pod.metadata.name.as_deref().unwrap_or_default();
             if let Err(error) = self.act(pod, decision).await {
-                tracing::warn!(pod = name, "scheduling is tried again: {error}");
+                tracing::warn!(pod = name, "scheduling is tried again: {}", why(&error));
             }
         }
     }

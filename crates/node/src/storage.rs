@@ -7,7 +7,7 @@ pub mod classes;
 pub mod disks;
 pub mod plan;
 
-use crate::events::{Kind, Recorder};
+use crate::events::{Kind, Recorder, why};
 use crate::kept::{Keeper, reference};
 use crate::ready;
 use claims::{
@@ -44,7 +44,7 @@ pub struct Config {
 /// Why a step could not be done.
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("{0}")]
+    #[error("{}", why(.0))]
     Api(#[from] kube::Error),
     #[error("{0}")]
     Disk(#[from] std::io::Error),

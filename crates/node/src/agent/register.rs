@@ -1,6 +1,7 @@
 //! A node as an object: what it is, that it lives.
 
 use super::Config;
+use crate::events::why;
 use crate::storage::claims::POOL;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
@@ -121,12 +122,12 @@ pub async fn beat(client: Client, config: &Config) {
     let mut beats = 0;
     loop {
         if let Err(error) = renew(&client, &config.name).await {
-            tracing::warn!(node = config.name, "the lease is not renewed: {error}");
+            tracing::warn!(node = config.name, "the lease is not renewed: {}", why(&error));
         }
         if beats % TOLD_EVERY == TOLD_EVERY - 1
             && let Err(error) = register(&client, config).await
         {
-            tracing::warn!(node = config.name, "the node's status is not told: {error}");
+            tracing::warn!(node = config.name, "the node's status is not told: {}", why(&error));
         }
         beats += 1;
         tokio::time::sleep(BEAT).await;

@@ -5,6 +5,7 @@
 
 use super::command::{Contents, Place, field, resource};
 use super::files::{self, Files, stays_below};
+use crate::events::why;
 use crate::storage::{self, claims::Claim};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
@@ -112,7 +113,7 @@ impl Volumes {
     async fn fetch(&mut self, pod: &Pod) -> Result<(), String> {
         let (maps, secrets) = uses(pod);
         for name in maps {
-            let found = self.api::<ConfigMap>(pod).get_opt(&name).await.map_err(text)?;
+            let found = self.api::<ConfigMap>(pod).get_opt(&name).await.map_err(|e| why(&e))?;
             let contents = found.map(|map| {
                 let binary = map.binary_data.unwrap_or_default();
                 let binary = binary.into_iter().map(|(key, value)| (key, value.0));
@@ -122,7 +123,7 @@ impl Volumes {
             self.config_maps.insert(name, contents);
         }
         for name in secrets {
-            let found = self.api::<Secret>(pod).get_opt(&name).await.map_err(text)?;
+            let found = self.api::<Secret>(pod).get_opt(&name).await.map_err(|e| why(&e))?;
             let contents = found.map(|secret| {
                 let data = secret.data.unwrap_or_default();
                 data.into_iter().map(|(key, value)| (key, value.0)).collect()
@@ -157,13 +158,14 @@ impl Volumes {
 
     /// Where a claim's data is.
     async fn claimed(&self, pod: &Pod, name: &str) -> Result<PathBuf, String> {
-        let claim = self.api::<PersistentVolumeClaim>(pod).get_opt(name).await.map_err(text)?;
+        let claim =
+            self.api::<PersistentVolumeClaim>(pod).get_opt(name).await.map_err(|e| why(&e))?;
         let claim = claim.ok_or(format!("persistentvolumeclaim {name:?} not found"))?;
         let volume = claim.spec.as_ref().and_then(|spec| spec.volume_name.clone());
         let volume = volume.filter(|_| claim.is_bound());
         let volume = volume.ok_or(format!("PVC {name} is not bound"))?;
         let volumes: Api<PersistentVolume> = Api::all(self.client.clone());
-        let volume = volumes.get(&volume).await.map_err(text)?;
+        let volume = volumes.get(&volume).await.map_err(|e| why(&e))?;
         let path = storage::path(&volume);
         let path =
             path.ok_or("its volume is neither local nor hostPath: this node has no other")?;
@@ -260,7 +262,7 @@ impl Volumes {
         };
         let api = self.api::<ServiceAccount>(pod);
         let given = api.create_token_request(&account, &PostParams::default(), &request).await;
-        let given = given.map_err(text)?.status.ok_or("the token has no status")?;
+        let given = given.map_err(|e| why(&e))?.status.ok_or("the token has no status")?;
         let life = given.expiration_timestamp.0.duration_since(now).as_secs();
         let until = now + SignedDuration::from_secs(life.max(0) * RENEWED_AFTER / 10);
         self.tokens.insert(key, (given.token.clone(), until));

@@ -7,7 +7,7 @@ use super::record::{self, Run};
 use super::status::status;
 use super::volumes::{REFRESH, Volumes};
 use super::{Config, machine::RETRY};
-use crate::events::{Kind, Recorder};
+use crate::events::{Kind, Recorder, why};
 use crate::kept::reference;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Container, Node, Pod};
@@ -408,7 +408,7 @@ pub const ROOT: &str = "GODWIT_ROOT";
 
 #[derive(Debug, thiserror::Error)]
 enum Error {
-    #[error("{0}")]
+    #[error("{}", why(.0))]
     Api(#[from] kube::Error),
     #[error("its folder cannot be used: {0}")]
     Disk(#[from] io::Error),
