@@ -151,21 +151,17 @@ pub fn plan(pod: &Pod, seen: &Seen) -> Plan {
     if let Some(due) = due {
         plan.wake(due);
     }
-    if !advance_init(spec, seen, &mut plan) {
-        return plan;
-    }
-    let mut lasts = false;
-    for container in &spec.containers {
-        let found = seen.containers.get(&container.name);
-        let ends =
-            found.and_then(Contained::exit).is_some_and(|e| !again(spec, container, false, e));
-        lasts |= !ends;
-        if !ends {
+    let lasts = |container: &&Container| {
+        let exit = seen.containers.get(&container.name).and_then(Contained::exit);
+        exit.is_none_or(|exit| again(spec, container, false, exit))
+    };
+    // Sidecars live as long as there is something to be beside.
+    if !spec.containers.iter().any(|container| lasts(&container)) {
+        wind_down(spec, seen, None, &mut plan);
+    } else if advance_init(spec, seen, &mut plan) {
+        for container in spec.containers.iter().filter(lasts) {
             keep(spec, container, seen, &mut plan);
         }
-    }
-    if !lasts {
-        wind_down(spec, seen, None, &mut plan);
     }
     plan
 }

@@ -48,7 +48,7 @@ pub fn decide(pod: &Pod, snapshot: &Snapshot) -> Decision {
             *refusals.entry(reason).or_default() += 1;
         }
     }
-    let Some(best) = best(pod, &wanted, &fitting, snapshot) else {
+    let Some(best) = best(pod, &fitting, snapshot) else {
         let mut reasons: Vec<String> =
             refusals.iter().map(|(reason, count)| format!("{count} {reason}")).collect();
         reasons.sort();
@@ -101,17 +101,16 @@ fn refuse(
 }
 
 /// The best of the nodes that will do: preferences first, then the one with most left.
-fn best<'a>(
-    pod: &Pod,
-    wanted: &Resources,
-    fitting: &[&'a Node],
-    snapshot: &Snapshot,
-) -> Option<&'a Node> {
+fn best<'a>(pod: &Pod, fitting: &[&'a Node], snapshot: &Snapshot) -> Option<&'a Node> {
     let spec = pod.spec.as_ref()?;
     let rank = |node: &&&Node| {
         let liked = nodes::preference(spec, node) + neighbours::preference(pod, node, snapshot);
         let name = nodes::name(node);
-        let left = left(&Resources::of_node(node), &snapshot.used(name), wanted);
+        let mut taken = Resources::guess(pod);
+        for other in snapshot.pods_on(name) {
+            taken.add(&Resources::guess(other));
+        }
+        let left = left(&Resources::of_node(node), &taken);
         (-nodes::reluctance(spec, node), liked, left, Reverse(name.to_owned()))
     };
     fitting.iter().max_by_key(rank).copied()
@@ -120,10 +119,10 @@ fn best<'a>(
 /// How much of a node's processor and memory is left, the mean of both in thousandths.
 ///
 /// Source: kube-scheduler's `LeastAllocated`.
-fn left(have: &Resources, used: &Resources, wanted: &Resources) -> i64 {
+fn left(have: &Resources, taken: &Resources) -> i64 {
     let share = |name: &str| {
         let all = i128::from(have.get(name));
-        let taken = i128::from(used.get(name)) + i128::from(wanted.get(name));
+        let taken = i128::from(taken.get(name));
         if all == 0 { 0 } else { ((all - taken) * 1000 / all).clamp(0, 1000) }
     };
     i64::try_from((share("cpu") + share("memory")) / 2).unwrap_or(0)

@@ -66,6 +66,21 @@ impl Resources {
         all
     }
 
+    /// What a pod is likely to take: one that asks for nothing takes something all the same, and
+    /// such pods are to be spread too.
+    ///
+    /// Source: kube-scheduler's `DefaultMilliCPURequest` and `DefaultMemoryRequest`.
+    pub fn guess(pod: &Pod) -> Self {
+        let mut all = Self::of_pod(pod);
+        for (name, least) in [("cpu", 100), ("memory", 200 << 20)] {
+            let amount = all.0.entry(name.into()).or_default();
+            if *amount == 0 {
+                *amount = least;
+            }
+        }
+        all
+    }
+
     /// What a node gives to pods.
     pub fn of_node(node: &Node) -> Self {
         Self::of(node.status.as_ref().and_then(|status| status.allocatable.as_ref()))
