@@ -3,7 +3,7 @@
 MINUTES ?= 10
 SEED ?= 1
 
-.PHONY: help setup build guest demo test bench soak check clean
+.PHONY: help setup build guest demo test conformance bench soak check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -23,6 +23,9 @@ demo: guest ## watch a VM move
 
 test: guest ## run all tests, with real QEMU
 	cargo test --workspace
+
+conformance: ## the API's tests against another Kubernetes: KUBECONFIG=...
+	@scripts/conformance
 
 bench: guest ## measure, side by side with QEMU's own way and libvirt
 	@scripts/setup bench

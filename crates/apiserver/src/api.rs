@@ -568,6 +568,10 @@ impl Shared {
                     asked.into_iter().flatten().filter_map(Value::as_str).collect();
                 let audiences = if asked.is_empty() { &own[..] } else { &asked };
                 let sent = question["spec"]["token"].as_str().unwrap_or_default();
+                if sent.is_empty() {
+                    let text = "token is required for TokenReview in authentication";
+                    return Err(Failure::bad_request(text));
+                }
                 let found = self.keys.verify(sent, audiences, &|r, ns, n| self.look_up(r, ns, n));
                 Ok(review::token(question, found.as_ref(), audiences))
             }

@@ -232,10 +232,11 @@ fn last_applied(live: &Value, schema: &Schema, writer: &Writer) -> Set {
 fn told(conflicts: &Conflicts) -> Failure {
     let mut causes = Vec::new();
     let mut lines = Vec::new();
+    let one = conflicts.iter().map(|(_, fields)| fields.paths().len()).sum::<usize>() == 1;
     for (manager, fields) in conflicts {
         let by = match &*manager.subresource {
-            "" => format!("conflict with {:?}", manager.name),
-            sub => format!("conflict with {:?} with subresource {sub:?}", manager.name),
+            "" => format!("{:?}", manager.name),
+            sub => format!("{:?} with subresource {sub:?}", manager.name),
         };
         let by = match manager.applies {
             true => by,
@@ -246,15 +247,15 @@ fn told(conflicts: &Conflicts) -> Failure {
         };
         let paths = fields.paths();
         match &paths[..] {
-            [one] => lines.push(format!("{by}: {one}")),
+            [path] if one => lines.push(format!("conflict with {by}: {path}")),
             several => {
                 let listed: Vec<_> = several.iter().map(|path| format!("\n- {path}")).collect();
-                lines.push(format!("{by}:{}", listed.concat()));
+                lines.push(format!("conflicts with {by}:{}", listed.concat()));
             }
         }
         causes.extend(paths.into_iter().map(|path| Cause {
             reason: "FieldManagerConflict",
-            message: by.clone(),
+            message: format!("conflict with {by}"),
             field: path,
         }));
     }

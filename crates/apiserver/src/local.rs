@@ -56,21 +56,7 @@ impl Local {
         if code.is_success() {
             return Ok(value);
         }
-        let text = |field: &str| value[field].as_str().unwrap_or_default().to_owned();
-        let reason = match code.as_u16() {
-            404 => "NotFound",
-            409 if text("reason") == "AlreadyExists" => "AlreadyExists",
-            409 => "Conflict",
-            403 => "Forbidden",
-            422 => "Invalid",
-            _ => "Failure",
-        };
-        Err(Failure {
-            code: code.as_u16(),
-            reason,
-            message: text("message"),
-            details: value["details"].clone(),
-        })
+        Err(failure_of(code.as_u16(), &value))
     }
 
     /// Creates an object; one that exists is let be.
@@ -102,6 +88,20 @@ impl Local {
             _ => Ok(()),
         }
     }
+}
+
+/// The failure that an answer tells of.
+pub fn failure_of(code: u16, status: &Value) -> Failure {
+    let text = |field: &str| status[field].as_str().unwrap_or_default().to_owned();
+    let reason = match code {
+        404 => "NotFound",
+        409 if text("reason") == "AlreadyExists" => "AlreadyExists",
+        409 => "Conflict",
+        403 => "Forbidden",
+        422 => "Invalid",
+        _ => "Failure",
+    };
+    Failure { code, reason, message: text("message"), details: status["details"].clone() }
 }
 
 impl<B> tower::Service<Request<B>> for Local

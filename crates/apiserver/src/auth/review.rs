@@ -129,7 +129,7 @@ pub fn token(question: &Value, found: Option<&User>, audiences: &[&str]) -> Valu
         Some(user) => {
             json!({"authenticated": true, "user": user.to_json(), "audiences": audiences})
         }
-        None => json!({"authenticated": false, "error": "the token is not valid"}),
+        None => json!({"error": "the token is not valid"}),
     };
     answer
 }

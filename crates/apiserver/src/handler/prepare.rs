@@ -101,6 +101,14 @@ impl<'a> Target<'a> {
         let given = |field: &str| object[field].as_str().unwrap_or_default().to_owned();
         let (its_kind, its_version) = (given("kind"), given("apiVersion"));
         if !its_version.is_empty() && its_version != version {
+            // Of what is built in every version is known, and this is none of them.
+            if self.resource.crd.is_none() {
+                return Err(Failure::bad_request(format!(
+                    "{its_kind} in version {its_version:?} cannot be handled as a {kind}: \
+                     no kind {its_kind:?} is registered for version {its_version:?} in scheme \
+                     \"pkg/api/legacyscheme/scheme.go:30\""
+                )));
+            }
             return Err(Failure::bad_request(format!(
                 "the API version in the data ({its_version}) does not match the expected API version ({version})"
             )));
@@ -282,9 +290,18 @@ impl<'a> Target<'a> {
     /// Checks an object that is to be stored.
     ///
     /// # Errors
-    /// 422 with all that is wrong.
+    /// 422 with all that is wrong. 400 for a wrong type in what is built in: Kubernetes cannot
+    /// even read that.
     pub fn validate(&self, new: &Value, old: Option<&Value>) -> Result<(), Failure> {
         let mut causes = self.resource.schema.validate(new, old);
+        let unreadable = causes.iter().find(|cause| cause.reason == "FieldValueTypeInvalid");
+        if let Some(cause) = unreadable.filter(|_| self.resource.crd.is_none()) {
+            let (kind, version) = (&self.resource.kind, self.resource.api_version());
+            let why = cause.message.splitn(3, ": ").last().unwrap_or_default();
+            return Err(Failure::bad_request(format!(
+                "{kind} in version {version:?} cannot be handled as a {kind}: {why}"
+            )));
+        }
         causes.extend(crate::names::validate(self.resource, new, old));
         if causes.is_empty() {
             causes.extend((self.kind.validate)(new));

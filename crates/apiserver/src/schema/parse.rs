@@ -377,7 +377,7 @@ impl Parser<'_> {
         }
         let without = Schema { default: None, ..schema.clone() };
         for cause in without.validate_part(default) {
-            self.invalid(&at, &cause.message);
+            self.wrong(&format!("{at}{}", cause.field), cause.reason, &cause.message);
         }
     }
 

@@ -47,8 +47,16 @@ fn applied_twice_changes_nothing_and_what_is_dropped_goes_and_force_takes() {
                 Err(failure) => {
                     assert!(at_odds, "{failure}");
                     assert_eq!(failure.code, 409);
-                    assert!(failure.message.contains("conflict with \"one\""), "{failure}");
                     let causes = failure.details["causes"].as_array().unwrap();
+                    let text = match causes.len() {
+                        1 => {
+                            "Apply failed with 1 conflict: conflict with \"one\": .data.".to_owned()
+                        }
+                        n => format!(
+                            "Apply failed with {n} conflicts: conflicts with \"one\":\n- .data."
+                        ),
+                    };
+                    assert!(failure.message.starts_with(&text), "{failure}");
                     assert!(causes.iter().all(|c| c["reason"] == "FieldManagerConflict"));
                     apply("two", true, &second).await.unwrap();
                 }

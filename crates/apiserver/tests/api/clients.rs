@@ -27,7 +27,7 @@ async fn kube_rs_discovers_and_uses_all_that_is_served() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lease_has_one_holder() {
     let world = World::new().await;
-    let leases: Api<Lease> = Api::namespaced(world.client().await, "default");
+    let leases: Api<Lease> = Api::namespaced(world.client().await, &world.name);
     let lease =
         json!({"apiVersion": "coordination.k8s.io/v1", "kind": "Lease", "metadata": {"name": "l"}});
     leases.create(&PostParams::default(), &serde_json::from_value(lease).unwrap()).await.unwrap();
@@ -71,6 +71,7 @@ async fn kubectl_works_as_with_any_kubernetes() {
         eprintln!("NOT RUN: there is no kubectl of 1.27 or later");
         return;
     };
+    let n = &*world.unique("n");
     let apply = |manifest: &str, more: &[&str]| {
         let arguments = [&["apply", "-f", "-"], more].concat();
         kubectl.run(&arguments, manifest)
@@ -100,24 +101,24 @@ async fn kubectl_works_as_with_any_kubernetes() {
         ""
     );
     assert!(kubectl.ok(&["describe", "pod", "p"]).contains("Priority:         0"));
-    assert!(kubectl.ok(&["explain", "pod.spec.containers.image"]).contains("Container image name"));
+    assert!(kubectl.ok(&["explain", "pod.spec.containers.image"]).contains("image name"));
     assert!(kubectl.ok(&["api-resources"]).contains("customresourcedefinitions"));
 
     // These are sent as protobuf.
-    kubectl.ok(&["create", "namespace", "n"]);
-    kubectl.ok(&["create", "secret", "generic", "s", "--from-literal=a=b", "-n", "n"]);
-    assert_eq!(kubectl.ok(&["get", "secret", "s", "-n", "n", "-o", "jsonpath={.data.a}"]), "Yg==");
-    kubectl.ok(&["create", "role", "r", "--verb=get", "--resource=pods", "-n", "n"]);
-    kubectl.ok(&["create", "rolebinding", "b", "--role=r", "--user=bob", "-n", "n"]);
-    assert_eq!(kubectl.ok(&["auth", "can-i", "get", "pods", "-n", "n", "--as=bob"]), "yes\n");
+    kubectl.ok(&["create", "namespace", n]);
+    kubectl.ok(&["create", "secret", "generic", "s", "--from-literal=a=b", "-n", n]);
+    assert_eq!(kubectl.ok(&["get", "secret", "s", "-n", n, "-o", "jsonpath={.data.a}"]), "Yg==");
+    kubectl.ok(&["create", "role", "r", "--verb=get", "--resource=pods", "-n", n]);
+    kubectl.ok(&["create", "rolebinding", "b", "--role=r", "--user=bob", "-n", n]);
+    assert_eq!(kubectl.ok(&["auth", "can-i", "get", "pods", "-n", n, "--as=bob"]), "yes\n");
     assert!(
-        kubectl.fails(&["auth", "can-i", "delete", "pods", "-n", "n", "--as=bob"]).contains("no")
+        kubectl.fails(&["auth", "can-i", "delete", "pods", "-n", n, "--as=bob"]).contains("no")
     );
     kubectl.ok(&["create", "serviceaccount", "robot"]);
     assert_eq!(kubectl.ok(&["create", "token", "robot"]).split('.').count(), 3);
-    kubectl.ok(&["create", "quota", "q", "--hard=pods=5,requests.memory=1Gi", "-n", "n"]);
+    kubectl.ok(&["create", "quota", "q", "--hard=pods=5,requests.memory=1Gi", "-n", n]);
     assert!(
-        kubectl.ok(&["describe", "quota", "q", "-n", "n"]).contains("requests.memory  0     1Gi")
+        kubectl.ok(&["describe", "quota", "q", "-n", n]).contains("requests.memory  0     1Gi")
     );
 
     kubectl.ok(&["label", "pod", "p", "tier=db"]);
@@ -140,6 +141,7 @@ async fn kubectl_works_as_with_any_kubernetes() {
             .contains("timed out")
     );
     kubectl.ok(&["delete", "pod", "p"]);
-    kubectl.ok(&["delete", "namespace", "n", "--timeout=20s"]);
-    assert!(kubectl.fails(&["get", "namespace", "n"]).contains("namespaces \"n\" not found"));
+    kubectl.ok(&["delete", "namespace", n, "--timeout=20s"]);
+    let gone = kubectl.fails(&["get", "namespace", n]);
+    assert!(gone.contains(&format!("namespaces {n:?} not found")), "{gone}");
 }
