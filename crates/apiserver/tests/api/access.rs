@@ -67,6 +67,9 @@ async fn nobody_gives_what_they_do_not_have() {
         let eve = eve.clone();
         async move { eve.send(Method::POST, &path, JSON, Some(&object)).await }
     };
+    world
+        .soon(async || eve.send(Method::GET, &format!("{RBAC}/roles"), JSON, None).await.is_ok())
+        .await;
     let refused =
         create(format!("{RBAC}/roles"), role("mine", &["get"], &["secrets"])).await.unwrap_err();
     assert!(

@@ -110,16 +110,18 @@ async fn kubectl_works_as_with_any_kubernetes() {
     assert_eq!(kubectl.ok(&["get", "secret", "s", "-n", n, "-o", "jsonpath={.data.a}"]), "Yg==");
     kubectl.ok(&["create", "role", "r", "--verb=get", "--resource=pods", "-n", n]);
     kubectl.ok(&["create", "rolebinding", "b", "--role=r", "--user=bob", "-n", n]);
-    assert_eq!(kubectl.ok(&["auth", "can-i", "get", "pods", "-n", n, "--as=bob"]), "yes\n");
+    let may = ["auth", "can-i", "get", "pods", "-n", n, "--as=bob"];
+    world.soon(async || kubectl.run(&may, "").1 == "yes\n").await;
     assert!(
         kubectl.fails(&["auth", "can-i", "delete", "pods", "-n", n, "--as=bob"]).contains("no")
     );
     kubectl.ok(&["create", "serviceaccount", "robot"]);
     assert_eq!(kubectl.ok(&["create", "token", "robot"]).split('.').count(), 3);
     kubectl.ok(&["create", "quota", "q", "--hard=pods=5,requests.memory=1Gi", "-n", n]);
-    assert!(
-        kubectl.ok(&["describe", "quota", "q", "-n", n]).contains("requests.memory  0     1Gi")
-    );
+    let counted = ["wait", "quota/q", "--for=jsonpath={.status.used.pods}=0", "-n", n];
+    kubectl.ok(&[&counted[..], &["--timeout=20s"]].concat());
+    let described = kubectl.ok(&["describe", "quota", "q", "-n", n]);
+    assert!(described.contains("requests.memory  0     1Gi"), "{described}");
 
     kubectl.ok(&["label", "pod", "p", "tier=db"]);
     kubectl.ok(&["annotate", "pod", "p", "note=hi"]);
