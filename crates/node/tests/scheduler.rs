@@ -94,7 +94,8 @@ fn a_pod_that_goes_nowhere_says_why_as_kube_scheduler_does() {
         nodes: vec![node("n1", 1, tainted), node("n2", 1, cordoned), node("n3", 1, |_| {})],
         ..Snapshot::default()
     };
-    let large = json!([{"name": "c", "resources": {"requests": {"cpu": "2", "godwit.dev/x": "1"}}}]);
+    let large =
+        json!([{"name": "c", "resources": {"requests": {"cpu": "2", "godwit.dev/x": "1"}}}]);
     assert_eq!(
         why(&pod("p", json!({"containers": large})), &snapshot),
         "0/3 nodes are available: 1 Insufficient cpu, 1 Insufficient godwit.dev/x, \

@@ -64,6 +64,13 @@ impl<'a> Wants<'a> {
                 return Some("node(s) had volume node affinity conflict");
             }
         }
+        // Of the pool goes what others are promised, too.
+        let promised = |claim: &&std::sync::Arc<PersistentVolumeClaim>| {
+            !claim.is_bound()
+                && claim.selected_node() == Some(nodes::name(node))
+                && !self.waiting.iter().any(|own| own.metadata.uid == claim.metadata.uid)
+        };
+        let promised: i64 = snapshot.claims.iter().filter(promised).map(|claim| claim.size()).sum();
         let mut needed = 0_i64;
         for claim in &self.waiting {
             // One that was chosen for before stays where its volume is being made.
@@ -84,7 +91,7 @@ impl<'a> Wants<'a> {
             }
         }
         let free = storage::free(node, &snapshot.volumes);
-        (needed > 0 && free.is_some_and(|free| free < needed))
+        (needed > 0 && free.is_some_and(|free| free.saturating_sub(promised) < needed))
             .then_some("node(s) did not have enough free storage")
     }
 

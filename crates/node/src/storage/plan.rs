@@ -9,6 +9,7 @@ use super::claims::{
 use crate::scheduler::nodes;
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
 use k8s_openapi::api::storage::v1::StorageClass;
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 type Claimed = Arc<PersistentVolumeClaim>;
@@ -56,11 +57,34 @@ pub enum Step {
 
 /// All that can be done now.
 pub fn plan(stock: &Stock) -> Vec<Step> {
-    let mut taken: Vec<&str> = Vec::new();
+    let mut given = Given::default();
     let mut steps: Vec<Step> =
-        stock.claims.iter().flat_map(|claim| stock.claim(claim, &mut taken)).collect();
+        stock.claims.iter().flat_map(|claim| stock.claim(claim, &mut given)).collect();
     steps.extend(stock.volumes.iter().flat_map(|volume| stock.volume(volume)));
     steps
+}
+
+/// What one plan has given away already.
+#[derive(Default)]
+struct Given<'a> {
+    /// Volumes that were there.
+    volumes: Vec<&'a str>,
+    /// Bytes of pools, by node; those of the shared pool under no name.
+    bytes: BTreeMap<String, i64>,
+}
+
+impl Given<'_> {
+    /// Takes bytes of a pool that has some left: else how many it has.
+    fn take(&mut self, pool: &str, left: Option<i64>, wanted: i64) -> Result<(), i64> {
+        let given = self.bytes.entry(pool.to_owned()).or_default();
+        match left.map(|left| left.saturating_sub(*given)) {
+            Some(left) if left < wanted => Err(left.max(0)),
+            _ => {
+                *given = given.saturating_add(wanted);
+                Ok(())
+            }
+        }
+    }
 }
 
 fn name(volume: &PersistentVolume) -> &str {
@@ -77,9 +101,9 @@ pub fn volume_name(claim: &PersistentVolumeClaim) -> String {
 }
 
 impl Stock {
-    fn claim<'a>(&'a self, claim: &'a Claimed, taken: &mut Vec<&'a str>) -> Vec<Step> {
+    fn claim<'a>(&'a self, claim: &'a Claimed, given: &mut Given<'a>) -> Vec<Step> {
         if claim.is_bound() {
-            return self.bound(claim);
+            return self.bound(claim, given);
         }
         if is_gone(claim.as_ref()) {
             return Vec::new();
@@ -106,16 +130,16 @@ impl Stock {
         let fits = |volume: &&Volume| {
             satisfies(volume, claim)
                 && node.is_none_or(|node| reaches(volume, node))
-                && !taken.contains(&name(volume))
+                && !given.volumes.contains(&name(volume))
         };
         let smallest = self.volumes.iter().filter(fits).min_by_key(|v| (capacity(v), name(v)));
         if let Some(volume) = smallest {
-            taken.push(name(volume));
+            given.volumes.push(name(volume));
             return vec![Step::Reserve(Arc::clone(volume), Arc::clone(claim))];
         }
         match (wanted, class) {
             (Some(wanted), _) => vec![self.unavailable(claim, wanted)],
-            (None, Some(class)) if provisions(class) => self.provision(claim, class),
+            (None, Some(class)) if provisions(class) => self.provision(claim, class, given),
             (None, _) => {
                 let text =
                     "no persistent volumes available for this claim and no storage class is set";
@@ -142,7 +166,12 @@ impl Stock {
         self.classes.iter().find(|class| class.metadata.name.as_deref() == Some(wanted))
     }
 
-    fn provision(&self, claim: &Claimed, class: &Arc<StorageClass>) -> Vec<Step> {
+    fn provision(
+        &self,
+        claim: &Claimed,
+        class: &Arc<StorageClass>,
+        given: &mut Given<'_>,
+    ) -> Vec<Step> {
         let (claim, class) = (Arc::clone(claim), Arc::clone(class));
         if !class.provisioner.starts_with(OURS) {
             let text = format!(
@@ -152,30 +181,29 @@ impl Stock {
             return vec![Step::Say(claim, "ExternalProvisioning", text)];
         }
         if !waits_for_consumer(&class) {
-            let used: i64 = self.volumes.iter().filter(|v| is_shared(v)).map(|v| capacity(v)).sum();
-            let left = self.shared.saturating_sub(used);
-            if left < claim.size() {
-                return vec![too_large(claim, "the shared pool", left)];
-            }
-            return vec![Step::Provision(claim, class, None)];
+            return vec![match given.take("", Some(self.shared_left()), claim.size()) {
+                Ok(()) => Step::Provision(claim, class, None),
+                Err(left) => {
+                    let text = too_large(&claim, "the shared pool", left);
+                    Step::Say(claim, "ProvisioningFailed", text)
+                }
+            }];
         }
         let Some(selected) = claim.selected_node().map(str::to_owned) else { return Vec::new() };
         let Some(node) = self.nodes.iter().find(|node| nodes::name(node) == selected) else {
             let text = format!("node {selected:?}, for which the volume was to be made, is gone");
             return vec![Step::Unselect(claim, text)];
         };
-        match free(node, &self.volumes) {
-            Some(left) if left < claim.size() => {
-                let Step::Say(claim, _, text) = too_large(claim, &selected, left) else {
-                    return Vec::new();
-                };
-                vec![Step::Unselect(claim, text)]
+        vec![match given.take(&selected, free(node, &self.volumes), claim.size()) {
+            Ok(()) => Step::Provision(claim, class, Some(selected)),
+            Err(left) => {
+                let text = too_large(&claim, &selected, left);
+                Step::Unselect(claim, text)
             }
-            _ => vec![Step::Provision(claim, class, Some(selected))],
-        }
+        }]
     }
 
-    fn bound(&self, claim: &Claimed) -> Vec<Step> {
+    fn bound(&self, claim: &Claimed, given: &mut Given<'_>) -> Vec<Step> {
         let wanted = claim.spec.as_ref().and_then(|spec| spec.volume_name.as_deref());
         let phase = claim.status.as_ref().and_then(|status| status.phase.as_deref());
         let volume = self.volumes.iter().find(|volume| Some(name(volume)) == wanted);
@@ -188,18 +216,19 @@ impl Stock {
             class.allow_volume_expansion == Some(true) && class.provisioner.starts_with(OURS)
         });
         if claim.size() > size && expands && !is_gone(claim.as_ref()) {
-            let ours = provisioned_by_us(volume);
-            let used: i64 = claim.size() - size;
-            let left = self.left_beside(volume);
-            return match (ours, left.is_some_and(|left| left < used)) {
-                (false, _) => Vec::new(),
-                (true, true) => vec![Step::Say(
+            if !provisioned_by_us(volume) {
+                return Vec::new();
+            }
+            let more = claim.size() - size;
+            let (pool, left) = self.pool_of(volume);
+            return vec![match given.take(&pool, left, more) {
+                Ok(()) => Step::Expand(Arc::clone(volume), Arc::clone(claim)),
+                Err(left) => Step::Say(
                     Arc::clone(claim),
                     "VolumeResizeFailed",
-                    format!("{used} bytes more are asked for, {} are left", left.unwrap_or(0)),
-                )],
-                (true, false) => vec![Step::Expand(Arc::clone(volume), Arc::clone(claim))],
-            };
+                    format!("{more} bytes more are asked for, and its pool has {left} left"),
+                ),
+            }];
         }
         let said = claim.status.as_ref().and_then(|status| status.capacity.as_ref());
         let has = volume.spec.as_ref().and_then(|spec| spec.capacity.as_ref());
@@ -210,14 +239,20 @@ impl Stock {
             .collect()
     }
 
-    /// What is left where a volume is.
-    fn left_beside(&self, volume: &PersistentVolume) -> Option<i64> {
+    fn shared_left(&self) -> i64 {
+        let used: i64 = self.volumes.iter().filter(|v| is_shared(v)).map(|v| capacity(v)).sum();
+        self.shared.saturating_sub(used)
+    }
+
+    /// The pool that a volume is of, and what that has left.
+    fn pool_of(&self, volume: &PersistentVolume) -> (String, Option<i64>) {
         if is_shared(volume) {
-            let used: i64 = self.volumes.iter().filter(|v| is_shared(v)).map(|v| capacity(v)).sum();
-            return Some(self.shared.saturating_sub(used));
+            return (String::new(), Some(self.shared_left()));
         }
-        let node = self.nodes.iter().find(|node| reaches(volume, node))?;
-        free(node, &self.volumes)
+        match self.nodes.iter().find(|node| reaches(volume, node)) {
+            Some(node) => (nodes::name(node).to_owned(), free(node, &self.volumes)),
+            None => (String::new(), None),
+        }
     }
 
     fn volume(&self, volume: &Volume) -> Option<Step> {
@@ -244,13 +279,11 @@ impl Stock {
     }
 }
 
-fn too_large(claim: Claimed, whose: &str, left: i64) -> Step {
-    let text = format!(
-        "failed to provision volume: {} bytes are asked for, and {whose} has {} left; delete volumes that nobody needs, or ask for less",
-        claim.size(),
-        left.max(0)
-    );
-    Step::Say(claim, "ProvisioningFailed", text)
+fn too_large(claim: &PersistentVolumeClaim, whose: &str, left: i64) -> String {
+    format!(
+        "failed to provision volume: {} bytes are asked for, and {whose} has {left} left; delete volumes that nobody needs, or ask for less",
+        claim.size()
+    )
 }
 
 fn is_reserved(volume: &PersistentVolume, claim: &PersistentVolumeClaim) -> bool {
