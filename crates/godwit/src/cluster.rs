@@ -17,6 +17,7 @@ use node::logs::serve::PodLogs;
 use nodes::Nodes;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
+use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -46,14 +47,21 @@ pub async fn up(arguments: cli::Up) -> Result<ExitCode> {
     let running =
         Running { name: arguments.name.clone(), address: server.address, pid: std::process::id() };
     folder.publish(&running)?;
-    eprintln!("cluster {} is ready after {:.1} s", running.name, began.elapsed().as_secs_f64());
-    println!("export KUBECONFIG={}", folder.kubeconfig().display());
+    let after = began.elapsed().as_secs_f64();
+    say(&mut std::io::stderr(), &format!("cluster {} is ready after {after:.1} s", running.name));
+    let export = format!("export KUBECONFIG={}", folder.kubeconfig().display());
+    say(&mut std::io::stdout(), &export);
     let how = asked_to_end().await?;
-    eprintln!("cluster {} ends", running.name);
+    say(&mut std::io::stderr(), &format!("cluster {} ends", running.name));
     nodes.end(how).await;
     server.stop().await;
     drop(lock);
     Ok(ExitCode::SUCCESS)
+}
+
+/// Says something. A cluster that cannot, because its log's disk is full, runs all the same.
+fn say(to: &mut dyn Write, text: &str) {
+    let _ = writeln!(to, "{text}");
 }
 
 /// Waits for the signal to end.

@@ -8,6 +8,7 @@ mod roles;
 pub mod view;
 
 use clap::Parser;
+use std::io::Write;
 use std::process::ExitCode;
 
 /// Runs the command line of this process.
@@ -47,7 +48,8 @@ pub fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("godwit: {}", launcher::chain(error.as_ref()));
+            // It may have nowhere to say it: then the exit code has to do.
+            let _ = writeln!(std::io::stderr(), "godwit: {}", launcher::chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

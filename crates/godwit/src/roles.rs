@@ -25,6 +25,8 @@ pub fn log() {
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_ansi(false)
+        // A log that cannot be written, on a full disk, ends nothing.
+        .log_internal_errors(false)
         .init();
 }
 

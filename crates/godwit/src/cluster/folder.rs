@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{DirBuilder, File, OpenOptions};
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
@@ -159,7 +159,10 @@ impl Folder {
     pub fn open_log(&self) -> Result<File> {
         let mut options = OpenOptions::new();
         let opened = options.append(true).create(true).mode(0o600).open(self.log());
-        opened.with_context(|| format!("cannot write {}", self.log().display()))
+        // A full disk is told of here: later there is nowhere to.
+        let begun =
+            opened.and_then(|mut log| writeln!(log, "cluster {} begins", self.name).map(|()| log));
+        begun.with_context(|| format!("cannot write {}", self.log().display()))
     }
 
     /// The end of the log.

@@ -1,7 +1,7 @@
 //! What runs pods in an embedded cluster: each part in this process, under its own identity.
 
 use crate::cli;
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, anyhow, bail};
 use apiserver::auth::User;
 use apiserver::embedded::Server;
 use apiserver::quantity::Quantity;
@@ -9,6 +9,7 @@ use jiff::SignedDuration;
 use kube::Client;
 use node::agent::images::{Image, Images};
 use node::agent::{self, Ending, pod_address};
+use node::events::why;
 use node::storage::disks::Disks;
 use node::{lifecycle, scheduler, storage};
 use std::collections::BTreeMap;
@@ -77,6 +78,10 @@ impl Nodes {
             };
             let client = client(server, &format!("system:node:{name}"), &["system:nodes"]);
             let ends = ends.clone();
+            // Who waits for the cluster finds its nodes.
+            agent::register::register(&client, &config)
+                .await
+                .map_err(|error| anyhow!("cannot register node {name}: {}", why(&error)))?;
             agents.spawn(async move {
                 if let Err(error) = agent::run(client, config, ends).await {
                     tracing::error!("node {name} does not run: {error}");
