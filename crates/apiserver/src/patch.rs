@@ -69,7 +69,9 @@ impl Patch {
         let mut next = object.clone();
         match self {
             Self::Json(patch) => {
-                json_patch::patch(&mut next, patch).map_err(|error| misfit(&error.to_string()))?;
+                for operation in &patch.0 {
+                    apply(&mut next, operation).map_err(|error| misfit(&error.to_string()))?;
+                }
             }
             Self::Merge(patch) => json_patch::merge(&mut next, patch),
             Self::Strategic(patch) => next = strategic::merge(object, patch, schema)?,
@@ -96,4 +98,19 @@ fn misfit(why: &str) -> Failure {
         message: format!("the server rejected our request due to an error in our request: {why}"),
         details: Value::Null,
     }
+}
+
+/// Applies one operation of a JSON patch. What is not there passes a test for null, as it does in
+/// Kubernetes' own library: kube-rs's finalizers depend on it.
+fn apply(
+    object: &mut Value,
+    operation: &json_patch::PatchOperation,
+) -> Result<(), json_patch::PatchError> {
+    if let json_patch::PatchOperation::Test(test) = operation
+        && test.value.is_null()
+        && test.path.resolve(object).is_err()
+    {
+        return Ok(());
+    }
+    json_patch::patch(object, std::slice::from_ref(operation))
 }

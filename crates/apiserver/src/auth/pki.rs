@@ -40,6 +40,19 @@ pub enum Error {
     /// A certificate cannot be made.
     #[error("cannot make a certificate")]
     Make(#[from] rcgen::Error),
+    /// The clock stands before or after the time of the cluster's CA.
+    #[error(
+        "the clock says {now}, and the cluster's certificates hold from {from} to {until}; set the \
+         clock right"
+    )]
+    Clock {
+        /// The clock.
+        now: String,
+        /// The CA's first moment.
+        from: String,
+        /// Its last.
+        until: String,
+    },
     /// TLS cannot be set up.
     #[error("cannot set up TLS")]
     Tls(#[source] rustls::Error),
@@ -89,6 +102,7 @@ impl Pki {
                 ca
             }
         };
+        check_clock(folder, &ca.certificate)?;
         let damaged = |e: rcgen::Error| damaged_file(&folder.join("ca.key"), &e);
         let key = KeyPair::from_pem(&ca.key).map_err(damaged)?;
         let issuer = Issuer::from_ca_cert_pem(&ca.certificate, key).map_err(damaged)?;
@@ -197,6 +211,24 @@ impl Pki {
         store(&self.folder, file, &made)?;
         Ok(made)
     }
+}
+
+/// Nobody would believe a CA that is not of this time: better said once, and here.
+fn check_clock(folder: &Path, authority: &str) -> Result<(), Error> {
+    let file = folder.join("ca.crt");
+    let der = CertificateDer::from_pem_slice(authority.as_bytes());
+    let der = der.map_err(|e| damaged_file(&file, &e))?;
+    let (_, found) =
+        x509_parser::parse_x509_certificate(&der).map_err(|e| damaged_file(&file, &e))?;
+    let validity = found.validity();
+    if validity.is_valid() {
+        return Ok(());
+    }
+    Err(Error::Clock {
+        now: jiff::Timestamp::now().to_string(),
+        from: validity.not_before.to_string(),
+        until: validity.not_after.to_string(),
+    })
 }
 
 fn new_authority() -> Result<Credential, Error> {

@@ -1,10 +1,19 @@
 //! kube-rs and kubectl, over TLS.
 
-use crate::world::{World, kubectl};
+use crate::world::{World, config_map, kubectl};
+use futures_util::StreamExt;
 use k8s_openapi::api::coordination::v1::Lease;
-use kube::api::{Api, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use k8s_openapi::api::core::v1::ConfigMap;
+use kube::Resource;
+use kube::api::{
+    Api, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams, ResourceExt,
+};
 use kube::discovery::Discovery;
+use kube::runtime::controller::{Action, Controller};
+use kube::runtime::{finalizer, watcher};
 use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
 
 #[tokio::test(flavor = "multi_thread")]
 async fn kube_rs_discovers_and_uses_all_that_is_served() {
@@ -50,6 +59,64 @@ async fn a_lease_has_one_holder() {
     let params = PatchParams::apply("x").force();
     let refused = leases.patch("l", &params, &Patch::Apply(apply)).await.unwrap_err();
     assert!(refused.to_string().contains("must be greater than 0"), "{refused}");
+}
+
+/// What a controller of kube-rs makes for each map that it looks after, and takes away before it
+/// lets go of it.
+async fn copies(
+    map: Arc<ConfigMap>,
+    maps: Arc<Api<ConfigMap>>,
+) -> Result<Action, finalizer::Error<kube::Error>> {
+    let copy = format!("{}-copy", map.name_any());
+    let own = Arc::clone(&maps);
+    finalizer::finalizer(&maps, "example.com/copies", map, |event| async move {
+        match event {
+            finalizer::Event::Apply(map) => {
+                let copy = json!({
+                    "apiVersion": "v1", "kind": "ConfigMap",
+                    "metadata": {"name": copy, "ownerReferences": [map.controller_owner_ref(&())]},
+                    "data": map.data,
+                });
+                let params = PatchParams::apply("copier").force();
+                let name = copy["metadata"]["name"].as_str().unwrap();
+                own.patch(name, &params, &Patch::Apply(&copy)).await?;
+            }
+            finalizer::Event::Cleanup(_) => {
+                own.delete(&copy, &DeleteParams::default()).await?;
+            }
+        }
+        Ok(Action::await_change())
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_controller_keeps_what_it_owns_and_cleans_up_before_its_object_goes() {
+    let world = World::new().await;
+    let maps: Api<ConfigMap> = Api::namespaced(world.client().await, &world.name);
+    let watched = watcher::Config::default().labels("copied=yes");
+    let controller = Controller::new(maps.clone(), watched)
+        .owns(maps.clone(), watcher::Config::default())
+        .run(copies, |_, _, _| Action::requeue(Duration::from_millis(100)), Arc::new(maps.clone()));
+    let running = tokio::spawn(controller.for_each(|_| async {}));
+    let mut map = config_map("m", json!({"k": "1"}));
+    map["metadata"]["labels"] = json!({"copied": "yes"});
+    let path = "/api/v1/namespaces/default/configmaps";
+    world.create(path, map).await.unwrap();
+    let (at_map, at_copy) = (format!("{path}/m"), format!("{path}/m-copy"));
+    world.until(&at_copy, |copy| copy["data"]["k"] == "1").await;
+    // What somebody else changes of it is put right, as is what its object changes.
+    let merge = "application/merge-patch+json";
+    world.patch(&at_copy, merge, json!({"data": {"k": "x"}})).await.unwrap();
+    world.until(&at_copy, |copy| copy["data"]["k"] == "1").await;
+    world.patch(&at_map, merge, json!({"data": {"k": "2"}})).await.unwrap();
+    world.until(&at_copy, |copy| copy["data"]["k"] == "2").await;
+    world.delete(&at_copy, json!({})).await.unwrap();
+    world.until(&at_copy, |copy| copy["data"]["k"] == "2").await;
+    world.delete(&at_map, json!({})).await.unwrap();
+    world.until_gone(&at_map).await;
+    assert_eq!(world.get(&at_copy).await.unwrap_err().code, 404);
+    running.abort();
 }
 
 const MANIFEST: &str = r#"
