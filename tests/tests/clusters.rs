@@ -174,6 +174,17 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
     let first = cluster.until(&path, is_ready).await?;
     let log = cluster.log("p", "").await?;
     assert_eq!(log, "v\nca.crt\nnamespace\ntoken\n");
+    // What changes of a ConfigMap is seen.
+    let changed = json!({"data": {"k": "w"}});
+    cluster.send("PATCH", "/api/v1/namespaces/default/configmaps/m", Some(changed)).await?;
+    let uid = first["metadata"]["uid"].as_str().context("a uid")?;
+    let node = first["spec"]["nodeName"].as_str().context("a node")?;
+    let seen = cluster.path(&format!("machine/nodes/{node}/pods/{uid}/containers/c/root/m/k"));
+    let began = Instant::now();
+    while std::fs::read_to_string(&seen)? != "w" {
+        ensure!(began.elapsed() < SOON, "the pod does not see the change");
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     let volume = cluster.send("GET", &format!("{CLAIMS}/data"), None).await?;
     let volume = volume["spec"]["volumeName"].as_str().context("it is bound")?.to_owned();
     let volume = cluster.send("GET", &format!("/api/v1/persistentvolumes/{volume}"), None).await?;
@@ -289,17 +300,13 @@ async fn claims_are_served_within_their_pools_and_grow() -> Result<()> {
             },
         })
     };
-    for (name, class, size) in [
-        ("s", "shared-block", "600Mi"),
-        ("t", "shared", "600Mi"),
-        ("l", "local-block", "600Mi"),
-        ("m", "local-block", "600Mi"),
-        ("n", "scratch", "600Mi"),
-    ] {
-        cluster.create(CLAIMS, claim(name, class, size)).await?;
+    cluster.create(CLAIMS, claim("s", "shared-block", "600Mi")).await?;
+    cluster.until(&format!("{CLAIMS}/s"), |claim| claim["status"]["phase"] == "Bound").await?;
+    for (name, class) in
+        [("t", "shared"), ("l", "local-block"), ("m", "local-block"), ("n", "scratch")]
+    {
+        cluster.create(CLAIMS, claim(name, class, "600Mi")).await?;
     }
-    let is_bound = |claim: &Value| claim["status"]["phase"] == "Bound";
-    cluster.until(&format!("{CLAIMS}/s"), is_bound).await?;
     let events = "/api/v1/namespaces/default/events";
     let told = |text: &'static str| move |events: &Value| events.to_string().contains(text);
     cluster.until(events, told("the shared pool has 444596224 left")).await?;

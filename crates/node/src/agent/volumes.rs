@@ -10,8 +10,10 @@ use crate::storage::{self, claims::Claim};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
 use k8s_openapi::api::core::v1::{
-    ConfigMap, Container, DownwardAPIVolumeFile, KeyToPath, Node, PersistentVolume,
-    PersistentVolumeClaim, Pod, Secret, ServiceAccount, ServiceAccountTokenProjection, Volume,
+    ConfigMap, ConfigMapProjection, ConfigMapVolumeSource, Container, DownwardAPIProjection,
+    DownwardAPIVolumeFile, DownwardAPIVolumeSource, KeyToPath, Node, PersistentVolume,
+    PersistentVolumeClaim, Pod, Secret, SecretProjection, SecretVolumeSource, ServiceAccount,
+    ServiceAccountTokenProjection, Volume, VolumeProjection,
 };
 use kube::api::PostParams;
 use kube::{Api, Client};
@@ -22,7 +24,7 @@ use std::os::unix::fs::symlink;
 use std::path::{Path, PathBuf};
 
 /// Changed ConfigMaps and Secrets are seen after this at the latest.
-pub const REFRESH: SignedDuration = SignedDuration::from_secs(60);
+pub const REFRESH: SignedDuration = SignedDuration::from_secs(10);
 /// A token is renewed when this many tenths of its life are over.
 const RENEWED_AFTER: i64 = 8;
 
@@ -176,57 +178,28 @@ impl Volumes {
     }
 
     async fn files(&mut self, volume: &Volume, filling: &Filling<'_>) -> Result<Files, String> {
-        let mode = |mode: Option<i32>| mode.unwrap_or(0o644).unsigned_abs();
+        let (sources, mode) = sources(volume).ok_or(
+            "this node has volumes of these kinds only: configMap, downwardAPI, emptyDir, hostPath, \
+             persistentVolumeClaim, projected, secret",
+        )?;
+        let mode = mode.unwrap_or(0o644).unsigned_abs();
         let mut files = Files::new();
-        if let Some(map) = &volume.config_map {
-            let mode = mode(map.default_mode);
-            pick(
-                ("configmap", &self.config_maps),
-                &map.name,
-                map.items.as_deref(),
-                map.optional,
-                mode,
-                &mut files,
-            )?;
-        } else if let Some(secret) = &volume.secret {
-            let (mode, name) = (mode(secret.default_mode), secret.secret_name.clone());
-            let (name, items) = (name.unwrap_or_default(), secret.items.as_deref());
-            pick(("secret", &self.secrets), &name, items, secret.optional, mode, &mut files)?;
-        } else if let Some(api) = &volume.downward_api {
-            filling.downward(api.items.as_deref(), mode(api.default_mode), &mut files)?;
-        } else if let Some(projected) = &volume.projected {
-            let mode = mode(projected.default_mode);
-            for source in projected.sources.iter().flatten() {
-                if let Some(map) = &source.config_map {
-                    pick(
-                        ("configmap", &self.config_maps),
-                        &map.name,
-                        map.items.as_deref(),
-                        map.optional,
-                        mode,
-                        &mut files,
-                    )?;
-                }
-                if let Some(secret) = &source.secret {
-                    pick(
-                        ("secret", &self.secrets),
-                        &secret.name,
-                        secret.items.as_deref(),
-                        secret.optional,
-                        mode,
-                        &mut files,
-                    )?;
-                }
-                if let Some(api) = &source.downward_api {
-                    filling.downward(api.items.as_deref(), mode, &mut files)?;
-                }
-                if let Some(wanted) = &source.service_account_token {
-                    let token = self.token(&volume.name, wanted, filling.pod).await?;
-                    files.insert(wanted.path.clone(), (token.into_bytes(), 0o600));
-                }
+        for source in sources {
+            if let Some(map) = &source.config_map {
+                let wanted = (&*map.name, map.items.as_deref(), map.optional, mode);
+                pick("configmap", &self.config_maps, wanted, &mut files)?;
             }
-        } else {
-            return Err("this node has volumes of these kinds only: configMap, downwardAPI, emptyDir, hostPath, persistentVolumeClaim, projected, secret".into());
+            if let Some(secret) = &source.secret {
+                let wanted = (&*secret.name, secret.items.as_deref(), secret.optional, mode);
+                pick("secret", &self.secrets, wanted, &mut files)?;
+            }
+            if let Some(api) = &source.downward_api {
+                filling.downward(api.items.as_deref(), mode, &mut files)?;
+            }
+            if let Some(wanted) = &source.service_account_token {
+                let token = self.token(&volume.name, wanted, filling.pod).await?;
+                files.insert(wanted.path.clone(), (token.into_bytes(), 0o600));
+            }
         }
         Ok(files)
     }
@@ -316,13 +289,38 @@ fn relink(target: &Path, link: &Path) -> Result<(), String> {
     symlink(target, link).map_err(text)
 }
 
+/// What a volume's files are made of, and their mode: None for a volume that is not made of files.
+/// What is of one kind alone is as if it were projected.
+fn sources(volume: &Volume) -> Option<(Vec<VolumeProjection>, Option<i32>)> {
+    if let Some(projected) = volume.projected.clone() {
+        return Some((projected.sources.unwrap_or_default(), projected.default_mode));
+    }
+    let mut one = VolumeProjection::default();
+    let mode = if let Some(map) = volume.config_map.clone() {
+        let ConfigMapVolumeSource { default_mode, items, name, optional } = map;
+        one.config_map = Some(ConfigMapProjection { items, name, optional });
+        default_mode
+    } else if let Some(secret) = volume.secret.clone() {
+        let SecretVolumeSource { default_mode, items, secret_name, optional } = secret;
+        let name = secret_name.unwrap_or_default();
+        one.secret = Some(SecretProjection { items, name, optional });
+        default_mode
+    } else {
+        let DownwardAPIVolumeSource { default_mode, items } = volume.downward_api.clone()?;
+        one.downward_api = Some(DownwardAPIProjection { items });
+        default_mode
+    };
+    Some((vec![one], mode))
+}
+
+/// What is wanted of a ConfigMap or Secret: its name, keys and paths, whether it may lack, the mode.
+type Wanted<'a> = (&'a str, Option<&'a [KeyToPath]>, Option<bool>, u32);
+
 /// Takes files of a ConfigMap or Secret: all, or those that are named.
 fn pick(
-    (kind, all): (&str, &Contents),
-    name: &str,
-    items: Option<&[KeyToPath]>,
-    optional: Option<bool>,
-    mode: u32,
+    kind: &str,
+    all: &Contents,
+    (name, items, optional, mode): Wanted<'_>,
     files: &mut Files,
 ) -> Result<(), String> {
     let optional = optional == Some(true);

@@ -68,7 +68,9 @@ struct Worker {
     place: Place,
     since: Timestamp,
     volumes: Volumes,
-    /// When the volumes are to be looked at again; None before the first time.
+    /// The volumes are there.
+    mounted: bool,
+    /// When they are to be looked at again; None before the first time.
     refresh: Option<Timestamp>,
     containers: BTreeMap<String, Kept>,
     bell: Arc<Notify>,
@@ -88,6 +90,7 @@ pub async fn run(shared: Shared, folder: PathBuf, uid: &str, mut wishes: watch::
     let mut worker = Worker {
         since: Timestamp::now(),
         volumes,
+        mounted: false,
         refresh: None,
         containers: BTreeMap::new(),
         bell: Arc::default(),
@@ -132,6 +135,9 @@ impl Worker {
         }
         let seen = self.see(&pod)?;
         let mut plan = machine::plan(&pod, &seen);
+        if !plan.over {
+            self.mount(&pod, seen.now).await;
+        }
         let started = !plan.start.is_empty() && self.start(&pod, &seen, &mut plan).await?;
         for (name, stop) in &plan.stop {
             self.stop(&pod, name, *stop).await;
@@ -185,16 +191,27 @@ impl Worker {
         Ok(Seen { now: Timestamp::now(), since: self.since, containers: all })
     }
 
+    /// Makes the volumes what they are to be now, when it is time: what is in them may have changed.
+    async fn mount(&mut self, pod: &Pod, now: Timestamp) {
+        if self.refresh.is_some_and(|at| at > now) {
+            return;
+        }
+        match self.volumes.refresh(pod, &self.place, &self.shared.node).await {
+            Ok(()) => {
+                self.mounted = true;
+                self.refresh = Some(now + REFRESH);
+            }
+            Err(why) => {
+                self.refresh = Some(now + RETRY);
+                self.say(pod, Kind::Warning, "FailedMount", &why).await;
+            }
+        }
+    }
+
     /// Starts what is to be started. Whether anything was.
     async fn start(&mut self, pod: &Pod, seen: &Seen, plan: &mut Plan) -> Result<bool, Error> {
-        let due = self.refresh.is_none_or(|at| at <= seen.now);
-        if due && let Err(why) = self.volumes.refresh(pod, &self.place, &self.shared.node).await {
-            self.say(pod, Kind::Warning, "FailedMount", &why).await;
-            plan.wake = Some(seen.now + RETRY);
+        if !self.mounted {
             return Ok(false);
-        }
-        if due {
-            self.refresh = Some(seen.now + REFRESH);
         }
         let mut started = false;
         for container in containers(pod).filter(|c| plan.start.contains(&c.name)) {
