@@ -55,9 +55,12 @@ impl Cluster {
         self.dir.path().join("local").join(name)
     }
 
-    fn pid(&self) -> Result<i32> {
+    /// Ends it as a crash does.
+    fn kill(&self) -> Result<()> {
         let record: Value = serde_json::from_slice(&std::fs::read(self.path("cluster.json"))?)?;
-        Ok(i32::try_from(record["pid"].as_i64().context("no pid")?)?)
+        let pid = i32::try_from(record["pid"].as_i64().context("no pid")?)?;
+        let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
+        Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
     }
 
     /// The processes that were started for its pods.
@@ -191,8 +194,7 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
     let folder = PathBuf::from(volume["spec"]["local"]["path"].as_str().context("a path")?);
     let ticks = || std::fs::read_to_string(folder.join("ticks")).unwrap_or_default().len();
 
-    let killed = rustix::process::Pid::from_raw(cluster.pid()?).context("a process")?;
-    rustix::process::kill_process(killed, rustix::process::Signal::KILL)?;
+    cluster.kill()?;
     let before = ticks();
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(ticks() > before, "the pod ended with the cluster that was killed");
@@ -216,9 +218,19 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
     let stubborn = shell("trap '' TERM; sleep 1000 & while true; do sleep 0.1; done");
     cluster.create(PODS, pod("q", json!({"containers": [stubborn]}))).await?;
     cluster.until(&format!("{PODS}/q"), is_ready).await?;
-    assert!(!cluster.processes()?.is_empty());
-    assert!(godwit(cluster.dir.path(), &["down"])?.status.success());
-    assert_eq!(cluster.processes()?, Vec::<i32>::new(), "something is left after its end");
+    for crashes in [true, false] {
+        assert!(!cluster.processes()?.is_empty());
+        if crashes {
+            cluster.kill()?;
+        }
+        assert!(godwit(cluster.dir.path(), &["down"])?.status.success());
+        assert_eq!(cluster.processes()?, Vec::<i32>::new(), "something is left after its end");
+        up(cluster.dir.path())?;
+        cluster.client = client(cluster.dir.path()).await?;
+        let restarted =
+            |p: &Value| is_ready(p) && p["status"]["containerStatuses"][0]["restartCount"] != 0;
+        cluster.until(&format!("{PODS}/q"), restarted).await?;
+    }
     Ok(())
 }
 

@@ -320,7 +320,7 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Verify(arguments) => moving::verify(arguments).await,
         Command::Console(arguments) => host::console(arguments).await,
         Command::Up(arguments) => cluster::up(arguments).await,
-        Command::Down(arguments) => cluster::down(&arguments),
+        Command::Down(arguments) => cluster::down(&arguments).await,
         Command::Kubeconfig(arguments) => cluster::kubeconfig(&arguments),
         Command::Status(Status { vm: Some(vm), host: Some(host), output, .. }) => {
             host::status(&host, &vm, output).await

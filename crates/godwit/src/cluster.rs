@@ -144,10 +144,18 @@ fn detach(folder: &Folder, arguments: &cli::Up) -> Result<ExitCode> {
 ///
 /// # Errors
 /// When it does not end.
-pub fn down(arguments: &cli::Down) -> Result<ExitCode> {
+pub async fn down(arguments: &cli::Down) -> Result<ExitCode> {
     let folder = Folder::of(arguments.dir.as_deref(), &arguments.name)?;
     let Some(running) = folder.running() else {
         eprintln!("cluster {} does not run", arguments.name);
+        // It may have been killed, and what it ran goes on.
+        if folder.path().is_dir() && !arguments.keep_pods {
+            let _lock = folder.lock()?;
+            let left = nodes::end_left_over(folder.path()).await?;
+            if left > 0 {
+                eprintln!("{left} containers that it had left running have been ended");
+            }
+        }
         return Ok(ExitCode::SUCCESS);
     };
     let pid = i32::try_from(running.pid).ok().and_then(Pid::from_raw);

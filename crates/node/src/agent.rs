@@ -22,20 +22,25 @@ pub mod worker;
 
 use crate::events::Recorder;
 use crate::kept::Keeper;
+use container::Kept;
 use images::Images;
-use jiff::SignedDuration;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Pod, Taint};
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use std::collections::{BTreeMap, HashMap};
-use std::path::PathBuf;
+use std::io;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use uuid::Uuid;
 use volumes::HostPaths;
 use worker::{Shared, Wish};
+
+/// What has not ended this long after it was killed is stuck in the kernel, and is left.
+const STUCK: Duration = Duration::from_secs(10);
 
 /// A node.
 #[derive(Debug, Clone)]
@@ -133,6 +138,44 @@ pub async fn run(
     Ok(())
 }
 
+/// Ends all containers of a node whose agent is gone, and has left them running: at once those that
+/// have not ended in the time they get. Returns how many there were.
+///
+/// # Errors
+/// When a container's record cannot be read or written.
+pub async fn end_left_over(node: &Path, leaving: Duration) -> io::Result<usize> {
+    let below = |folder: &Path| -> Vec<PathBuf> {
+        std::fs::read_dir(folder).into_iter().flatten().flatten().map(|e| e.path()).collect()
+    };
+    let pods = below(&node.join("pods"));
+    let containers = pods.iter().flat_map(|pod| below(&pod.join("containers")));
+    let mut running: Vec<Kept> =
+        containers.map(|folder| Kept::new(folder, Arc::default())).collect();
+    let began = Instant::now();
+    let mut found = None;
+    loop {
+        let mut left = Vec::new();
+        for mut kept in running {
+            if kept.see()?.runs() {
+                left.push(kept);
+            }
+        }
+        let count = *found.get_or_insert(left.len());
+        let late = began.elapsed() >= leaving;
+        if left.is_empty() || began.elapsed() >= leaving + STUCK {
+            return Ok(count);
+        }
+        for kept in &mut left {
+            if late || kept.asked.is_none() {
+                kept.signal(late);
+                kept.asked = Some(Timestamp::now());
+            }
+        }
+        running = left;
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
 struct Agent {
     shared: Shared,
     /// By uid.
@@ -201,6 +244,6 @@ impl Agent {
         // Each ends what runs by force after a while; what is stuck even so is left.
         let leaving = Duration::try_from(self.shared.config.leaving).unwrap_or_default();
         let all = async { while self.tasks.join_next().await.is_some() {} };
-        let _ = tokio::time::timeout(leaving + Duration::from_secs(10), all).await;
+        let _ = tokio::time::timeout(leaving + STUCK, all).await;
     }
 }

@@ -14,6 +14,7 @@ use node::storage::disks::Disks;
 use node::{lifecycle, scheduler, storage};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -38,6 +39,20 @@ fn client(server: &Server, user: &str, groups: &[&str]) -> Client {
 /// Where a cluster's volumes and pods are.
 pub fn disks(folder: &Path) -> Disks {
     Disks::new(folder.join("machine"))
+}
+
+/// Ends what a cluster that was killed has left running. Returns how many containers.
+///
+/// # Errors
+/// When a container's record cannot be used.
+pub async fn end_left_over(folder: &Path) -> Result<usize> {
+    let leaving = Duration::try_from(LEAVING)?;
+    let mut ended = 0;
+    for node in disks(folder).nodes() {
+        let left = agent::end_left_over(&node, leaving).await;
+        ended += left.with_context(|| format!("cannot end what is left in {}", node.display()))?;
+    }
+    Ok(ended)
 }
 
 impl Nodes {

@@ -29,6 +29,12 @@ impl Disks {
         self.base.join("nodes").join(node)
     }
 
+    /// The folders of all nodes that there were.
+    pub fn nodes(&self) -> Vec<PathBuf> {
+        let entries = std::fs::read_dir(self.base.join("nodes")).into_iter().flatten().flatten();
+        entries.map(|entry| entry.path()).collect()
+    }
+
     fn pool(&self, node: Option<&str>) -> PathBuf {
         match node {
             Some(node) => self.node(node).join("volumes"),
