@@ -214,3 +214,51 @@ async fn kubectl_works_as_with_any_kubernetes() {
     let gone = kubectl.fails(&["get", "namespace", n]);
     assert!(gone.contains(&format!("namespaces {n:?} not found")), "{gone}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubectl_watches_and_deletes_with_or_without_what_is_owned() {
+    let world = World::new().await;
+    let Some(kubectl) = kubectl(&world) else {
+        eprintln!("NOT RUN: there is no kubectl of 1.27 or later");
+        return;
+    };
+    let maps = "/api/v1/namespaces/default/configmaps";
+    let make = async |name: &str, owner: Option<&serde_json::Value>| {
+        let mut map = config_map(name, json!({}));
+        map["metadata"]["labels"] = json!({"of": "this"});
+        map["metadata"]["ownerReferences"] = owner.map_or(json!([]), |owner| {
+            json!([{
+                "apiVersion": "v1", "kind": "ConfigMap", "name": owner["metadata"]["name"],
+                "uid": owner["metadata"]["uid"], "blockOwnerDeletion": true,
+            }])
+        });
+        world.create(maps, map).await.unwrap()
+    };
+    for (cascade, stays) in [("background", false), ("foreground", false), ("orphan", true)] {
+        let owner = make("owner", None).await;
+        make("owned", Some(&owner)).await;
+        let watch = ["get", "cm", "-l", "of=this", "-w", "--output-watch-events"];
+        let watch = [&watch[..], &["--request-timeout=3s"]].concat();
+        let cascade = format!("--cascade={cascade}");
+        let deleted = ["delete", "cm", "owner", "--timeout=20s", &cascade];
+        let (told, _) = std::thread::scope(|scope| {
+            let watching = scope.spawn(|| kubectl.run(&watch, "").1);
+            // It begins with what there is; either way it tells of the owner's end.
+            std::thread::sleep(Duration::from_millis(500));
+            let done = kubectl.ok(&deleted);
+            (watching.join().unwrap(), done)
+        });
+        let line = |event: &str, name: &str| {
+            told.lines().any(|line| {
+                let mut words = line.split_whitespace();
+                words.next() == Some(event) && words.next() == Some(name)
+            })
+        };
+        assert!(line("ADDED", "owned") && line("DELETED", "owner"), "{cascade}: {told}");
+        assert_eq!(line("DELETED", "owned"), !stays, "{cascade}: {told}");
+        if stays {
+            let left = world.get(&format!("{maps}/owned")).await.unwrap();
+            assert!(left["metadata"].get("ownerReferences").is_none(), "{left}");
+        }
+    }
+}
