@@ -433,6 +433,8 @@ async fn kubectl_reads_logs_and_empties_a_node() -> Result<()> {
     run(&["run", "last", &image, "--command", "--", "sh", "-c", stays])?;
     run(&["wait", "--for=condition=Ready", "pod/last", "--timeout=30s"])?;
     assert!(run(&["get", "pod", "last", "-o", "wide"])?.contains("local-2"));
+    let exec = kubectl(&cluster, &["exec", "last", "--", "ls"]).context("it was there before")?;
+    assert!(!exec.0 && exec.1.contains("pods/exec is not served"), "{}", exec.1);
     run(&["uncordon", "local-1"])?;
     assert!(
         run(&["describe", "pod", "last"])?

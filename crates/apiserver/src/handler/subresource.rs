@@ -22,7 +22,16 @@ impl Handler {
             return self.scale(call).await;
         }
         let known = resource.subresources.iter().find(|s| s.name == call.subresource);
-        let known = known.ok_or_else(Failure::no_such_path)?;
+        let known = known.ok_or_else(|| match (&*resource.key(), &*call.subresource) {
+            (
+                "pods",
+                what @ ("exec" | "attach" | "portforward" | "proxy" | "ephemeralcontainers"),
+            ) => Failure::not_implemented(format!(
+                "pods/{what} is not served: pods of this cluster are processes of its machine; \
+                     use them there"
+            )),
+            _ => Failure::no_such_path(),
+        })?;
         let (key, creates) = (resource.key(), call.verb == Verb::Create);
         match (&*key, &*known.name) {
             ("pods", "binding") if creates => self.bind(call).await,
