@@ -63,10 +63,10 @@ pub fn full_disk(path: &Path, mib: u64) -> Result<()> {
 
 /// A host and, this far away, another.
 fn two_hosts(world: &World, delay: Option<Duration>) -> Result<(Host, Host)> {
-    let a = world.host("a", "127.0.0.2")?;
+    let a = world.host("a", 2)?;
     let b = match delay {
-        Some(delay) => world.far_host("b", "127.0.0.3", delay)?,
-        None => world.host("b", "127.0.0.3")?,
+        Some(delay) => world.far_host("b", 3, delay)?,
+        None => world.host("b", 3)?,
     };
     Ok((a, b))
 }

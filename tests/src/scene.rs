@@ -55,7 +55,7 @@ pub fn scene_on(
     disks: impl FnOnce(&World) -> Result<Vec<(&'static str, PathBuf)>>,
 ) -> Result<Scene> {
     let world = World::new(program)?;
-    let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
+    let (a, b) = (world.host("a", 2)?, world.host("b", 3)?);
     let disks = disks(&world)?;
     let disks: Vec<_> = disks.iter().map(|(name, path)| (*name, path.as_path())).collect();
     let on_a = a.launch(VM, &guest::spec_with(VM, &disks, 64)?, &["--failpoints"])?;

@@ -7,6 +7,7 @@ use launcher::client::Client;
 use launcher::status::{Phase, Status};
 use std::ffi::OsString;
 use std::fs::File;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -20,6 +21,9 @@ pub struct World {
     folder: Option<tempfile::TempDir>,
     program: PathBuf,
     env: Env,
+    /// Its hosts' addresses are above this one: no other world's are. The port of a gateway that
+    /// was killed is free for its next start only where nobody else listens.
+    network: Ipv4Addr,
     runtime: tokio::runtime::Runtime,
 }
 
@@ -58,7 +62,9 @@ impl World {
         // A thread of its own: links carry on while a test waits for something else.
         let mut runtime = tokio::runtime::Builder::new_multi_thread();
         let runtime = runtime.worker_threads(1).enable_all().build()?;
-        Ok(Self { folder: Some(folder), program: program.into(), env: Vec::new(), runtime })
+        let network = network();
+        let (folder, program) = (Some(folder), program.into());
+        Ok(Self { folder, program, env: Vec::new(), network, runtime })
     }
 
     /// Hosts made from now on give this to their launchers' environment.
@@ -71,19 +77,24 @@ impl World {
         self.folder.as_ref().map_or_else(PathBuf::new, |f| f.path().join(name))
     }
 
-    /// A host with its gateway running on `ip`.
+    fn address(&self, number: u8) -> IpAddr {
+        let [a, b, c, d] = self.network.octets();
+        IpAddr::from([a, b, c, d + number % 8])
+    }
+
+    /// A host with its gateway running. Each of a world has a number of its own, below 8.
     ///
     /// # Errors
     /// When it does not come up.
-    pub fn host(&self, name: &str, ip: &str) -> Result<Host> {
-        self.host_of("ca", name, ip)
+    pub fn host(&self, name: &str, number: u8) -> Result<Host> {
+        self.host_of("ca", name, number)
     }
 
     /// A host that another CA of the world vouches for.
     ///
     /// # Errors
     /// When it does not come up.
-    pub fn host_of(&self, ca: &str, name: &str, ip: &str) -> Result<Host> {
+    pub fn host_of(&self, ca: &str, name: &str, number: u8) -> Result<Host> {
         let dir = self.path(name);
         let ca = self.path(ca);
         let made = Command::new(&self.program)
@@ -101,7 +112,7 @@ impl World {
             dir,
             program: self.program.clone(),
             env: self.env.clone(),
-            listen: format!("{ip}:0"),
+            listen: format!("{}:0", self.address(number)),
             address: String::new(),
             link: None,
             gateway: None,
@@ -114,9 +125,9 @@ impl World {
     ///
     /// # Errors
     /// When it does not come up.
-    pub fn far_host(&self, name: &str, ip: &str, delay: Duration) -> Result<Host> {
-        let mut host = self.host(name, ip)?;
-        let (near, far) = (format!("{ip}:0").parse()?, host.listen.parse()?);
+    pub fn far_host(&self, name: &str, number: u8, delay: Duration) -> Result<Host> {
+        let mut host = self.host(name, number)?;
+        let (near, far) = (SocketAddr::new(self.address(number), 0), host.listen.parse()?);
         let link = self.run(DelayRelay::start(near, far, delay, None))?;
         host.kill_gateway();
         host.address = link.local_addr().to_string();
@@ -276,6 +287,12 @@ fn text(file: &mut File) -> Result<String> {
     file.rewind()?;
     file.read_to_string(&mut text)?;
     Ok(text)
+}
+
+/// Addresses of this machine that nobody else is likely to have: 8 of some 115,000.
+fn network() -> Ipv4Addr {
+    let [a, b, c, ..] = *uuid::Uuid::new_v4().as_bytes();
+    Ipv4Addr::new(127, 1 + a % 14, b, c & 0xf8)
 }
 
 impl Host {

@@ -25,7 +25,7 @@ fn a_target_that_does_not_know_the_machine_refuses_before_it_touches_a_disk() ->
     let refuse = "echo 'qemu: unsupported machine type' >&2; exit 1";
     let refuse = format!("if [ -e '{}' ]; then {refuse}; fi", old.display());
     world.set_env("GODWIT_QEMU", qemu(&world, &refuse)?);
-    let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
+    let (a, b) = (world.host("a", 2)?, world.host("b", 3)?);
     let (here, there) = (world.path("a/root.raw"), b.folder(VM).join("root.raw"));
     guest::disk(&here, 64)?;
     let _on_a = a.launch(VM, &guest::spec(VM, &here, 64)?, &[])?;
@@ -69,11 +69,11 @@ fn a_target_that_does_not_know_the_machine_refuses_before_it_touches_a_disk() ->
 #[test]
 fn a_target_that_cannot_load_the_guest_says_why_and_the_guest_goes_on() -> Result<()> {
     let mut world = World::new(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")))?;
-    let a = world.host("a", "127.0.0.2")?;
+    let a = world.host("a", 2)?;
     // A target has more memory than the guest that comes.
     let more = "case \"$*\" in *-incoming*) set -- \"$@\" -m 72M;; esac";
     world.set_env("GODWIT_QEMU", qemu(&world, more)?);
-    let b = world.host("b", "127.0.0.3")?;
+    let b = world.host("b", 3)?;
     let disk = world.path("a/root.raw");
     guest::disk(&disk, 64)?;
     let _on_a = a.launch(VM, &guest::spec(VM, &disk, 64)?, &[])?;

@@ -89,12 +89,12 @@ fn preface(ticket: &Ticket, stream: Stream, token: &Token) -> Result<Preface> {
 #[test]
 fn whoever_is_not_the_right_one_is_refused_on_either_side() -> Result<()> {
     let mut scene = scene()?;
-    let stranger = scene.world.host_of("other-ca", "c", "127.0.0.4")?;
+    let stranger = scene.world.host_of("other-ca", "c", 4)?;
     let _waits = stranger.receive(VM, &[])?;
     scene.is_refused(&stranger, &[], "is not vouched for by the CA of cluster")?;
 
     // The target's address was given to another host of the same CA.
-    let d = scene.world.host("d", "127.0.0.5")?;
+    let d = scene.world.host("d", 5)?;
     let moved_in = |said: &mut Here| {
         said.peer.address = d.address().to_owned();
         Ok(())

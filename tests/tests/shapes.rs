@@ -43,7 +43,7 @@ fn writes_also(scene: &Scene, host: &Host, id: u64, place: &str) -> Result<()> {
 #[test]
 fn three_hops_and_home_send_only_what_changed_on_the_way() -> Result<()> {
     let scene = scene()?;
-    let c = scene.world.host("c", "127.0.0.4")?;
+    let c = scene.world.host("c", 4)?;
     let _on_c = c.receive(VM, &[])?;
     moves(&scene, &scene.a, &scene.b, &[])?;
     moves(&scene, &scene.b, &c, &[])?;
@@ -110,7 +110,7 @@ fn a_smaller_target_is_refused_and_a_larger_one_grows() -> Result<()> {
     moves(&scene, &scene.a, &scene.b, &["--disk", &disk])?;
     // The guest may use what its disk grew by, and takes it along.
     writes_also(&scene, &scene.b, 1, "dev=/dev/vda offset=70M len=1M")?;
-    let c = scene.world.host("c", "127.0.0.4")?;
+    let c = scene.world.host("c", 4)?;
     let _on_c = c.receive(VM, &[])?;
     moves(&scene, &scene.b, &c, &[])?;
     assert_eq!(c.folder(VM).join("root.raw").metadata()?.len(), 80 * MIB);

@@ -68,7 +68,7 @@ const GUID: &str = "11111111-2222-3333-4444-555555555555";
 fn what_the_firmware_keeps_is_there_after_a_move_and_a_restart() -> Result<()> {
     assert!(Path::new(CODE).exists(), "there is no {CODE}; run `make setup`");
     let world = World::new(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")))?;
-    let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
+    let (a, b) = (world.host("a", 2)?, world.host("b", 3)?);
     let variables = world.path("a/vars.fd");
     std::fs::copy(VARIABLES, &variables)?;
     let spec = |path: &Path| {

@@ -36,7 +36,7 @@ pub fn plain_tcp(world: &World) -> Result<f64> {
 /// When a gateway does not carry it.
 pub fn channel(program: &Path) -> Result<f64> {
     let world = World::new(program)?;
-    let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
+    let (a, b) = (world.host("a", 2)?, world.host("b", 3)?);
     world.run(async {
         let mut tokens = Tokens::new();
         let token = tokens.issue(Stream::Memory(0));

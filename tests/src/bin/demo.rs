@@ -30,7 +30,7 @@ fn demo() -> Result<()> {
     let inject = inject()?;
     let program = std::env::current_exe()?.with_file_name("godwit");
     let world = World::new(&program)?;
-    let (a, b) = (world.host("a", "127.0.0.2")?, world.host("b", "127.0.0.3")?);
+    let (a, b) = (world.host("a", 2)?, world.host("b", 3)?);
     println!("two hosts: a at {}, b at {}", a.address(), b.address());
 
     let disk = world.path("a/root.raw");

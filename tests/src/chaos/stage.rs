@@ -43,8 +43,8 @@ impl Stage {
             world.set_env("GODWIT_QEMU", stub);
             world.set_env("STUB_QEMU_RUN_LOCK", world.path("run.lock"));
         }
-        let here = |name, ip| world.far_host(name, ip, Duration::ZERO);
-        let hosts = [here("a", "127.0.0.2")?, here("b", "127.0.0.3")?];
+        let here = |name, number| world.far_host(name, number, Duration::ZERO);
+        let hosts = [here("a", 2)?, here("b", 3)?];
         let witness = Witness::new();
         let mut stage = Self {
             world,
