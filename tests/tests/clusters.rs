@@ -218,6 +218,23 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
     let stubborn = shell("trap '' TERM; sleep 1000 & while true; do sleep 0.1; done");
     cluster.create(PODS, pod("q", json!({"containers": [stubborn]}))).await?;
     cluster.until(&format!("{PODS}/q"), is_ready).await?;
+    // A container whose supervisor is killed goes with it, and is started anew.
+    let supervisors = |pid: &i32| {
+        let command = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        String::from_utf8_lossy(&command).contains("pod-process")
+    };
+    let before = cluster.processes()?;
+    for pid in before.iter().copied().filter(supervisors) {
+        let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL)?;
+    }
+    let lost = |p: &Value| {
+        let last = &p["status"]["containerStatuses"][0]["lastState"]["terminated"];
+        is_ready(p) && last["reason"] == "ContainerStatusUnknown"
+    };
+    cluster.until(&format!("{PODS}/q"), lost).await?;
+    let after = cluster.processes()?;
+    assert!(!after.iter().any(|pid| before.contains(pid)), "{before:?}, {after:?}");
     for crashes in [true, false] {
         assert!(!cluster.processes()?.is_empty());
         if crashes {

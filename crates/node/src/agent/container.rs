@@ -3,11 +3,12 @@
 use super::machine::{Contained, State};
 use super::probes::{Asked, Health};
 use super::record::{Exit, Files, Process, Run, Started};
+use super::worker::ROOT;
 use crate::supervise::{COMMAND, KILL};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Container;
 use rustix::process::{Pid, PidfdFlags, Signal};
-use std::io;
+use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex};
@@ -20,6 +21,8 @@ use tokio::task::JoinSet;
 /// A supervisor has taken its run within this time, or never will.
 const TAKEN: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(2);
+/// Of a process's environment, what is read.
+const ENVIRONMENT: u64 = 1 << 20;
 
 /// A container, and what the agent remembers of it.
 pub struct Kept {
@@ -227,6 +230,23 @@ fn state_of(files: &Files) -> Option<State> {
     }
 }
 
+/// Ends all that is left of a container that nobody looks after: whatever has its root in its
+/// environment, as all that it started has.
+fn end_strays(folder: &Path) {
+    let mark = format!("{ROOT}={}", folder.join("root").display());
+    let is_stray = |pid: i32| {
+        let mut environment = Vec::new();
+        let file = std::fs::File::open(format!("/proc/{pid}/environ"));
+        let read = file.and_then(|file| file.take(ENVIRONMENT).read_to_end(&mut environment));
+        read.is_ok() && environment.split(|byte| *byte == 0).any(|v| v == mark.as_bytes())
+    };
+    let entries = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+    let pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse::<i32>().ok());
+    for stray in pids.filter(|pid| is_stray(*pid)).filter_map(Process::of) {
+        stray.signal(Signal::KILL);
+    }
+}
+
 /// How a run is. One that nobody looks after any more is ended, and written down as such.
 fn state(files: &Files) -> io::Result<State> {
     let lost = |reason: &str, message: &str| Exit {
@@ -249,9 +269,7 @@ fn state(files: &Files) -> io::Result<State> {
     }
     // It may have ended between the two looks.
     if files.exit().is_none() {
-        if let Some(child) = files.child().filter(|child| child.is_alive()) {
-            child.signal_group(Signal::KILL);
-        }
+        end_strays(&files.folder);
         files.write_exit(&lost("ContainerStatusUnknown", "its supervisor was killed"))?;
     }
     Ok(state_of(files).unwrap_or_default())

@@ -100,12 +100,6 @@ impl Process {
         // It may have ended just now.
         let _ = rustix::process::kill_process(pid, signal);
     }
-
-    /// Sends a signal to all of its group, which it leads.
-    pub fn signal_group(self, signal: Signal) {
-        let Some(pid) = Pid::from_raw(self.pid) else { return };
-        let _ = rustix::process::kill_process_group(pid, signal);
-    }
 }
 
 /// The files of one run.
