@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt};
 use tokio::process::{Child, Command};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 use tokio::task::JoinSet;
 
 /// The hidden command of a program that contains this: `PROGRAM pod-process FOLDER ATTEMPT`.
@@ -38,9 +38,10 @@ pub fn supervise(folder: &Path, attempt: u32) -> io::Result<()> {
     })?;
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let begun = begin(&files, &run)?;
-        let exit = match begun {
-            Ok(child) => attend(&files, &run, child).await?,
+        // Whoever learns who runs it may send these at once.
+        let asked = (signal(SignalKind::terminate())?, signal(SignalKind::user_defined1())?);
+        let exit = match begin(&files, &run)? {
+            Ok(child) => attend(&files, &run, child, asked).await?,
             Err(error) => Exit {
                 code: 128,
                 signal: None,
@@ -67,6 +68,8 @@ fn begin(files: &Files, run: &Run) -> io::Result<io::Result<Child>> {
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .process_group(0)
+        // Without somebody to look after it, it does not run.
+        .kill_on_drop(true)
         .spawn();
     let Ok(child) = spawned else { return Ok(spawned) };
     if let Some(process) = child.id().and_then(|id| Process::of(i32::try_from(id).ok()?)) {
@@ -75,9 +78,12 @@ fn begin(files: &Files, run: &Run) -> io::Result<io::Result<Child>> {
     Ok(Ok(child))
 }
 
-async fn attend(files: &Files, run: &Run, mut child: Child) -> io::Result<Exit> {
-    let mut term = signal(SignalKind::terminate())?;
-    let mut kill = signal(SignalKind::user_defined1())?;
+async fn attend(
+    files: &Files,
+    run: &Run,
+    mut child: Child,
+    (mut term, mut kill): (Signals, Signals),
+) -> io::Result<Exit> {
     let log = Arc::new(Mutex::new(Writer::create(files.log())?));
     let mut readers = JoinSet::new();
     if let Some(out) = child.stdout.take() {
