@@ -4,6 +4,7 @@
 use k8s_openapi::api::core::v1::{Node, PersistentVolume, PersistentVolumeClaim};
 use k8s_openapi::api::storage::v1::StorageClass;
 use node::storage::claims::{Claim, POOL, capacity};
+use node::storage::disks::Disks;
 use node::storage::plan::{Step, Stock, plan, volume_name};
 use proptest::prelude::*;
 use serde_json::{Value, json};
@@ -220,4 +221,31 @@ proptest! {
             prop_assert!(claim.is_bound() || waits, "{claim:?} is neither bound nor told why");
         }
     }
+}
+
+/// A person can write any path into a volume; only what is a volume of ours is removed.
+#[test]
+fn what_is_no_volume_is_not_removed() {
+    let base = tempfile::tempdir().unwrap();
+    let disks = Disks::new(base.path().to_owned());
+    let local = disks.make(Some("n"), "v", false, 0).unwrap();
+    let shared = disks.make(None, "w", true, 7).unwrap();
+    let inside = |path: &str| base.path().join(path);
+    for path in [
+        inside("nodes/n/disk"),
+        inside("nodes/n/volumes/disk"),
+        inside("nodes/n/volumes/v/other"),
+        inside("nodes/n/volumes/../disk"),
+        inside("shared/disk"),
+        "/etc/data".into(),
+    ] {
+        let refused = disks.remove(&path).unwrap_err();
+        assert!(refused.to_string().contains("is no volume below"), "{refused}");
+    }
+    assert!(local.is_dir() && std::fs::metadata(&shared).unwrap().len() == 7);
+    disks.remove(&local).unwrap();
+    disks.remove(&local).unwrap();
+    disks.remove(&shared).unwrap();
+    assert!(!inside("nodes/n/volumes/v").exists() && !inside("shared/w").exists());
+    assert!(inside("nodes/n/volumes").exists());
 }

@@ -90,10 +90,13 @@ impl Disks {
 
     /// A path that is ours: a person can write any other into a volume.
     fn own<'a>(&self, path: &'a Path) -> io::Result<&'a Path> {
-        let plain = path.components().all(|part| part != std::path::Component::ParentDir);
-        let named = matches!(path.file_name().and_then(|n| n.to_str()), Some("disk" | "data"));
-        let below = path.strip_prefix(&self.base).is_ok_and(|rest| rest.components().count() >= 3);
-        if plain && named && below {
+        let rest = path.strip_prefix(&self.base).unwrap_or(Path::new(""));
+        let parts: Vec<&str> = rest.iter().filter_map(|part| part.to_str()).collect();
+        let plain = parts.iter().all(|part| *part != "..");
+        if let ["shared", _, "disk" | "data"] | ["nodes", _, "volumes", _, "disk" | "data"] =
+            parts[..]
+            && plain
+        {
             return Ok(path);
         }
         let text = format!("{} is no volume below {}", path.display(), self.base.display());
