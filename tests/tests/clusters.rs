@@ -214,6 +214,30 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
     cluster.until_gone(&format!("/api/v1/persistentvolumes/{name}")).await?;
     assert!(!folder.exists(), "the data of a claim that is gone is left");
 
+    // A hook is run before a pod ends, and holds up nobody who wants it gone at once.
+    let mut hooked = shell("trap exit TERM; while true; do sleep 0.1; done");
+    let hook = json!(["sh", "-c", "touch $GODWIT_ROOT/hooked; sleep 1000"]);
+    hooked["lifecycle"] = json!({"preStop": {"exec": {"command": hook}}});
+    let spec = json!({"containers": [hooked], "terminationGracePeriodSeconds": 1000});
+    cluster.create(PODS, pod("h", spec)).await?;
+    let path = format!("{PODS}/h");
+    let running = cluster.until(&path, is_ready).await?;
+    let (uid, node) = (&running["metadata"]["uid"], &running["spec"]["nodeName"]);
+    let (uid, node) = (uid.as_str().context("a uid")?, node.as_str().context("a node")?);
+    let file = format!("machine/nodes/{node}/pods/{uid}/containers/c/root/hooked");
+    cluster.send("DELETE", &path, None).await?;
+    let began = Instant::now();
+    while !cluster.path(&file).exists() {
+        ensure!(began.elapsed() < SOON, "the hook is not run");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    cluster.send("DELETE", &path, Some(json!({"gracePeriodSeconds": 0}))).await?;
+    let began = Instant::now();
+    while !cluster.processes()?.is_empty() {
+        ensure!(began.elapsed() < SOON, "the hook holds the pod up");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+
     // What does not hear of its end is ended all the same.
     let stubborn = shell("trap '' TERM; sleep 1000 & while true; do sleep 0.1; done");
     cluster.create(PODS, pod("q", json!({"containers": [stubborn]}))).await?;

@@ -24,8 +24,8 @@ use crate::events::Recorder;
 use crate::kept::Keeper;
 use container::Kept;
 use images::Images;
-use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::{Pod, Taint};
+use jiff::SignedDuration;
+use k8s_openapi::api::core::v1::{Node, Pod, Taint};
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use std::collections::{BTreeMap, HashMap};
@@ -90,17 +90,9 @@ pub fn pod_address(uid: &str) -> String {
     format!("127.{}.{b}.{}", 16 + a % 224, 1 + c % 254)
 }
 
-/// Runs a node's agent until it is told to end.
-///
-/// # Errors
-/// When the node cannot be registered, after some tries.
-pub async fn run(
-    client: Client,
-    config: Config,
-    mut ending: watch::Receiver<Ending>,
-) -> kube::Result<()> {
-    let config = Arc::new(config);
-    let node = Arc::new(register::register(&client, &config).await?);
+/// Runs the agent of a node, as it was registered (see [`register`]), until it is told to end.
+pub async fn run(client: Client, config: Config, node: Node, mut ending: watch::Receiver<Ending>) {
+    let (config, node) = (Arc::new(config), Arc::new(node));
     let events = Recorder::new(client.clone(), "kubelet", Some(&config.name));
     let mut keeper = Keeper::default();
     let mine = watcher::Config::default().fields(&format!("spec.nodeName={}", config.name));
@@ -135,7 +127,6 @@ pub async fn run(
     if how == Ending::WithPods {
         agent.end().await;
     }
-    Ok(())
 }
 
 /// Ends all containers of a node whose agent is gone, and has left them running: at once those that
@@ -166,9 +157,10 @@ pub async fn end_left_over(node: &Path, leaving: Duration) -> io::Result<usize> 
             return Ok(count);
         }
         for kept in &mut left {
-            if late || kept.asked.is_none() {
-                kept.signal(late);
-                kept.asked = Some(Timestamp::now());
+            match kept.asked {
+                _ if late => kept.signal(true),
+                None => kept.ask(),
+                Some(_) => {}
             }
         }
         running = left;

@@ -92,16 +92,11 @@ impl Nodes {
                 name: name.clone(),
             };
             let client = client(server, &format!("system:node:{name}"), &["system:nodes"]);
-            let ends = ends.clone();
             // Who waits for the cluster finds its nodes.
-            agent::register::register(&client, &config)
+            let node = agent::register::register(&client, &config)
                 .await
                 .map_err(|error| anyhow!("cannot register node {name}: {}", why(&error)))?;
-            agents.spawn(async move {
-                if let Err(error) = agent::run(client, config, ends).await {
-                    tracing::error!("node {name} does not run: {error}");
-                }
-            });
+            agents.spawn(agent::run(client, config, node, ends.clone()));
         }
         Ok(Self { ending, agents, _controllers: controllers })
     }

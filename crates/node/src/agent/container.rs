@@ -1,12 +1,13 @@
 //! One container on this machine: started, seen, ended.
 
+use super::images::Image;
 use super::machine::{Contained, State};
 use super::probes::{Asked, Health};
 use super::record::{Exit, Files, Process, Run, Started};
 use super::worker::ROOT;
 use crate::supervise::{COMMAND, KILL};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::Container;
+use k8s_openapi::api::core::v1::{Container, LifecycleHandler};
 use rustix::process::{Pid, PidfdFlags, Signal};
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -33,6 +34,8 @@ pub struct Kept {
     /// When it was asked to end.
     pub asked: Option<Timestamp>,
     health: Arc<Mutex<Health>>,
+    /// Nothing is left of the run that has ended.
+    swept: bool,
     /// Of the run with this number.
     watched: Option<u32>,
     watches: JoinSet<()>,
@@ -50,6 +53,7 @@ impl Kept {
             refused: None,
             asked: None,
             health,
+            swept: false,
             watched: None,
             watches,
             told: None,
@@ -69,6 +73,11 @@ impl Kept {
             (self.asked, self.watched) = (None, None);
             self.watches.abort_all();
             *lock(&self.health) = Health::default();
+            if !self.swept {
+                // What its probes and hooks have started is not its supervisor's.
+                end_strays(&self.folder);
+                self.swept = true;
+            }
         }
         let before = files.previous().and_then(|previous| match state_of(&previous) {
             Some(State::Ended(at, exit)) => Some((at, exit)),
@@ -104,12 +113,7 @@ impl Kept {
     ///
     /// # Errors
     /// When its supervisor cannot be watched.
-    pub fn watch(
-        &mut self,
-        container: &Container,
-        image: &super::images::Image,
-        address: &str,
-    ) -> io::Result<()> {
+    pub fn watch(&mut self, container: &Container, image: &Image, address: &str) -> io::Result<()> {
         let Some(files) = Files::newest(&self.folder) else { return Ok(()) };
         if self.watched == Some(files.attempt) {
             return Ok(());
@@ -152,6 +156,7 @@ impl Kept {
             old.remove();
         }
         let _ = std::fs::remove_file(&run.message.0);
+        self.swept = false;
         files.write_run(run)?;
         let mut child = Command::new(supervisor)
             .arg(COMMAND)
@@ -184,23 +189,45 @@ impl Kept {
         times
     }
 
-    /// Asks it to end, or ends it.
-    pub fn signal(&self, kill: bool) {
-        let by = Files::newest(&self.folder).and_then(|files| files.started()?.by);
-        if let Some(by) = by {
-            by.signal(if kill { KILL } else { Signal::TERM });
-        }
+    /// Asks it to end.
+    pub fn ask(&mut self) {
+        self.asked = Some(Timestamp::now());
+        self.signal(false);
     }
 
-    /// How it is asked, for a hook before its end.
-    pub fn asked(
-        &self,
+    /// Runs its hook, and asks it to end then. The hook ends with the container at the latest.
+    pub fn ask_by<F: Future<Output = ()> + Send + 'static>(
+        &mut self,
+        hook: LifecycleHandler,
         container: &Container,
-        image: super::images::Image,
+        image: Image,
         address: &str,
-    ) -> Option<Asked> {
-        let run = Files::newest(&self.folder)?.run()?;
-        Some(Asked { container: container.clone(), run, address: address.to_owned(), image })
+        failed: impl FnOnce(String) -> F + Send + 'static,
+    ) {
+        self.asked = Some(Timestamp::now());
+        let Some(files) = Files::newest(&self.folder) else { return };
+        let Some(run) = files.run() else { return signal(&files, false) };
+        let asked = Asked { container: container.clone(), run, address: address.into(), image };
+        self.watches.spawn(async move {
+            if let Err(why) = asked.hook(&hook).await {
+                failed(why).await;
+            }
+            signal(&files, false);
+        });
+    }
+
+    /// Asks it to end, or ends it.
+    pub fn signal(&self, kill: bool) {
+        if let Some(files) = Files::newest(&self.folder) {
+            signal(&files, kill);
+        }
+    }
+}
+
+/// Has a run's supervisor ask its container to end, or end it.
+fn signal(files: &Files, kill: bool) {
+    if let Some(by) = files.started().and_then(|started| started.by) {
+        by.signal(if kill { KILL } else { Signal::TERM });
     }
 }
 
@@ -230,8 +257,8 @@ fn state_of(files: &Files) -> Option<State> {
     }
 }
 
-/// Ends all that is left of a container that nobody looks after: whatever has its root in its
-/// environment, as all that it started has.
+/// Ends all that is left of a container that does not run: whatever has its root in its
+/// environment, as all that was started in it has.
 fn end_strays(folder: &Path) {
     let mark = format!("{ROOT}={}", folder.join("root").display());
     let is_stray = |pid: i32| {
@@ -269,7 +296,6 @@ fn state(files: &Files) -> io::Result<State> {
     }
     // It may have ended between the two looks.
     if files.exit().is_none() {
-        end_strays(&files.folder);
         files.write_exit(&lost("ContainerStatusUnknown", "its supervisor was killed"))?;
     }
     Ok(state_of(files).unwrap_or_default())

@@ -140,7 +140,11 @@ impl Worker {
         }
         let started = !plan.start.is_empty() && self.start(&pod, &seen, &mut plan).await?;
         for (name, stop) in &plan.stop {
-            self.stop(&pod, name, *stop).await;
+            self.stop(&pod, name, *stop);
+        }
+        for (name, _) in plan.stop.iter().filter(|(_, stop)| *stop == Stop::Ask) {
+            let text = format!("Stopping container {name}");
+            self.say(&pod, Kind::Normal, "Killing", &text).await;
         }
         let acted = started || !plan.stop.is_empty();
         let seen = if acted { self.see(&pod)? } else { seen };
@@ -151,7 +155,9 @@ impl Worker {
             self.bury(&pod).await?;
         }
         let until = |at: Timestamp| Duration::try_from(at.duration_since(Timestamp::now()));
-        let next = [plan.wake, self.refresh].into_iter().flatten().min();
+        // The volumes of what is over are not looked at again.
+        let refresh = self.refresh.filter(|_| !plan.over);
+        let next = [plan.wake, refresh].into_iter().flatten().min();
         // What is due already waits a moment all the same.
         let wait = next.map_or(ROUND, |at| until(at).unwrap_or_default());
         Ok(Some(if started {
@@ -308,32 +314,26 @@ impl Worker {
         }
     }
 
-    async fn stop(&mut self, pod: &Pod, name: &str, stop: Stop) {
+    /// Ends a container, or asks it to, by its hook first. Nobody waits for the hook here: the
+    /// grace runs meanwhile, and a pod that is gone is ended at once.
+    fn stop(&mut self, pod: &Pod, name: &str, stop: Stop) {
         let Some(kept) = self.containers.get_mut(name) else { return };
-        if stop == Stop::Kill {
-            kept.signal(true);
-            return;
-        }
-        kept.asked = Some(Timestamp::now());
         let container = containers(pod).find(|container| container.name == name);
         let hook = container.and_then(|c| c.lifecycle.as_ref()?.pre_stop.clone());
-        let image = container.and_then(|c| c.image.as_deref()).unwrap_or_default();
-        let image = self.shared.config.images.find(image).cloned().unwrap_or_default();
-        let asked = container.and_then(|c| kept.asked(c, image, &self.place.pod_ip));
-        if let (Some(hook), Some(asked)) = (hook, asked) {
-            // The grace runs meanwhile, and ends it if the hook does not.
-            if let Err(why) = tokio::time::timeout(grace(pod), asked.hook(&hook))
-                .await
-                .unwrap_or_else(|_| Err("it did not end within the grace period".into()))
-            {
-                let text = format!("PreStopHook failed: {why}");
-                self.say(pod, Kind::Warning, "FailedPreStopHook", &text).await;
+        match (stop, container, hook) {
+            (Stop::Kill, ..) => kept.signal(true),
+            (Stop::Ask, Some(container), Some(hook)) => {
+                let image = container.image.as_deref().unwrap_or_default();
+                let image = self.shared.config.images.find(image).cloned().unwrap_or_default();
+                let (events, about) = (self.shared.events.clone(), reference(pod));
+                let failed = async move |why: String| {
+                    let text = format!("PreStopHook failed: {why}");
+                    events.say(&about, Kind::Warning, "FailedPreStopHook", &text).await;
+                };
+                kept.ask_by(hook, container, image, &self.place.pod_ip, failed);
             }
+            (Stop::Ask, ..) => kept.ask(),
         }
-        if let Some(kept) = self.containers.get(name) {
-            kept.signal(false);
-        }
-        self.say(pod, Kind::Normal, "Killing", &format!("Stopping container {name}")).await;
     }
 
     async fn complain(&mut self, pod: &Pod) {
@@ -407,8 +407,11 @@ impl Worker {
                 let waited = Timestamp::now().duration_since(asked);
                 waited >= self.shared.config.leaving
             });
-            kept.signal(gone || late);
-            kept.asked.get_or_insert_with(Timestamp::now);
+            match kept.asked {
+                _ if gone || late => kept.signal(true),
+                None => kept.ask(),
+                Some(_) => {}
+            }
         }
         if running {
             return Ok(Some(Duration::from_millis(20)));
@@ -435,12 +438,6 @@ enum Error {
 pub fn owner(folder: &Path) -> Option<Owner> {
     let text = std::fs::read(folder.join("pod.json")).ok()?;
     serde_json::from_slice(&text).ok()
-}
-
-fn grace(pod: &Pod) -> Duration {
-    let grace = pod.metadata.deletion_grace_period_seconds;
-    let grace = grace.or(pod.spec.as_ref().and_then(|s| s.termination_grace_period_seconds));
-    Duration::from_secs(grace.and_then(|n| u64::try_from(n).ok()).unwrap_or(30))
 }
 
 /// Removes a pod's folder. Links in it lead to volumes, which stay.
