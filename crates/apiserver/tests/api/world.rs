@@ -293,7 +293,8 @@ async fn foreign(folder: tempfile::TempDir, file: PathBuf) -> World {
     let version = client.apiserver_version().await.unwrap();
     let minor = version.minor.trim_end_matches('+').parse().unwrap();
     // Whoever runs the tests removes what begins with this.
-    let name = format!("conformance-{:x}", fastrand::u64(..));
+    let run = std::env::var("GODWIT_CONFORMANCE_RUN").unwrap_or("conformance".into());
+    let name = format!("{run}-{:x}", fastrand::u32(..));
     let admin = Account::Foreign { client, user: None, name: name.clone() };
     let world = World { server: None, minor, admin, folder, name: name.clone() };
     let namespace = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}});
