@@ -7,3 +7,14 @@ pub mod media;
 pub mod scene;
 pub mod witness;
 pub mod world;
+
+/// How a program of these tests ends: it says what went wrong.
+pub fn exit(program: &str, outcome: anyhow::Result<()>) -> std::process::ExitCode {
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{program} FAILED: {error:#}");
+            std::process::ExitCode::FAILURE
+        }
+    }
+}

@@ -24,13 +24,7 @@ const OBJECTS: usize = 10_000;
 const WATCHERS: usize = 100;
 
 fn main() -> ExitCode {
-    match bench() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench FAILED: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    e2e::exit("bench", bench())
 }
 
 /// A cluster in a folder of its own, ended with this.

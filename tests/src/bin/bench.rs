@@ -20,13 +20,7 @@ const RATE_MIB: u64 = 4096;
 const HOLE_GIB: u64 = 256;
 
 fn main() -> ExitCode {
-    match bench() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("bench FAILED: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    e2e::exit("bench", bench())
 }
 
 fn bench() -> Result<()> {

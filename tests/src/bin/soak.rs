@@ -17,13 +17,7 @@ const STUBS: usize = 3;
 const REAL: usize = 1;
 
 fn main() -> ExitCode {
-    match soak() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("soak FAILED: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    e2e::exit("soak", soak())
 }
 
 /// What the command line asks for.
