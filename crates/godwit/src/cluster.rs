@@ -13,9 +13,10 @@ use base64::engine::general_purpose::STANDARD;
 use folder::{Folder, Running};
 use kubeconfig::Access;
 use node::agent::Ending;
+use node::agent::record::Process;
 use node::logs::serve::PodLogs;
 use nodes::Nodes;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::Signal;
 use serde_json::json;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
@@ -23,7 +24,7 @@ use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal as Signals, SignalKind, signal};
 
 /// A cluster is ready, or has ended, within this time.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -44,14 +45,16 @@ pub async fn up(arguments: cli::Up) -> Result<ExitCode> {
     let nodes = Nodes::start(&server, folder.path(), &arguments).await?;
     let access = access(&arguments.name, &server)?;
     kubeconfig::write(&folder.kubeconfig(), &access.config())?;
-    let running =
-        Running { name: arguments.name.clone(), address: server.address, pid: std::process::id() };
+    let process = Process::own().context("cannot read /proc, which tells this process's start")?;
+    let running = Running { name: arguments.name.clone(), address: server.address, process };
+    // Whoever finds it published may end it at once.
+    let asked = Asked::listen()?;
     folder.publish(&running)?;
     let after = began.elapsed().as_secs_f64();
     say(&mut std::io::stderr(), &format!("cluster {} is ready after {after:.1} s", running.name));
     let export = format!("export KUBECONFIG={}", folder.kubeconfig().display());
     say(&mut std::io::stdout(), &export);
-    let how = asked_to_end().await?;
+    let how = asked.wait().await;
     say(&mut std::io::stderr(), &format!("cluster {} ends", running.name));
     nodes.end(how).await;
     server.stop().await;
@@ -64,15 +67,30 @@ fn say(to: &mut dyn Write, text: &str) {
     let _ = writeln!(to, "{text}");
 }
 
-/// Waits for the signal to end.
-async fn asked_to_end() -> Result<Ending> {
-    let mut terminate = signal(SignalKind::terminate())?;
-    let mut keep = signal(SignalKind::user_defined1())?;
-    Ok(tokio::select! {
-        _ = terminate.recv() => Ending::WithPods,
-        _ = tokio::signal::ctrl_c() => Ending::WithPods,
-        _ = keep.recv() => Ending::WithoutPods,
-    })
+/// The signals that end a cluster.
+struct Asked {
+    terminate: Signals,
+    interrupt: Signals,
+    keep: Signals,
+}
+
+impl Asked {
+    fn listen() -> Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            interrupt: signal(SignalKind::interrupt())?,
+            keep: signal(SignalKind::user_defined1())?,
+        })
+    }
+
+    /// Waits for one of them.
+    async fn wait(mut self) -> Ending {
+        tokio::select! {
+            _ = self.terminate.recv() => Ending::WithPods,
+            _ = self.interrupt.recv() => Ending::WithPods,
+            _ = self.keep.recv() => Ending::WithoutPods,
+        }
+    }
 }
 
 async fn start(folder: &Folder, port: Option<u16>) -> Result<Server> {
@@ -124,7 +142,10 @@ fn detach(folder: &Folder, arguments: &cli::Up) -> Result<ExitCode> {
     let mut child = command.process_group(0).spawn().context("cannot run this program again")?;
     let until = Instant::now() + PATIENCE;
     loop {
-        if folder.running().is_some_and(|running| running.pid == child.id()) {
+        if folder
+            .running()
+            .is_some_and(|running| u32::try_from(running.process.pid) == Ok(child.id()))
+        {
             break;
         }
         if let Some(exit) = child.try_wait()? {
@@ -146,35 +167,39 @@ fn detach(folder: &Folder, arguments: &cli::Up) -> Result<ExitCode> {
 /// When it does not end.
 pub async fn down(arguments: &cli::Down) -> Result<ExitCode> {
     let folder = Folder::of(arguments.dir.as_deref(), &arguments.name)?;
-    let Some(running) = folder.running() else {
-        eprintln!("cluster {} does not run", arguments.name);
-        // It may have been killed, and what it ran goes on.
-        if folder.path().is_dir() && !arguments.keep_pods {
-            let _lock = folder.lock()?;
-            let left = nodes::end_left_over(folder.path()).await?;
-            if left > 0 {
-                eprintln!("{left} containers that it had left running have been ended");
-            }
+    match folder.running() {
+        None => eprintln!("cluster {} does not run", arguments.name),
+        Some(running) => {
+            end(&folder, &running, arguments.keep_pods).await?;
+            eprintln!("cluster {} has ended", arguments.name);
         }
-        return Ok(ExitCode::SUCCESS);
-    };
-    let pid = i32::try_from(running.pid).ok().and_then(Pid::from_raw);
-    let pid = pid.with_context(|| format!("{} is no process", running.pid))?;
-    let how = if arguments.keep_pods { Signal::USR1 } else { Signal::TERM };
-    kill_process(pid, how).context("cannot end the cluster's process")?;
+    }
+    // It may have been killed, or have given up on what does not end, and that goes on.
+    if folder.path().is_dir() && !arguments.keep_pods {
+        let _lock = folder.lock()?;
+        let left = nodes::end_left_over(folder.path()).await?;
+        if left > 0 {
+            eprintln!("{left} containers that it had left running have been ended");
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Asks a cluster's process to end, and waits until it has.
+async fn end(folder: &Folder, running: &Running, keep_pods: bool) -> Result<()> {
+    running.process.signal(if keep_pods { Signal::USR1 } else { Signal::TERM });
     let until = Instant::now() + PATIENCE;
     while folder.running().is_some() {
         if Instant::now() > until {
             bail!(
                 "process {} has not ended after {PATIENCE:?}; see {}",
-                running.pid,
+                running.process.pid,
                 folder.log().display()
             );
         }
-        std::thread::sleep(POLL);
+        tokio::time::sleep(POLL).await;
     }
-    eprintln!("cluster {} has ended", arguments.name);
-    Ok(ExitCode::SUCCESS)
+    Ok(())
 }
 
 /// Lists the clusters of this machine's user.
@@ -190,7 +215,7 @@ pub fn list(dir: Option<&std::path::Path>, output: Output) -> Result<ExitCode> {
             "name": folder.name(),
             "state": if running.is_some() { "running" } else { "stopped" },
             "server": last.map(|l| format!("https://{}", l.address)),
-            "pid": running.map(|r| r.pid),
+            "pid": running.map(|r| r.process.pid),
             "kubeconfig": folder.kubeconfig(),
         })
     };

@@ -1,6 +1,7 @@
 //! A cluster's folder: who runs it, where it listens, what it said.
 
 use anyhow::{Context, Result, bail};
+use node::agent::record::Process;
 use rustix::fs::{FlockOperation, flock};
 use serde::{Deserialize, Serialize};
 use std::fs::{DirBuilder, File, OpenOptions};
@@ -26,7 +27,8 @@ pub struct Running {
     /// Of its API.
     pub address: SocketAddr,
     /// Its process.
-    pub pid: u32,
+    #[serde(flatten)]
+    pub process: Process,
 }
 
 /// The lock of a cluster that runs; let go with its process at the latest.
@@ -114,7 +116,7 @@ impl Folder {
         match flock(&file, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => Ok(Lock(file)),
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                let by = self.last().map(|last| format!(" as process {}", last.pid));
+                let by = self.last().map(|last| format!(" as process {}", last.process.pid));
                 bail!(
                     "cluster {} runs already{}; end it by `godwit down --name {}`, or choose another name",
                     self.name,
