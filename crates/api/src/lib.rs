@@ -1,0 +1,89 @@
+//! The Kubernetes types of VMs: what of KubeVirt's and CDI's API Godwit does, its defaults and
+//! its validation, and the CRDs.
+//!
+//! A type here has exactly the fields that Godwit acts on. What an object has besides is known by
+//! its schema (`crds/`, made by `scripts/crds`), and found by [`support`]: it is refused or warned
+//! of, never silently ignored. So objects are never written back from these types; they are
+//! patched.
+
+pub mod conditions;
+pub mod datavolume;
+pub mod kubevirt;
+pub mod migration;
+pub mod owner;
+pub mod quantity;
+pub mod support;
+pub mod validate;
+pub mod vm;
+pub mod vmi;
+
+use serde_json::Value;
+
+/// Group of VMs.
+pub const KUBEVIRT: &str = "kubevirt.io";
+/// Group of disks.
+pub const CDI: &str = "cdi.kubevirt.io";
+/// Group of what is done to VMs.
+pub const SUBRESOURCES: &str = "subresources.kubevirt.io";
+/// The namespace of Godwit's own objects, as KubeVirt's.
+pub const NAMESPACE: &str = "kubevirt";
+
+/// Labels, annotations and finalizers, as KubeVirt has them.
+pub mod keys {
+    /// Label of a launcher's pod: [`LAUNCHER`].
+    pub const APP: &str = "kubevirt.io";
+    /// Value of [`APP`].
+    pub const LAUNCHER: &str = "virt-launcher";
+    /// Label of a launcher's pod: the VMI's uid.
+    pub const CREATED_BY: &str = "kubevirt.io/created-by";
+    /// Annotation of a launcher's pod: the VMI's name.
+    pub const DOMAIN: &str = "kubevirt.io/domain";
+    /// Label of VMI and pod: the node on which it runs.
+    pub const NODE: &str = "kubevirt.io/nodeName";
+    /// Label of a launcher's pod and of a VMI: the VM's name.
+    pub const VM: &str = "vm.kubevirt.io/name";
+    /// Label of a node on which VMs can run.
+    pub const SCHEDULABLE: &str = "kubevirt.io/schedulable";
+    /// Annotation of such a node: when its handler was last heard of.
+    pub const HEARTBEAT: &str = "kubevirt.io/heartbeat";
+    /// Holds a VMI until its guest has ended for certain.
+    pub const VMI_FINALIZER: &str = "foregroundDeleteVirtualMachine";
+    /// Holds a VM until its VMI is gone.
+    pub const VM_FINALIZER: &str = "kubevirt.io/virtualMachineControllerFinalize";
+    /// Holds an owner record until its VM is gone.
+    pub const OWNER_FINALIZER: &str = "godwit.dev/owner";
+    /// Taint with which a person says that a node is off.
+    pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
+    /// Annotation of a claim: what a DataVolume has done with it.
+    pub const POD_PHASE: &str = "cdi.kubevirt.io/storage.pod.phase";
+    /// Annotation of a claim: its content, `kubevirt` for a disk.
+    pub const CONTENT: &str = "cdi.kubevirt.io/storage.contentType";
+    /// Annotation of a DataVolume or claim: bind at once, whatever the class says.
+    pub const IMMEDIATE: &str = "cdi.kubevirt.io/storage.bind.immediate.requested";
+}
+
+/// All CRDs.
+pub fn crds() -> impl Iterator<Item = Value> {
+    const ALL: [&str; 9] = [
+        include_str!("../crds/virtualmachines.kubevirt.io.json"),
+        include_str!("../crds/virtualmachineinstances.kubevirt.io.json"),
+        include_str!("../crds/virtualmachineinstancemigrations.kubevirt.io.json"),
+        include_str!("../crds/kubevirts.kubevirt.io.json"),
+        include_str!("../crds/migrationpolicies.migrations.kubevirt.io.json"),
+        include_str!("../crds/datavolumes.cdi.kubevirt.io.json"),
+        include_str!("../crds/storageprofiles.cdi.kubevirt.io.json"),
+        include_str!("../crds/cdiconfigs.cdi.kubevirt.io.json"),
+        include_str!("../crds/ownerrecords.godwit.dev.json"),
+    ];
+    ALL.iter().map(|text| serde_json::from_str(text).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod test {
+    #[test]
+    fn every_crd_is_whole() {
+        for crd in super::crds() {
+            assert!(crd["spec"]["versions"][0]["schema"].is_object());
+        }
+    }
+}

@@ -1,0 +1,134 @@
+//! OwnerRecord: who may run a VM. One for each, made at its first start, and outliving its VMIs.
+//!
+//! Its status is `handover`'s record and what is known of the owner's end. It is changed by
+//! handlers only, each change a compare-and-swap on what was read.
+
+use handover::record::{AttemptId, HostId, InstanceId, Move, Record, State, VmId};
+use kube::CustomResource;
+use serde::{Deserialize, Serialize};
+
+/// Of what.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, CustomResource)]
+#[kube(
+    group = "godwit.dev",
+    version = "v1alpha1",
+    kind = "OwnerRecord",
+    plural = "ownerrecords",
+    namespaced,
+    status = "Status",
+    schema = "disabled"
+)]
+#[serde(default)]
+pub struct Spec {
+    /// The VM, as launchers know it.
+    pub vm: String,
+}
+
+/// Who may run it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Status {
+    /// The number of the owner's time; it only grows.
+    pub epoch: u64,
+    /// A launcher's life.
+    pub owner: String,
+    /// `idle`, `armed`, `committed`, `expected`, `returned`.
+    pub state: String,
+    /// Of any state but `idle`.
+    #[serde(rename = "move", skip_serializing_if = "Option::is_none")]
+    pub of: Option<MoveStatus>,
+    /// The owner's node.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// The owner's pod.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// The last owner whose QEMU was seen to end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub ended: Option<Ended>,
+}
+
+/// A move, as the record knows it.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct MoveStatus {
+    /// Which attempt.
+    pub attempt: String,
+    /// Who is to own the VM.
+    pub heir: String,
+    /// The host at the other end.
+    pub peer: String,
+}
+
+/// An owner whose QEMU was seen to end.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Ended {
+    /// Which.
+    pub instance: String,
+    /// Where.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// When it was seen.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub at: Option<String>,
+}
+
+impl Status {
+    /// As `handover` knows it: None when nobody has owned it yet.
+    ///
+    /// # Errors
+    /// When it is of no state that is known: then nothing may be concluded from it.
+    pub fn record(&self, vm: &VmId) -> Result<Option<Record>, String> {
+        if self.owner.is_empty() {
+            return Ok(None);
+        }
+        let of = || {
+            let of = self.of.clone().ok_or(format!("it is {} by no move", self.state))?;
+            Ok::<Move, String>(Move {
+                attempt: AttemptId(of.attempt),
+                heir: InstanceId(of.heir),
+                peer: HostId(of.peer),
+            })
+        };
+        let state = match &*self.state {
+            "idle" => State::Idle,
+            "armed" => State::Armed(of()?),
+            "committed" => State::Committed(of()?),
+            "expected" => State::Expected(of()?),
+            "returned" => State::Returned(of()?),
+            other => return Err(format!("its state {other:?} is none that this version knows")),
+        };
+        let owner = InstanceId(self.owner.clone());
+        Ok(Some(Record { vm: vm.clone(), epoch: self.epoch, owner, state }))
+    }
+
+    /// The same status with another record.
+    pub fn with(&self, record: &Record) -> Self {
+        let (state, of) = match &record.state {
+            State::Idle => ("idle", None),
+            State::Armed(of) => ("armed", Some(of)),
+            State::Committed(of) => ("committed", Some(of)),
+            State::Expected(of) => ("expected", Some(of)),
+            State::Returned(of) => ("returned", Some(of)),
+        };
+        let of = of.map(|of| MoveStatus {
+            attempt: of.attempt.to_string(),
+            heir: of.heir.to_string(),
+            peer: of.peer.to_string(),
+        });
+        Self {
+            epoch: record.epoch,
+            owner: record.owner.to_string(),
+            state: state.into(),
+            of,
+            ..self.clone()
+        }
+    }
+
+    /// Whether nobody runs it for certain: it has never been owned, or its owner was seen to end.
+    pub fn is_over(&self) -> bool {
+        self.owner.is_empty()
+            || self.ended.as_ref().is_some_and(|ended| ended.instance == self.owner)
+    }
+}

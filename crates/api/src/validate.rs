@@ -1,0 +1,240 @@
+//! What is wrong with an object: all of it at once, each with its field. Pure.
+//!
+//! Fields that Godwit does not act on are warned of, and those without which a guest would not be
+//! what its owner expects are refused: see [`unsupported`].
+
+mod datavolume;
+mod disks;
+mod machine;
+mod networks;
+pub mod unsupported;
+
+use crate::kubevirt;
+use crate::support;
+use crate::vm::{RunStrategy, Spec as VmSpec};
+use crate::vmi::Spec as VmiSpec;
+use serde_json::Value;
+use std::collections::BTreeSet;
+
+pub use datavolume::data_volume;
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Cause {
+    /// Where: `spec.template.spec.domain.cpu.cores`.
+    pub field: String,
+    /// What, and what would be right.
+    pub message: String,
+}
+
+/// What was found in an object.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// What is wrong.
+    pub causes: Vec<Cause>,
+    /// What has no effect.
+    pub warnings: Vec<String>,
+}
+
+impl Report {
+    /// Notes what is wrong.
+    pub fn fault(&mut self, field: impl Into<String>, message: impl Into<String>) {
+        self.causes.push(Cause { field: field.into(), message: message.into() });
+    }
+
+    /// Notes what is wrong unless it holds.
+    pub fn demand(&mut self, holds: bool, field: &str, message: impl FnOnce() -> String) {
+        if !holds {
+            self.fault(field, message());
+        }
+    }
+
+    /// Notes names that are empty or there twice.
+    fn unique<'a>(&mut self, field: &str, what: &str, names: impl Iterator<Item = &'a str>) {
+        let mut seen = BTreeSet::new();
+        for (index, name) in names.enumerate() {
+            let at = format!("{field}[{index}].name");
+            self.demand(!name.is_empty(), &at, || format!("a {what} needs a name"));
+            self.demand(seen.insert(name), &at, || format!("another {what} is named '{name}'"));
+        }
+    }
+
+    /// All that is wrong on one line, as Kubernetes says it.
+    pub fn message(&self) -> String {
+        let all: Vec<String> =
+            self.causes.iter().map(|c| format!("{}: {}", c.field, c.message)).collect();
+        all.join("; ")
+    }
+}
+
+/// Names that are there, of a choice of which exactly one is to be.
+fn present<'a>(choices: &[(&'a str, bool)]) -> Vec<&'a str> {
+    choices.iter().filter(|(_, there)| *there).map(|(name, _)| *name).collect()
+}
+
+/// Notes unless exactly one of the choices is there.
+fn one_of(report: &mut Report, field: &str, choices: &[(&str, bool)]) {
+    let found = present(choices);
+    let all = || choices.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ");
+    match found.len() {
+        1 => {}
+        0 => report.fault(field, format!("say one of: {}", all())),
+        _ => report.fault(field, format!("say one only, not {}", found.join(" and "))),
+    }
+}
+
+/// A name as Kubernetes has them for pods' labels: 1 to 63 of a-z, 0-9, '-'.
+pub fn is_label(name: &str) -> bool {
+    let bytes = name.as_bytes();
+    (1..=63).contains(&bytes.len())
+        && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
+        && !name.starts_with('-')
+        && !name.ends_with('-')
+}
+
+/// A whole VM.
+pub fn virtual_machine(object: &Value, cluster: &kubevirt::Spec) -> Report {
+    let mut report = Report::default();
+    check_name(&mut report, object);
+    let (spec, unknown) = match support::parse::<VmSpec>(&object["spec"]) {
+        Ok(parsed) => parsed,
+        Err(why) => {
+            report.fault("spec", readable(&why));
+            return report;
+        }
+    };
+    unsupported::judge(&mut report, "spec", &object["spec"], &unknown);
+    strategy(&mut report, object, &spec, cluster);
+    let volumes = spec_of(&mut report, "spec.template.spec", &spec.template.spec, cluster);
+    let named = |name: &str| {
+        volumes.as_ref().is_none_or(|spec| {
+            spec.volumes.iter().any(|v| v.data_volume.as_ref().is_some_and(|d| d.name == name))
+        })
+    };
+    let field = "spec.dataVolumeTemplates";
+    let name = |t: &crate::vm::DataVolumeTemplate| t.metadata.name.clone().unwrap_or_default();
+    let names: Vec<String> = spec.data_volume_templates.iter().map(name).collect();
+    report.unique(field, "dataVolumeTemplate", names.iter().map(String::as_str));
+    for (index, template) in spec.data_volume_templates.iter().enumerate() {
+        let at = format!("{field}[{index}]");
+        report.demand(named(&names[index]), &format!("{at}.metadata.name"), || {
+            format!(
+                "no volume of the template uses dataVolume '{}': add one, or remove the \
+                 dataVolumeTemplate",
+                names[index]
+            )
+        });
+        datavolume::spec(&mut report, &format!("{at}.spec"), &template.spec);
+    }
+    report
+}
+
+fn check_name(report: &mut Report, object: &Value) {
+    let name = object["metadata"]["name"].as_str().unwrap_or_default();
+    report.demand(name.len() <= 63, "metadata.name", || {
+        "a VM's name is also a label of its pod: at most 63 characters".into()
+    });
+}
+
+fn strategy(report: &mut Report, object: &Value, spec: &VmSpec, cluster: &kubevirt::Spec) {
+    match (spec.running, spec.run_strategy) {
+        (Some(_), Some(_)) => {
+            report.fault(
+                "spec.running",
+                "running and runStrategy exclude each other: keep runStrategy",
+            );
+        }
+        (None, None) => report.fault(
+            "spec.runStrategy",
+            "say one of: Always, Halted, Manual, RerunOnFailure, Once, WaitAsReceiver",
+        ),
+        _ => {}
+    }
+    let receives = spec.run_strategy == Some(RunStrategy::WaitAsReceiver);
+    report.demand(
+        !receives || cluster.gate("DecentralizedLiveMigration"),
+        "spec.runStrategy",
+        || {
+            "WaitAsReceiver needs the feature gate DecentralizedLiveMigration, which is closed"
+                .into()
+        },
+    );
+    let known = matches!(
+        &*spec.update_volumes_strategy.clone().unwrap_or_default(),
+        "" | "Migration" | "Replacement"
+    );
+    report.demand(known, "spec.updateVolumesStrategy", || "say Migration or Replacement".into());
+    report.demand(object["spec"]["template"].is_object(), "spec.template", || {
+        "a VM needs a template for its VMI".into()
+    });
+}
+
+/// A whole VMI.
+pub fn instance(object: &Value, cluster: &kubevirt::Spec) -> Report {
+    let mut report = Report::default();
+    check_name(&mut report, object);
+    spec_of(&mut report, "spec", &object["spec"], cluster);
+    report
+}
+
+/// The spec of a VMI that is at a field.
+fn spec_of(
+    report: &mut Report,
+    field: &str,
+    spec: &Value,
+    cluster: &kubevirt::Spec,
+) -> Option<VmiSpec> {
+    let (parsed, unknown) = match support::parse::<VmiSpec>(spec) {
+        Ok(parsed) => parsed,
+        Err(why) => {
+            report.fault(field, readable(&why));
+            return None;
+        }
+    };
+    unsupported::judge(report, field, spec, &unknown);
+    machine::check(report, field, &parsed);
+    disks::check(report, field, spec, &parsed, cluster);
+    networks::check(report, field, &parsed);
+    Some(parsed)
+}
+
+/// serde's words, without those that only programmers understand.
+fn readable(why: &str) -> String {
+    why.replace("unknown variant", "unknown value").replace("expected one of", "say one of")
+}
+
+/// The settings of a cluster.
+pub fn settings(object: &Value) -> Report {
+    let mut report = Report::default();
+    match support::parse::<kubevirt::Spec>(&object["spec"]) {
+        Ok((spec, unknown)) => {
+            unsupported::warn(&mut report, "spec", &unknown);
+            let developer = &spec.configuration.developer_configuration;
+            for gate in developer.feature_gates.iter().chain(&developer.disabled_feature_gates) {
+                if !kubevirt::KNOWN_GATES.contains(&&**gate) {
+                    report.warnings.push(format!(
+                        "spec.configuration.developerConfiguration: feature gate {gate} is not known \
+                         here and has no effect"
+                    ));
+                }
+            }
+        }
+        Err(why) => report.fault("spec", readable(&why)),
+    }
+    report
+}
+
+/// A migration policy.
+pub fn policy(object: &Value) -> Report {
+    let mut report = Report::default();
+    let spec = &object["spec"];
+    for field in ["completionTimeoutPerGiB", "maxDowntimeMs"] {
+        let negative = spec[field].as_i64().is_some_and(|number| number < 0);
+        report.demand(!negative, &format!("spec.{field}"), || "must not be negative".into());
+    }
+    let bandwidth = &spec["bandwidthPerMigration"];
+    let negative = bandwidth.as_str().is_some_and(|text| text.trim_start().starts_with('-'))
+        || bandwidth.as_i64().is_some_and(|number| number < 0);
+    report.demand(!negative, "spec.bandwidthPerMigration", || "must not be negative".into());
+    report
+}
