@@ -4,6 +4,7 @@ use crate::auth::rbac::{self, Decision, Rule, Rules};
 use crate::auth::{Attributes, MASTERS, User, node, review, token};
 use crate::body::{self, Answer};
 use crate::catalog::Catalog;
+use crate::extension::{self, Extension};
 use crate::handler::{self, Call, Handler, options};
 use crate::request::{Accept, Info, Path, Verb};
 use crate::resource::Resource;
@@ -19,8 +20,8 @@ use hyper::body::Body;
 use jiff::Timestamp;
 use serde_json::{Value, json};
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
 
 const CRDS: &str = "customresourcedefinitions.apiextensions.k8s.io";
@@ -64,6 +65,7 @@ pub struct Shared {
     builtin: Vec<Arc<Resource>>,
     catalog: ArcSwap<Catalog>,
     rules: ArcSwap<Rules>,
+    extension: OnceLock<Arc<dyn Extension>>,
     requests: AtomicU64,
     began: std::time::Instant,
 }
@@ -79,6 +81,13 @@ impl Api {
     /// All objects, for who watches them from within.
     pub fn store(&self) -> &Store {
         &self.shared.store
+    }
+
+    /// Adds to it what others do. Once: an extension stays.
+    pub fn extend(&self, extension: Arc<dyn Extension>) {
+        if self.shared.extension.set(extension).is_err() {
+            tracing::error!("this API has an extension already; the second has no effect");
+        }
     }
 
     /// All that is served now.
@@ -97,6 +106,7 @@ impl Api {
             builtin: builtin::resources(),
             catalog: ArcSwap::from_pointee(Catalog::default()),
             rules: ArcSwap::from_pointee(Rules::default()),
+            extension: OnceLock::new(),
             requests: AtomicU64::new(0),
             began: std::time::Instant::now(),
         });
@@ -139,6 +149,9 @@ impl Api {
         let query = crate::request::query(head.uri.query().unwrap_or_default())?;
         match Info::parse(head.uri.path())? {
             Info::Other(path) => self.page(&head, &path, &user),
+            Info::Resource(path) if self.shared.extends(&path) => {
+                self.pass_on(head, path, query, user, sent).await
+            }
             Info::Resource(path) => {
                 let call = self.call(&head, path, query, user, sent).await?;
                 let deprecated = call.resource.deprecated.clone();
@@ -149,6 +162,26 @@ impl Api {
                 Ok(answer)
             }
         }
+    }
+
+    /// Has the extension answer.
+    async fn pass_on<B>(
+        &self,
+        head: request::Parts,
+        path: Path,
+        query: Vec<(String, String)>,
+        user: Arc<User>,
+        sent: B,
+    ) -> Result<Answer, Failure>
+    where
+        B: Body<Data = Bytes>,
+        B::Error: std::fmt::Display,
+    {
+        let verb = Verb::of(&head.method, &path, false)?;
+        self.shared.permit(&user, &attributes(verb, &path, &query))?;
+        let extension = self.shared.extension.get().ok_or_else(Failure::no_such_path)?;
+        let body = body::read(sent).await?;
+        extension.serve(extension::Request { path, user, query, head, body }).await
     }
 
     async fn call<B>(
@@ -295,7 +328,8 @@ impl Api {
             ["apis"] => Some(discovery::groups(&catalog)),
             ["apis", group] => discovery::group(&catalog, group),
             ["api", version] => discovery::resources(&catalog, "", version),
-            ["apis", group, version] => discovery::resources(&catalog, group, version),
+            ["apis", group, version] => discovery::resources(&catalog, group, version)
+                .or_else(|| self.shared.extended(group, version)),
             ["openapi", "v3"] => Some(openapi::index(&catalog)),
             ["openapi", "v3", "api", version] => openapi::document(&catalog, "", version),
             ["openapi", "v3", "apis", group, version] => {
@@ -389,6 +423,24 @@ impl node::Pods for Shared {
 }
 
 impl Shared {
+    /// What is added to it.
+    pub fn extension(&self) -> Option<&Arc<dyn Extension>> {
+        self.extension.get()
+    }
+
+    fn extends(&self, path: &Path) -> bool {
+        let has = |e: &Arc<dyn Extension>| e.resources(&path.group, &path.version).is_some();
+        self.extension.get().is_some_and(has)
+    }
+
+    fn extended(&self, group: &str, version: &str) -> Option<Value> {
+        let resources = self.extension.get()?.resources(group, version)?;
+        Some(json!({
+            "kind": "APIResourceList", "apiVersion": "v1",
+            "groupVersion": format!("{group}/{version}"), "resources": resources,
+        }))
+    }
+
     fn look_up(&self, resource: &str, namespace: &str, name: &str) -> Option<Value> {
         self.store.get(&Key::new(resource, namespace, name)).map(|o| (*o.body).clone())
     }

@@ -18,6 +18,7 @@ pub mod decode;
 pub mod deletion;
 pub mod discovery;
 pub mod embedded;
+pub mod extension;
 pub mod handler;
 pub mod housekeeping;
 pub mod kinds;

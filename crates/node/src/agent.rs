@@ -20,14 +20,14 @@ pub mod status;
 pub mod volumes;
 pub mod worker;
 
-use crate::events::Recorder;
-use crate::kept::Keeper;
 use container::Kept;
 use images::Images;
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{Node, Pod, Taint};
 use kube::runtime::watcher;
 use kube::{Api, Client};
+use reconcile::events::Recorder;
+use reconcile::kept::Keeper;
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::path::{Path, PathBuf};

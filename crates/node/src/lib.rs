@@ -2,8 +2,6 @@
 //! nodes. All of it speaks to the API as a client, and would run against any other.
 
 pub mod agent;
-pub mod events;
-pub mod kept;
 pub mod lifecycle;
 pub mod logs;
 pub mod scheduler;

@@ -3,9 +3,6 @@
 //! Source: Kubernetes' node lifecycle and taint eviction controllers.
 
 use crate::agent::register::LEASES;
-use crate::events::{Kind, Recorder, why};
-use crate::kept::{Keeper, reference};
-use crate::ready;
 use crate::scheduler::nodes::{self, NO_EXECUTE, NO_SCHEDULE, taints, tolerates};
 use crate::scheduler::snapshot::{has_ended, node_name};
 use jiff::{SignedDuration, Timestamp};
@@ -15,6 +12,9 @@ use k8s_openapi::apimachinery::pkg::apis::meta::v1::{MicroTime, Time};
 use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::watcher;
 use kube::{Api, Client};
+use reconcile::events::{Kind, Recorder, why};
+use reconcile::kept::{Keeper, reference};
+use reconcile::ready;
 use serde_json::json;
 use std::collections::HashMap;
 use std::sync::Arc;

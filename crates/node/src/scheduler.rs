@@ -10,9 +10,6 @@ pub mod plan;
 pub mod resources;
 pub mod snapshot;
 
-use crate::events::{Kind, Recorder, why};
-use crate::kept::{Keeper, reference};
-use crate::ready;
 use k8s_openapi::api::core::v1::{
     Binding, Namespace, Node, ObjectReference, PersistentVolume, PersistentVolumeClaim, Pod,
 };
@@ -23,6 +20,9 @@ use kube::runtime::reflector::Store;
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use plan::Decision;
+use reconcile::events::{Kind, Recorder, why};
+use reconcile::kept::{Keeper, reference};
+use reconcile::ready;
 use serde_json::json;
 use snapshot::{Snapshot, has_ended, node_name};
 use std::cmp::Reverse;

@@ -7,9 +7,6 @@ pub mod classes;
 pub mod disks;
 pub mod plan;
 
-use crate::events::{Kind, Recorder, why};
-use crate::kept::{Keeper, reference};
-use crate::ready;
 use claims::{
     BIND_COMPLETED, BOUND_BY_CONTROLLER, Claim, PROVISIONED_BY, PROVISIONER, SELECTED_NODE,
 };
@@ -22,6 +19,9 @@ use kube::runtime::reflector::Store;
 use kube::runtime::watcher;
 use kube::{Api, Client};
 use plan::{Step, Stock};
+use reconcile::events::{Kind, Recorder, why};
+use reconcile::kept::{Keeper, reference};
+use reconcile::ready;
 use serde_json::{Value, json};
 use std::collections::HashMap;
 use std::path::PathBuf;

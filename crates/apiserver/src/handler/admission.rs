@@ -9,7 +9,9 @@ mod pods;
 mod quotas;
 
 use super::{Call, Handler};
+use crate::extension::Review;
 use crate::meta;
+use crate::request::Verb;
 use crate::resource::Resource;
 use crate::status::Failure;
 use crate::store::{Change, Expect, Key, Object, To};
@@ -65,6 +67,40 @@ impl Handler {
             changes.extend(quotas::charge(self, call, new, old)?);
         }
         Ok(changes)
+    }
+
+    /// Has the extension fill in what an object does not say.
+    ///
+    /// # Errors
+    /// The extension's.
+    pub(super) async fn extend_new(
+        &self,
+        call: &Call,
+        object: &mut Value,
+        old: Option<&Value>,
+    ) -> Result<(), Failure> {
+        let (group, resource) = (&*call.resource.group, &*call.resource.plural);
+        match self.shared.extension().filter(|e| e.admits(group, resource)) {
+            Some(extension) => extension.fill_in(review(call, old), object).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Has the extension judge an object. Returns warnings.
+    ///
+    /// # Errors
+    /// The extension's.
+    pub(super) async fn extend_judgement(
+        &self,
+        call: &Call,
+        object: Option<&Value>,
+        old: Option<&Value>,
+    ) -> Result<Vec<String>, Failure> {
+        let (group, resource) = (&*call.resource.group, &*call.resource.plural);
+        match self.shared.extension().filter(|e| e.admits(group, resource)) {
+            Some(extension) => extension.judge(review(call, old), object).await,
+            None => Ok(Vec::new()),
+        }
     }
 
     /// Judges a delete.
@@ -146,4 +182,22 @@ fn refuse_foreign_service(object: &Value) -> Result<(), Failure> {
 /// Whether a resource counts for `count/` quotas: all do that are kept.
 pub(super) fn counted(resource: &Resource) -> bool {
     resource.stored
+}
+
+/// A write, as an extension sees it: what was there makes it an update.
+fn review<'a>(call: &'a Call, old: Option<&'a Value>) -> Review<'a> {
+    let verb = match (call.verb, old) {
+        (Verb::Delete | Verb::DeleteCollection, _) => Verb::Delete,
+        (_, None) => Verb::Create,
+        (_, Some(_)) => Verb::Update,
+    };
+    Review {
+        verb,
+        group: &call.resource.group,
+        resource: &call.resource.plural,
+        subresource: &call.subresource,
+        namespace: &call.namespace,
+        user: &call.user,
+        old,
+    }
 }

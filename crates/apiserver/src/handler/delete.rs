@@ -81,6 +81,7 @@ impl Handler {
             let found = self.store.get(key);
             let found = found.ok_or_else(|| Failure::not_found(call.subject(&key.name)))?;
             self.admit_delete(call, &found.body)?;
+            self.extend_judgement(call, None, Some(&found.body)).await?;
             let subject = call.subject(&key.name);
             let fate =
                 deletion::delete(&found.body, options, call.grace(), subject, Timestamp::now())?;

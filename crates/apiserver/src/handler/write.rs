@@ -75,6 +75,7 @@ impl Handler {
         let warnings = target.complete(&mut object, &duplicates, call.options.unknown)?;
         target.begin(&mut object, now)?;
         self.admit_new(call, &mut object)?;
+        self.extend_new(call, &mut object, None).await?;
         let object = apply::updated(None, object, &call.resource.schema, &call.writer(now));
         self.put_new(call, object, warnings).await
     }
@@ -89,6 +90,7 @@ impl Handler {
         let target = call.target();
         target.validate(&object, None)?;
         warnings.extend((target.kind.warnings)(&object));
+        warnings.extend(self.extend_judgement(call, Some(&object), None).await?);
         let key = call.key(meta::text(&object, "name"));
         if self.store.get(&key).is_some() {
             return Err(Failure::exists(call.subject(&key.name)));
@@ -180,6 +182,7 @@ impl Handler {
         let warnings = target.complete(&mut object, &duplicates, call.options.unknown)?;
         target.begin(&mut object, now)?;
         self.admit_new(call, &mut object)?;
+        self.extend_new(call, &mut object, None).await?;
         let (schema, writer) = (&call.resource.schema, call.writer(now));
         let object = match source {
             Source::Patch(Patch::Apply(applied)) => {
@@ -234,6 +237,7 @@ impl Handler {
         mut warnings: Vec<String>,
     ) -> Result<Try, Failure> {
         let target = call.target();
+        self.extend_new(call, &mut new, Some(old)).await?;
         let mut changes = self.admit_change(call, &mut new, Some(old))?;
         if same(&new, old) {
             let object = found.body.clone();
@@ -241,6 +245,7 @@ impl Handler {
         }
         target.validate(&new, Some(old))?;
         warnings.extend((target.kind.warnings)(&new));
+        warnings.extend(self.extend_judgement(call, Some(&new), Some(old)).await?);
         let over = deletion::is_over(&new, call.grace());
         let new = call.resource.to_stored(new);
         if call.options.dry_run {

@@ -1,13 +1,13 @@
 //! A node as an object: what it is, that it lives.
 
 use super::Config;
-use crate::events::why;
 use crate::storage::claims::POOL;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client};
+use reconcile::events::why;
 use serde_json::{Value, json};
 use std::time::Duration;
 

@@ -5,7 +5,6 @@
 
 use super::command::{Contents, Place, field, resource};
 use super::files::{self, Files, stays_below};
-use crate::events::why;
 use crate::storage::{self, claims::Claim};
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::authentication::v1::{BoundObjectReference, TokenRequest, TokenRequestSpec};
@@ -17,6 +16,7 @@ use k8s_openapi::api::core::v1::{
 };
 use kube::api::PostParams;
 use kube::{Api, Client};
+use reconcile::events::why;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
