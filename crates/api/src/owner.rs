@@ -132,3 +132,16 @@ impl Status {
             || self.ended.as_ref().is_some_and(|ended| ended.instance == self.owner)
     }
 }
+
+/// What launchers call a VM: its namespace and name, or what begins like them where that is too
+/// long for a launcher's folder.
+pub fn vm_id(namespace: &str, name: &str) -> String {
+    const MOST: usize = 63;
+    let whole = format!("{namespace}.{name}");
+    if whole.len() <= MOST {
+        return whole;
+    }
+    let hash = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, whole.as_bytes());
+    let begin: String = whole.chars().take(MOST - 33).collect();
+    format!("{begin}-{}", hash.simple())
+}

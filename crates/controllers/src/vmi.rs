@@ -1,0 +1,219 @@
+//! VirtualMachineInstance: its launcher's pod, and what becomes of it.
+//!
+//! The node's handler runs the guest; who may run it says the owner record, which is made here
+//! before the first pod is. A VMI goes only when nobody runs its guest for certain.
+
+mod plan;
+mod pod;
+
+use crate::AT_ONCE;
+use crate::vm::ignore_gone;
+use crate::world::{Key, World, get, key, label};
+use api::keys;
+use api::owner::OwnerRecord;
+use api::vmi::VirtualMachineInstance;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::Pod;
+use kube::ResourceExt;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use plan::{Action, Snapshot};
+use reconcile::events::{Kind, why};
+use reconcile::kept::reference;
+use reconcile::queue::Next;
+use serde_json::json;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Runs the reconciler. Never ends by itself.
+pub async fn run(world: World) {
+    let queue = world.vmi_queue.clone();
+    queue
+        .run(AT_ONCE, move |key| {
+            let world = world.clone();
+            async move { reconcile(&world, &key).await }
+        })
+        .await;
+}
+
+async fn reconcile(world: &World, key: &Key) -> Next {
+    let now = Timestamp::now();
+    let Some(vmi) = get(&world.vmis, key) else { return forget(world, key).await };
+    let snapshot = look(world, key, vmi, now);
+    let plan = plan::plan(&snapshot);
+    for action in &plan.actions {
+        if let Err(error) = act(world, &snapshot, action).await {
+            if matches!(&error, kube::Error::Api(status) if status.code == 409) {
+                return Next::After(Duration::from_millis(100));
+            }
+            let text = why(&error);
+            tracing::warn!(vmi = %format!("{}/{}", key.0, key.1), "cannot {action}: {text}");
+            let message = format!("cannot {action}: {text}");
+            let about = reference(&*snapshot.vmi);
+            world.events.say(&about, Kind::Warning, "FailedCreate", &message).await;
+            return Next::Failed;
+        }
+    }
+    match plan.again {
+        Some(pause) => Next::After(pause),
+        None => Next::Rest,
+    }
+}
+
+fn look(world: &World, key: &Key, vmi: Arc<VirtualMachineInstance>, now: Timestamp) -> Snapshot {
+    let namespace = &key.0;
+    let uid = vmi.uid().unwrap_or_default();
+    let owner = get(&world.owners, key);
+    let node = owner.as_ref().and_then(|o| o.status.as_ref()).and_then(|s| s.node.clone());
+    let node =
+        node.and_then(|name| world.nodes.get(&kube::runtime::reflector::ObjectRef::new(&name)));
+    let spec = vmi.parse();
+    let names = spec.iter().flat_map(|spec| spec.volumes.iter().filter_map(|v| v.claim()));
+    let names: Vec<String> = names.map(str::to_owned).collect();
+    let claims = names.iter().map(|name| {
+        let key = (namespace.clone(), name.clone());
+        (name.clone(), get(&world.claims, &key), get(&world.volumes, &key))
+    });
+    Snapshot {
+        claims: claims.collect(),
+        pods: world.pods_of(&uid),
+        cluster: world.cluster(),
+        spec,
+        owner,
+        node,
+        vmi,
+        now,
+    }
+}
+
+/// A VM that is gone, and whose guest runs nowhere for certain, needs no owner record.
+async fn forget(world: &World, key: &Key) -> Next {
+    let Some(record) = get(&world.owners, key) else { return Next::Rest };
+    let over = record.status.as_ref().is_none_or(api::owner::Status::is_over);
+    if get(&world.vms, key).is_some() || !over {
+        return Next::Rest;
+    }
+    match remove_record(world, &record).await {
+        Ok(()) => Next::Rest,
+        Err(error) => {
+            tracing::warn!("cannot remove owner record {}/{}: {}", key.0, key.1, why(&error));
+            Next::Failed
+        }
+    }
+}
+
+async fn remove_record(world: &World, record: &OwnerRecord) -> kube::Result<()> {
+    let (namespace, name) = key(record);
+    let records = world.api::<OwnerRecord>(&namespace);
+    // N.B. exactly the one that was judged: a VM of this name may begin meanwhile.
+    let exactly = json!({"metadata": {
+        "finalizers": null, "resourceVersion": record.resource_version(),
+    }});
+    let patch = Patch::Merge(&exactly);
+    let patched = match records.patch(&name, &PatchParams::default(), &patch).await {
+        Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => return Ok(()),
+        other => other?,
+    };
+    let only = DeleteParams {
+        preconditions: Some(kube::api::Preconditions {
+            uid: patched.uid(),
+            resource_version: patched.resource_version(),
+        }),
+        ..DeleteParams::default()
+    };
+    match records.delete(&name, &only).await {
+        Err(kube::Error::Api(status)) if status.code == 404 || status.code == 409 => Ok(()),
+        other => other.map(|_| ()),
+    }
+}
+
+async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Result<()> {
+    let vmi = &snapshot.vmi;
+    let (namespace, name) = key(&**vmi);
+    let about = reference(&**vmi);
+    match action {
+        Action::CreateRecord => {
+            let records = world.api::<OwnerRecord>(&namespace);
+            let object = json!({
+                "apiVersion": "godwit.dev/v1alpha1", "kind": "OwnerRecord",
+                "metadata": {"name": name, "finalizers": [keys::OWNER_FINALIZER]},
+                "spec": {"vm": api::owner::vm_id(&namespace, &name)},
+            });
+            let record = serde_json::from_value(object).map_err(kube::Error::SerdeError)?;
+            match records.create(&PostParams::default(), &record).await {
+                Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
+                other => {
+                    other?;
+                }
+            }
+        }
+        Action::CreatePod(pod) => {
+            let made = world.api::<Pod>(&namespace).create(&PostParams::default(), pod).await;
+            let made = match made {
+                Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => return Ok(()),
+                other => other?,
+            };
+            let message = format!("Created virtual machine pod {}", made.name_any());
+            world.events.say(&about, Kind::Normal, "SuccessfulCreate", &message).await;
+        }
+        Action::DeletePod(pod) => {
+            let pods = world.api::<Pod>(&namespace);
+            match pods.delete(pod, &DeleteParams::default()).await {
+                Err(kube::Error::Api(status)) if status.code == 404 => {}
+                other => {
+                    other?;
+                    let message = format!("Deleted virtual machine pod {pod}");
+                    world.events.say(&about, Kind::Normal, "SuccessfulDelete", &message).await;
+                }
+            }
+        }
+        Action::Fence { record, node } => fence(world, &namespace, &name, record, node).await?,
+        Action::Patch(patch) => {
+            let vmis = world.api::<VirtualMachineInstance>(&namespace);
+            let patch = Patch::Merge(patch);
+            ignore_gone(vmis.patch(&name, &PatchParams::default(), &patch).await)?;
+        }
+        Action::PatchStatus(status) => {
+            let vmis = world.api::<VirtualMachineInstance>(&namespace);
+            // N.B. the handler writes it as well: whoever has not seen the other's begins again.
+            let read = json!({"resourceVersion": vmi.resource_version()});
+            let patch = json!({"metadata": read, "status": status});
+            let patch = Patch::Merge(&patch);
+            ignore_gone(vmis.patch_status(&name, &PatchParams::default(), &patch).await)?;
+        }
+        Action::Say { warning, reason, message } => {
+            let kind = if *warning { Kind::Warning } else { Kind::Normal };
+            world.events.say(&about, kind, reason, message).await;
+        }
+    }
+    Ok(())
+}
+
+/// Writes down a person's word that a node is off: its guest has ended.
+async fn fence(
+    world: &World,
+    namespace: &str,
+    name: &str,
+    record: &OwnerRecord,
+    node: &str,
+) -> kube::Result<()> {
+    let status = record.status.clone().unwrap_or_default();
+    let ended = json!({
+        "instance": status.owner, "node": node,
+        "at": api::conditions::moment(Timestamp::now()),
+    });
+    let patch: json_patch::Patch = serde_json::from_value(json!([
+        {"op": "test", "path": "/status/epoch", "value": status.epoch},
+        {"op": "test", "path": "/status/owner", "value": status.owner},
+        {"op": "test", "path": "/status/state", "value": status.state},
+        {"op": "add", "path": "/status/ended", "value": ended},
+    ]))
+    .map_err(kube::Error::SerdeError)?;
+    let records = world.api::<OwnerRecord>(namespace);
+    let patch: Patch<OwnerRecord> = Patch::Json(patch);
+    ignore_gone(records.patch_status(name, &PatchParams::default(), &patch).await)
+}
+
+/// A launcher's pod, not one that only binds claims.
+fn launches(pod: &Pod) -> bool {
+    label(pod, pod::ROLE).is_none()
+}

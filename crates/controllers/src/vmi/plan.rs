@@ -1,0 +1,529 @@
+//! What is to be done about a VMI. Pure.
+
+use super::launches;
+use super::pod::{Wanted, is_block};
+use api::conditions::{self, Condition, types};
+use api::datavolume::{self, DataVolume};
+use api::keys;
+use api::kubevirt::KubeVirt;
+use api::owner::OwnerRecord;
+use api::vmi::{ClaimInfo, Phase, Spec, Status, Transition, VirtualMachineInstance, VolumeStatus};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
+use kube::ResourceExt;
+use serde_json::{Value, json};
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What nobody rings for is looked at again after this.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// A claim's name, the claim, and the DataVolume that fills it.
+pub type ClaimOf = (String, Option<Arc<PersistentVolumeClaim>>, Option<Arc<DataVolume>>);
+
+/// A VMI and what there is of it.
+pub struct Snapshot {
+    /// The VMI.
+    pub vmi: Arc<VirtualMachineInstance>,
+    /// What Godwit does of its spec.
+    pub spec: Result<Spec, String>,
+    /// The claims that it names.
+    pub claims: Vec<ClaimOf>,
+    /// Its pods.
+    pub pods: Vec<Arc<Pod>>,
+    /// Who may run its guest.
+    pub owner: Option<Arc<OwnerRecord>>,
+    /// The owner's node.
+    pub node: Option<Arc<Node>>,
+    /// The cluster's settings.
+    pub cluster: Option<Arc<KubeVirt>>,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// What is to be done, in this order.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Each is done once the one before is.
+    pub actions: Vec<Action>,
+    /// When to look again though nothing has changed.
+    pub again: Option<Duration>,
+}
+
+/// One thing to be done.
+#[derive(Debug)]
+pub enum Action {
+    /// Make the owner record.
+    CreateRecord,
+    /// Make a pod.
+    CreatePod(Box<Pod>),
+    /// Delete a pod.
+    DeletePod(String),
+    /// Write down that the owner has ended, since a person said that its node is off.
+    Fence {
+        /// As it was read.
+        record: Arc<OwnerRecord>,
+        /// Which node.
+        node: String,
+    },
+    /// Change the VMI itself.
+    Patch(Value),
+    /// Change its status.
+    PatchStatus(Value),
+    /// Tell people.
+    Say {
+        /// Something is wrong.
+        warning: bool,
+        /// In one word.
+        reason: &'static str,
+        /// What.
+        message: String,
+    },
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Action::CreateRecord => f.write_str("create the owner record"),
+            Action::CreatePod(pod) => write!(f, "create pod {}", pod.name_any()),
+            Action::DeletePod(pod) => write!(f, "delete pod {pod}"),
+            Action::Fence { node, .. } => write!(f, "write down that {node} is out of service"),
+            Action::Patch(_) => f.write_str("change the virtual machine instance"),
+            Action::PatchStatus(_) => f.write_str("write the virtual machine instance's status"),
+            Action::Say { .. } => f.write_str("tell of it"),
+        }
+    }
+}
+
+impl Snapshot {
+    fn status(&self) -> Status {
+        self.vmi.status.clone().unwrap_or_default()
+    }
+
+    /// Nobody runs the guest, for certain.
+    fn is_over(&self) -> bool {
+        let status = self.owner.as_ref().and_then(|owner| owner.status.as_ref());
+        status.is_none_or(api::owner::Status::is_over)
+    }
+
+    fn launcher(&self) -> Option<&Arc<Pod>> {
+        self.pods.iter().find(|pod| launches(pod))
+    }
+}
+
+fn phase_of(pod: &Pod) -> &str {
+    pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
+}
+
+fn is_terminal(pod: &Pod) -> bool {
+    matches!(phase_of(pod), "Succeeded" | "Failed")
+}
+
+fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
+}
+
+/// What is to be done.
+pub fn plan(snapshot: &Snapshot) -> Plan {
+    let mut plan = Plan::default();
+    fence(snapshot, &mut plan);
+    let status = snapshot.status();
+    let leaves = snapshot.vmi.metadata.deletion_timestamp.is_some();
+    if leaves && let Some(done) = leave(snapshot, &status, &mut plan) {
+        write(snapshot, done, &mut plan);
+        return plan;
+    }
+    if let Some(next) = advance(snapshot, status, &mut plan) {
+        write(snapshot, next, &mut plan);
+    }
+    plan
+}
+
+/// A person's word that a node is off stands for the end of what ran on it.
+fn fence(snapshot: &Snapshot, plan: &mut Plan) {
+    let (Some(record), Some(node), false) = (&snapshot.owner, &snapshot.node, snapshot.is_over())
+    else {
+        return;
+    };
+    let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+    if taints.into_iter().any(|taint| taint.key == keys::OUT_OF_SERVICE) {
+        let (record, node) = (Arc::clone(record), node.name_any());
+        let message = format!(
+            "node {node} is marked as out of service: what ran on it counts as ended, by the word of \
+             whoever marked it"
+        );
+        plan.actions.push(Action::Fence { record, node });
+        plan.actions.push(Action::Say { warning: true, reason: "OutOfService", message });
+    }
+}
+
+/// A VMI that is deleted. None: there is a guest, which its handler lets shut down first.
+fn leave(snapshot: &Snapshot, status: &Status, plan: &mut Plan) -> Option<Status> {
+    let held = snapshot.vmi.finalizers().iter().any(|f| f == keys::VMI_FINALIZER);
+    let unborn = snapshot.is_over() && !matches!(status.phase, Phase::Scheduled | Phase::Running);
+    if !unborn && !status.phase.is_final() {
+        return None;
+    }
+    for pod in snapshot.pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none()) {
+        plan.actions.push(Action::DeletePod(pod.name_any()));
+    }
+    let mut next = status.clone();
+    if !next.phase.is_final() {
+        enter(&mut next, Phase::Succeeded, snapshot.now);
+    }
+    if snapshot.pods.is_empty() && snapshot.is_over() && held {
+        let kept: Vec<_> =
+            snapshot.vmi.finalizers().iter().filter(|f| *f != keys::VMI_FINALIZER).collect();
+        let version = snapshot.vmi.resource_version();
+        plan.actions.push(Action::Patch(
+            json!({"metadata": {"finalizers": kept, "resourceVersion": version}}),
+        ));
+        return None;
+    }
+    if snapshot.pods.is_empty() && !snapshot.is_over() {
+        doubt(snapshot, &mut next, plan);
+    }
+    Some(next)
+}
+
+fn enter(status: &mut Status, phase: Phase, now: Timestamp) {
+    if status.phase == phase && !status.phase_transition_timestamps.is_empty() {
+        return;
+    }
+    status.phase = phase;
+    let at = conditions::moment(now);
+    status.phase_transition_timestamps.push(Transition { phase, phase_transition_timestamp: at });
+}
+
+/// The next step of a VMI's life. None: nothing of its status is ours to change now.
+fn advance(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option<Status> {
+    let now = snapshot.now;
+    match status.phase {
+        Phase::Unset => {
+            enter(&mut status, Phase::Pending, now);
+            let reason = Condition::new(
+                types::READY,
+                false,
+                "PodNotExists",
+                "virt-launcher pod has not yet been scheduled",
+            );
+            status.conditions = conditions::merge(&status.conditions, vec![reason], &[], now);
+            Some(status)
+        }
+        Phase::Pending => Some(prepare(snapshot, status, plan)),
+        Phase::Scheduling => Some(schedule(snapshot, status, plan)),
+        Phase::Scheduled | Phase::Running | Phase::Unknown => supervise(snapshot, status, plan),
+        Phase::Succeeded | Phase::Failed => {
+            for pod in snapshot.pods.iter().filter(|p| p.metadata.deletion_timestamp.is_none()) {
+                plan.actions.push(Action::DeletePod(pod.name_any()));
+            }
+            let ended = Condition::new(types::READY, false, "GuestNotRunning", "");
+            status.conditions =
+                conditions::merge(&status.conditions, vec![ended], &[types::PAUSED], now);
+            status.active_pods = active(snapshot);
+            Some(status)
+        }
+        Phase::WaitingForSync => None,
+    }
+}
+
+/// Why a VMI waits, as a condition.
+struct Waits(&'static str, String);
+
+/// A VMI that waits for what its pod needs.
+fn prepare(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
+    let now = snapshot.now;
+    let spec = match &snapshot.spec {
+        Ok(spec) => spec,
+        Err(why) => {
+            let message = format!("the spec cannot be understood: {why}");
+            let wrong = Condition::new(types::SYNCHRONIZED, false, "InvalidSpec", &message);
+            status.conditions = conditions::merge(&status.conditions, vec![wrong], &[], now);
+            return status;
+        }
+    };
+    if snapshot.cluster.is_none() {
+        plan.again = Some(AGAIN);
+        return status;
+    }
+    let claims = match claims(snapshot) {
+        Ok(claims) => claims,
+        Err(Waits(reason, message)) => {
+            let waits = Condition::new(types::SYNCHRONIZED, false, reason, &message);
+            if !status.conditions.iter().any(|c| c.reason.as_deref() == Some(reason)) {
+                let warning = reason == "ErrorPvcNotFound";
+                plan.actions.push(Action::Say { warning, reason, message });
+            }
+            status.conditions = conditions::merge(&status.conditions, vec![waits], &[], now);
+            return status;
+        }
+    };
+    if snapshot.owner.is_none() {
+        plan.actions.push(Action::CreateRecord);
+    } else if !snapshot.is_over() {
+        // A guest of this name may run somewhere: no pod is made that could become a second one.
+        doubt(snapshot, &mut status, plan);
+        return status;
+    }
+    let pending = |volume: &Option<Arc<DataVolume>>| {
+        let phase = volume.as_ref().map(|v| v.status.as_ref().map(|s| s.phase).unwrap_or_default());
+        phase.filter(|phase| *phase != datavolume::Phase::Succeeded)
+    };
+    let waiting: Vec<_> = snapshot.claims.iter().filter_map(|(_, _, v)| pending(v)).collect();
+    let suffix =
+        suffix(&snapshot.vmi.uid().unwrap_or_default(), status.phase_transition_timestamps.len());
+    let wanted = |binds| {
+        let wanted = Wanted { vmi: &snapshot.vmi, spec, claims: &claims, suffix: &suffix, binds };
+        wanted.pod()
+    };
+    let (pod, ready) = if waiting.is_empty() {
+        for pod in snapshot.pods.iter().filter(|pod| !launches(pod)) {
+            plan.actions.push(Action::DeletePod(pod.name_any()));
+        }
+        (snapshot.launcher().is_none().then(|| wanted(false)), true)
+    } else {
+        let binds = waiting.contains(&datavolume::Phase::WaitForFirstConsumer)
+            && snapshot.pods.iter().all(|pod| launches(pod));
+        (binds.then(|| wanted(true)), false)
+    };
+    let volumes = match ready {
+        true => Condition::new(
+            types::DATA_VOLUMES_READY,
+            true,
+            "AllDVsReady",
+            "All of the VMI's DVs are bound and not running",
+        ),
+        false => Condition::new(
+            types::DATA_VOLUMES_READY,
+            false,
+            "NotAllDVsReady",
+            "Not all of the VMI's DVs are ready",
+        ),
+    };
+    status.conditions = conditions::merge(
+        &status.conditions,
+        vec![volumes],
+        &[types::SYNCHRONIZED, types::IN_DOUBT],
+        now,
+    );
+    match pod {
+        Some(Ok(pod)) => plan.actions.push(Action::CreatePod(Box::new(pod))),
+        Some(Err(error)) => {
+            let message = format!("its pod cannot be made: {error}");
+            let wrong = Condition::new(types::SYNCHRONIZED, false, "FailedCreate", &message);
+            status.conditions = conditions::merge(&status.conditions, vec![wrong], &[], now);
+            return status;
+        }
+        None => {}
+    }
+    if ready {
+        enter(&mut status, Phase::Scheduling, now);
+    }
+    status
+}
+
+/// A short name that two lives of a VMI's pods do not share.
+fn suffix(uid: &str, turn: usize) -> String {
+    let hash = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, format!("{uid} {turn}").as_bytes());
+    hash.simple().to_string().chars().take(5).collect()
+}
+
+type Found<'a> = Vec<(&'a str, &'a PersistentVolumeClaim)>;
+
+/// The claims that it names, when all are there.
+fn claims(snapshot: &Snapshot) -> Result<Found<'_>, Waits> {
+    let mut found = Vec::new();
+    for (name, claim, volume) in &snapshot.claims {
+        match (claim, volume) {
+            (Some(claim), _) => found.push((&**name, &**claim)),
+            (None, Some(_)) => {
+                let message = format!("DataVolume {name} has no claim yet");
+                return Err(Waits("DataVolumePending", message));
+            }
+            (None, None) => {
+                let message = format!(
+                    "there is no claim {name} in namespace {}: make it, or correct the volume that \
+                     names it",
+                    snapshot.vmi.namespace().unwrap_or_default()
+                );
+                return Err(Waits("ErrorPvcNotFound", message));
+            }
+        }
+    }
+    Ok(found)
+}
+
+/// A VMI whose pod looks for a node.
+fn schedule(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
+    let now = snapshot.now;
+    status.active_pods = active(snapshot);
+    let Some(pod) = snapshot.launcher() else {
+        // It may not be seen yet, right after it was made.
+        let since = status.phase_transition_timestamps.last();
+        let since = since.and_then(|t| t.phase_transition_timestamp.parse::<Timestamp>().ok());
+        let patience = jiff::SignedDuration::from_secs(10);
+        if since.is_some_and(|since| now.duration_since(since) < patience) {
+            plan.again = Some(AGAIN);
+            return status;
+        }
+        return fail(
+            snapshot,
+            status,
+            "PodDeleted",
+            "its pod was deleted before it could start",
+            plan,
+        );
+    };
+    if is_terminal(pod) {
+        let message =
+            format!("pod {} ended before the guest could start: {}", pod.name_any(), ending(pod));
+        return fail(snapshot, status, "PodFailed", &message, plan);
+    }
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+    if let (true, Some(node)) = (is_ready(pod), node) {
+        enter(&mut status, Phase::Scheduled, now);
+        status.node_name = Some(node.clone());
+        status.volume_status = volumes(snapshot);
+        let gone = [types::SYNCHRONIZED];
+        status.conditions = conditions::merge(&status.conditions, Vec::new(), &gone, now);
+        plan.actions.push(Action::Patch(json!({"metadata": {"labels": {keys::NODE: node}}})));
+        return status;
+    }
+    if let Some((reason, message)) = trouble(pod) {
+        let waits = Condition::new(types::SYNCHRONIZED, false, &reason, &message);
+        status.conditions = conditions::merge(&status.conditions, vec![waits], &[], now);
+    }
+    status
+}
+
+/// Why a pod does not start.
+fn trouble(pod: &Pod) -> Option<(String, String)> {
+    let status = pod.status.as_ref()?;
+    let scheduled = status.conditions.iter().flatten().find(|c| c.type_ == "PodScheduled");
+    if let Some(c) = scheduled.filter(|c| c.status == "False") {
+        return Some((c.reason.clone()?, c.message.clone().unwrap_or_default()));
+    }
+    let waiting =
+        status.container_statuses.iter().flatten().find_map(|container| {
+            container.state.as_ref().and_then(|state| state.waiting.clone())
+        })?;
+    let reason = waiting.reason?;
+    (reason != "ContainerCreating").then(|| (reason, waiting.message.unwrap_or_default()))
+}
+
+/// How a pod's container ended.
+fn ending(pod: &Pod) -> String {
+    let statuses = pod.status.iter().flat_map(|s| s.container_statuses.iter().flatten());
+    let ended = statuses.into_iter().find_map(|c| c.state.as_ref()?.terminated.clone());
+    match ended {
+        Some(ended) => {
+            let said = ended.message.map(|said| format!(": {}", said.trim())).unwrap_or_default();
+            format!("exit code {}{said}", ended.exit_code)
+        }
+        None => pod.status.as_ref().and_then(|s| s.message.clone()).unwrap_or_default(),
+    }
+}
+
+/// A VMI that its handler has. Ours is to see when its pod is gone.
+fn supervise(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option<Status> {
+    let now = snapshot.now;
+    status.active_pods = active(snapshot);
+    let pod = snapshot.launcher();
+    if pod.is_some_and(|pod| !is_terminal(pod)) {
+        // It was thought lost, and is not.
+        let gone = [types::IN_DOUBT];
+        if status.phase == Phase::Unknown {
+            enter(&mut status, Phase::Running, now);
+        }
+        status.conditions = conditions::merge(&status.conditions, Vec::new(), &gone, now);
+        return Some(status);
+    }
+    if !snapshot.is_over() {
+        doubt(snapshot, &mut status, plan);
+        return Some(status);
+    }
+    let message = match pod {
+        Some(pod) => format!("pod {} ended: {}", pod.name_any(), ending(pod)),
+        None => "its pod is gone".into(),
+    };
+    Some(fail(snapshot, status, "PodFailed", &message, plan))
+}
+
+/// Nobody knows whether the guest runs.
+fn doubt(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
+    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.clone()).unwrap_or_default();
+    let node = record.node.unwrap_or_else(|| "its node".into());
+    let message = format!(
+        "the guest may still run on {node}, whose handler has not said that it ended: no second one is \
+         started. If that node is off for certain, taint it with {}=nodeshutdown:NoExecute",
+        keys::OUT_OF_SERVICE
+    );
+    if !conditions::is(&status.conditions, types::IN_DOUBT) {
+        plan.actions.push(Action::Say {
+            warning: true,
+            reason: "InDoubt",
+            message: message.clone(),
+        });
+    }
+    let doubt = Condition::new(types::IN_DOUBT, true, "OwnerNotHeardOf", &message);
+    let ready = Condition::new(types::READY, false, "OwnerNotHeardOf", &message);
+    status.conditions =
+        conditions::merge(&status.conditions, vec![doubt, ready], &[], snapshot.now);
+    plan.again = Some(AGAIN);
+}
+
+fn fail(
+    snapshot: &Snapshot,
+    mut status: Status,
+    reason: &'static str,
+    message: &str,
+    plan: &mut Plan,
+) -> Status {
+    let leaves = snapshot.vmi.metadata.deletion_timestamp.is_some();
+    enter(&mut status, if leaves { Phase::Succeeded } else { Phase::Failed }, snapshot.now);
+    status.reason = Some(reason.into());
+    let wrong = Condition::new(types::READY, false, reason, message);
+    status.conditions =
+        conditions::merge(&status.conditions, vec![wrong], &[types::IN_DOUBT], snapshot.now);
+    plan.actions.push(Action::Say { warning: true, reason, message: message.into() });
+    status
+}
+
+fn active(snapshot: &Snapshot) -> std::collections::BTreeMap<String, String> {
+    let live = snapshot.pods.iter().filter(|pod| launches(pod) && !is_terminal(pod));
+    live.map(|pod| {
+        let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+        (pod.uid().unwrap_or_default(), node.unwrap_or_default())
+    })
+    .collect()
+}
+
+fn volumes(snapshot: &Snapshot) -> Vec<VolumeStatus> {
+    let Ok(spec) = &snapshot.spec else { return Vec::new() };
+    let info = |name: &str| {
+        let claim = snapshot.claims.iter().find(|(n, _, _)| n == name)?.1.clone()?;
+        let asked = claim.spec.clone().unwrap_or_default();
+        Some(ClaimInfo {
+            claim_name: name.into(),
+            access_modes: asked.access_modes.clone().unwrap_or_default(),
+            volume_mode: Some(if is_block(&claim) { "Block" } else { "Filesystem" }.into()),
+            capacity: claim.status.as_ref().and_then(|s| s.capacity.clone()).unwrap_or_default(),
+            requests: asked.resources.and_then(|r| r.requests).unwrap_or_default(),
+        })
+    };
+    let of = |volume: &api::vmi::Volume| VolumeStatus {
+        name: volume.name.clone(),
+        persistent_volume_claim_info: volume.claim().and_then(info),
+        ..VolumeStatus::default()
+    };
+    spec.volumes.iter().map(of).collect()
+}
+
+fn write(snapshot: &Snapshot, status: Status, plan: &mut Plan) {
+    if snapshot.vmi.status.as_ref() == Some(&status) {
+        return;
+    }
+    plan.actions.push(Action::PatchStatus(serde_json::to_value(&status).unwrap_or_default()));
+}

@@ -1,0 +1,201 @@
+//! All that reconcilers look at, kept by watches; and who is rung for what.
+
+use api::datavolume::{DataVolume, StorageProfile};
+use api::keys;
+use api::kubevirt::KubeVirt;
+use api::owner::OwnerRecord;
+use api::vm::VirtualMachine;
+use api::vmi::VirtualMachineInstance;
+use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::storage::v1::StorageClass;
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::runtime::watcher;
+use kube::{Api, Client, Resource, ResourceExt};
+use reconcile::Queue;
+use reconcile::events::Recorder;
+use reconcile::kept::Keeper;
+use serde::de::DeserializeOwned;
+use std::sync::Arc;
+
+/// A namespace and a name.
+pub type Key = (String, String);
+
+/// The label of importers' pods.
+pub const IMPORTER: &str = "importer";
+
+/// All that is kept.
+#[derive(Clone)]
+pub struct World {
+    /// The API.
+    pub client: Client,
+    /// Says what happens.
+    pub events: Recorder,
+    /// VMs.
+    pub vms: Store<VirtualMachine>,
+    /// VMIs.
+    pub vmis: Store<VirtualMachineInstance>,
+    /// DataVolumes.
+    pub volumes: Store<DataVolume>,
+    /// Claims.
+    pub claims: Store<PersistentVolumeClaim>,
+    /// Launchers' and importers' pods.
+    pub pods: Store<Pod>,
+    /// Owner records.
+    pub owners: Store<OwnerRecord>,
+    /// Nodes.
+    pub nodes: Store<Node>,
+    /// Classes of storage.
+    pub classes: Store<StorageClass>,
+    /// What they can do.
+    pub profiles: Store<StorageProfile>,
+    /// The cluster's settings.
+    pub settings: Store<KubeVirt>,
+    /// VMs to be looked at.
+    pub vm_queue: Queue<Key>,
+    /// VMIs to be looked at.
+    pub vmi_queue: Queue<Key>,
+    /// DataVolumes to be looked at.
+    pub volume_queue: Queue<Key>,
+    /// The settings to be looked at.
+    pub settings_queue: Queue<()>,
+}
+
+/// The key of an object.
+pub fn key(object: &impl ResourceExt) -> Key {
+    (object.namespace().unwrap_or_default(), object.name_any())
+}
+
+/// A label of an object.
+pub fn label<'a>(object: &'a impl ResourceExt, name: &str) -> Option<&'a str> {
+    object.labels().get(name).map(String::as_str)
+}
+
+/// The object of a key.
+pub fn get<K>(store: &Store<K>, (namespace, name): &Key) -> Option<Arc<K>>
+where
+    K: Resource<DynamicType = (), Scope = NamespaceResourceScope> + Clone + 'static,
+{
+    store.get(&ObjectRef::new(name).within(namespace))
+}
+
+impl World {
+    /// Begins to keep all of it.
+    pub fn open(client: Client) -> (Self, Keeper) {
+        let mut keeper = Keeper::default();
+        let (vm_queue, vmi_queue) = (Queue::<Key>::default(), Queue::<Key>::default());
+        let (volume_queue, settings_queue) = (Queue::<Key>::default(), Queue::<()>::default());
+        let all = watcher::Config::default;
+        let (vm, vmi, dv, kv) = (&vm_queue, &vmi_queue, &volume_queue, &settings_queue);
+        let vms = keeper.keep_and(Api::all(client.clone()), all(), {
+            let (vm, vmi) = (vm.clone(), vmi.clone());
+            move |object: &VirtualMachine| {
+                vm.ring(key(object));
+                vmi.ring(key(object));
+            }
+        });
+        let vmis = keeper.keep_and(Api::all(client.clone()), all(), {
+            let (vm, vmi) = (vm.clone(), vmi.clone());
+            move |object: &VirtualMachineInstance| {
+                // A VM's VMI has its name.
+                vm.ring(key(object));
+                vmi.ring(key(object));
+            }
+        });
+        let owners = keeper.keep_and(Api::all(client.clone()), all(), {
+            let (vm, vmi) = (vm.clone(), vmi.clone());
+            move |object: &OwnerRecord| {
+                vm.ring(key(object));
+                vmi.ring(key(object));
+            }
+        });
+        let volumes: Store<DataVolume> = keeper.keep_and(Api::all(client.clone()), all(), {
+            let (vm, vmi, dv) = (vm.clone(), vmi.clone(), dv.clone());
+            move |object: &DataVolume| {
+                dv.ring(key(object));
+                if let Some(owner) = owner_of(object, "VirtualMachine") {
+                    vm.ring(owner.clone());
+                    vmi.ring(owner);
+                }
+            }
+        });
+        let claims = keeper.keep_and(Api::all(client.clone()), all(), {
+            let dv = dv.clone();
+            move |object: &PersistentVolumeClaim| dv.ring(key(object))
+        });
+        let ours = all().labels(&format!("{} in ({}, {IMPORTER})", keys::APP, keys::LAUNCHER));
+        let pods = keeper.keep_and(Api::all(client.clone()), ours, {
+            let (vmi, dv) = (vmi.clone(), dv.clone());
+            move |object: &Pod| {
+                if let Some(owner) = owner_of(object, "VirtualMachineInstance") {
+                    vmi.ring(owner);
+                } else if let Some(owner) = owner_of(object, "DataVolume") {
+                    dv.ring(owner);
+                }
+            }
+        });
+        let settings = keeper.keep_and(Api::all(client.clone()), all(), {
+            let kv = kv.clone();
+            move |_: &KubeVirt| kv.ring(())
+        });
+        let classes = keeper.keep_and(Api::all(client.clone()), all(), {
+            let kv = kv.clone();
+            move |_: &StorageClass| kv.ring(())
+        });
+        let nodes = keeper.keep(Api::all(client.clone()), all());
+        let profiles = keeper.keep(Api::all(client.clone()), all());
+        let world = Self {
+            events: Recorder::new(client.clone(), "virt-controller", None),
+            client,
+            vms,
+            vmis,
+            volumes,
+            claims,
+            pods,
+            owners,
+            nodes,
+            classes,
+            profiles,
+            settings,
+            vm_queue,
+            vmi_queue,
+            volume_queue,
+            settings_queue,
+        };
+        (world, keeper)
+    }
+
+    /// Waits until a first list of each kind is there.
+    pub async fn wait(&self) {
+        let Self { vms, vmis, volumes, claims, pods, owners, .. } = self;
+        let Self { nodes, classes, profiles, settings, .. } = self;
+        reconcile::ready!(
+            vms, vmis, volumes, claims, pods, owners, nodes, classes, profiles, settings
+        );
+    }
+
+    /// The API of a kind in a namespace.
+    pub fn api<K>(&self, namespace: &str) -> Api<K>
+    where
+        K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + DeserializeOwned,
+    {
+        Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// The cluster's settings; None as long as there are none.
+    pub fn cluster(&self) -> Option<Arc<KubeVirt>> {
+        self.settings.state().into_iter().min_by_key(|settings| key(&**settings))
+    }
+
+    /// The pods that an object controls.
+    pub fn pods_of(&self, uid: &str) -> Vec<Arc<Pod>> {
+        let owned = |pod: &Arc<Pod>| pod.owner_references().iter().any(|owner| owner.uid == uid);
+        self.pods.state().into_iter().filter(owned).collect()
+    }
+}
+
+/// The key of an object's owner of a kind.
+pub fn owner_of(object: &impl ResourceExt, kind: &str) -> Option<Key> {
+    let owner = object.owner_references().iter().find(|owner| owner.kind == kind)?;
+    Some((object.namespace().unwrap_or_default(), owner.name.clone()))
+}
