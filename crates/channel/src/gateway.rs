@@ -16,7 +16,7 @@ mod local;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
@@ -137,6 +137,12 @@ pub struct Gateway {
     tasks: JoinSet<()>,
 }
 
+/// A door of [`Gateway::open_door`].
+#[derive(Debug)]
+pub struct Door {
+    _tasks: JoinSet<()>,
+}
+
 /// What all connections share.
 struct Shared {
     listen: SocketAddr,
@@ -179,7 +185,7 @@ impl Gateway {
         });
         let mut tasks = JoinSet::new();
         tasks.spawn(serve_peers(shared.clone(), tcp));
-        tasks.spawn(serve_local(shared.clone(), unix));
+        tasks.spawn(serve_local(shared.clone(), shared.service.clone(), unix));
         tracing::info!(%address, "gateway listens");
         Ok(Self { address, shared, tasks })
     }
@@ -199,6 +205,15 @@ impl Gateway {
         let new = credentials(identity, trust)?;
         *self.shared.credentials.write().unwrap_or_else(PoisonError::into_inner) = new;
         Ok(())
+    }
+
+    /// Opens a door of its own for one launcher: a socket in `folder`, whose requests `service`
+    /// answers, and through which it reaches other hosts. Shut when it is dropped.
+    pub fn open_door(&self, folder: &Path, service: Arc<dyn Service>) -> Result<Door, Error> {
+        let unix = socket::bind_beneath(folder, GATEWAY_SOCKET).map_err(Error::Socket)?;
+        let mut tasks = JoinSet::new();
+        tasks.spawn(serve_local(self.shared.clone(), service, unix));
+        Ok(Door { _tasks: tasks })
     }
 
     /// Stops listening and cuts what is relayed. Its port is free afterwards.
@@ -265,14 +280,14 @@ async fn serve_peers(shared: Arc<Shared>, listener: TcpListener) {
     }
 }
 
-async fn serve_local(shared: Arc<Shared>, listener: UnixListener) {
+async fn serve_local(shared: Arc<Shared>, service: Arc<dyn Service>, listener: UnixListener) {
     let mut connections = JoinSet::new();
     loop {
         while connections.try_join_next().is_some() {}
         let Ok(permit) = shared.local.clone().acquire_owned().await else { return };
         match listener.accept().await {
             Ok((unix, _)) => {
-                connections.spawn(local::serve(shared.clone(), unix, permit));
+                connections.spawn(local::serve(shared.clone(), service.clone(), unix, permit));
             }
             Err(error) => pause_after(&error).await,
         }

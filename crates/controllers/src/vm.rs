@@ -140,8 +140,8 @@ async fn act(world: &World, vm: &VirtualMachine, action: &Action) -> kube::Resul
             // N.B. on the condition that nobody has asked for something meanwhile.
             let read = json!({"resourceVersion": vm.metadata.resource_version});
             let patch = json!({"metadata": read, "status": status});
-            let patched = vms.patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch));
-            ignore_gone(patched.await)?;
+            let patch = Patch::Merge(&patch);
+            ignore_gone(vms.patch_status(&name, &PatchParams::default(), &patch).await)?;
         }
         Action::Say { warning, reason, message } => {
             let kind = if *warning { Kind::Warning } else { Kind::Normal };

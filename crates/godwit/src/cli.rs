@@ -109,6 +109,9 @@ pub struct Launcher {
     /// Start it though its disks are marked, or its owner record says that it left.
     #[arg(long)]
     pub force: bool,
+    /// Seconds that the guest may take to shut down when the launcher ends.
+    #[arg(long, default_value_t = 10)]
+    pub grace: u64,
     /// Let tests stop moves at failpoints.
     #[arg(long, hide = true)]
     pub failpoints: bool,

@@ -12,9 +12,10 @@ use launcher::migration::ticket::{Here, Peer};
 use launcher::spec::VmSpec;
 use serde_json::Value;
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Duration;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Log to stderr, as `GODWIT_LOG` says (default: info for the roles).
@@ -104,6 +105,20 @@ fn publish(host: &Path, here: &Here) -> Result<()> {
     std::fs::rename(&draft, host.join("gateway.json")).context("cannot say where the gateway is")
 }
 
+/// The folder that stands for `/` in a container without a file system of its own.
+fn root() -> Option<PathBuf> {
+    std::env::var_os("GODWIT_ROOT").map(PathBuf::from)
+}
+
+/// A folder by its path, in such a container by what was mounted there.
+fn place(path: &Path) -> Result<PathBuf> {
+    match (root(), path.strip_prefix("/")) {
+        (Some(root), Ok(below)) => std::fs::canonicalize(root.join(below))
+            .with_context(|| format!("{} is not mounted here", path.display())),
+        _ => Ok(std::path::absolute(path)?),
+    }
+}
+
 /// A spec is a page of text.
 const MAX_SPEC: u64 = 1 << 20;
 
@@ -119,8 +134,10 @@ pub async fn launcher(arguments: cli::Launcher) -> Result<ExitCode> {
     };
     let own = std::env::current_exe().context("cannot find this program")?;
     let config = launcher::vm::Config {
-        host: std::path::absolute(&arguments.host)?,
+        host: place(&arguments.host)?,
         vm,
+        root: root(),
+        grace: Duration::from_secs(arguments.grace),
         shim: vec![own.into(), "exec".into()],
         failpoints: arguments.failpoints,
         fault: arguments.inject.unwrap_or_default(),

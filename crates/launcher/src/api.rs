@@ -21,7 +21,7 @@ use crate::migration::verify::{self, Differing, VerifyReport, VerifyTicket};
 use crate::migration::{self, PrepareRequest, SendRequest};
 use crate::spec::VmSpec;
 use crate::status::Status;
-use crate::vm::{self, Handle};
+use crate::vm::{self, Begin, Handle};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Query, State};
 use axum::http::StatusCode;
@@ -57,6 +57,9 @@ pub struct StatusQuery {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StartRequest {
+    /// Let the guest stand still at its first instruction.
+    #[serde(default)]
+    pub paused: bool,
     /// What to start.
     pub spec: VmSpec,
     /// A person insists, though the owner record or a disk's mark says that the VM has left.
@@ -108,6 +111,7 @@ fn router(launcher: Handle) -> Router {
         .route("/v1/start", post(start))
         .route("/v1/shutdown", post(shut_down))
         .route("/v1/kill", post(kill))
+        .route("/v1/reset", post(reset))
         .route("/v1/pause", post(pause))
         .route("/v1/resume", post(resume))
         .route("/v1/prepare", post(prepare))
@@ -225,14 +229,15 @@ async fn spec(State(launcher): State<Handle>) -> Answer<VmSpec> {
 }
 
 async fn start(State(launcher): State<Handle>, body: Body<StartRequest>) -> Answer<Status> {
-    let Json(StartRequest { spec, forced }) = body?;
+    let Json(StartRequest { paused, spec, forced }) = body?;
     let vm = &launcher.config.vm;
     if spec.name != *vm {
         let text = format!("the spec is that of VM {}, this launcher's is {vm}", spec.name);
         return Err(Refusal::new(StatusCode::BAD_REQUEST, text));
     }
     let here = launcher.clone();
-    finish(async move { here.start(spec, forced).await }).await?;
+    let spec = spec.below(here.config.root.as_deref());
+    finish(async move { here.start(spec, Begin { forced, paused }).await }).await?;
     Ok(now(&launcher))
 }
 
@@ -247,6 +252,12 @@ async fn shut_down(State(launcher): State<Handle>, body: Body<ShutdownRequest>) 
 async fn kill(State(launcher): State<Handle>) -> Answer<Status> {
     let here = launcher.clone();
     finish(async move { here.kill().await }).await?;
+    Ok(now(&launcher))
+}
+
+async fn reset(State(launcher): State<Handle>) -> Answer<Status> {
+    let here = launcher.clone();
+    finish(async move { here.reset().await }).await?;
     Ok(now(&launcher))
 }
 

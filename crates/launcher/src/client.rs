@@ -125,7 +125,17 @@ impl Client {
     /// # Errors
     /// [`Error`].
     pub async fn start(&self, spec: &VmSpec, forced: bool) -> Result<Status, Error> {
-        self.post("/v1/start", &StartRequest { spec: spec.clone(), forced }, START).await
+        let request = StartRequest { paused: false, spec: spec.clone(), forced };
+        self.post("/v1/start", &request, START).await
+    }
+
+    /// Starts the VM, standing still at its first instruction.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn start_paused(&self, spec: &VmSpec) -> Result<Status, Error> {
+        let request = StartRequest { paused: true, spec: spec.clone(), forced: false };
+        self.post("/v1/start", &request, START).await
     }
 
     /// Lets the guest shut itself down, and has it ended if it has not after `grace`. Does not
@@ -136,6 +146,14 @@ impl Client {
     pub async fn shut_down(&self, grace: Duration) -> Result<Status, Error> {
         let request = ShutdownRequest { grace_seconds: grace.as_secs_f64() };
         self.post("/v1/shutdown", &request, ANSWER).await
+    }
+
+    /// Begins the guest anew.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn reset(&self) -> Result<Status, Error> {
+        self.post("/v1/reset", &(), ANSWER).await
     }
 
     /// Ends the guest at once.

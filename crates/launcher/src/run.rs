@@ -6,10 +6,8 @@ use crate::{api, folder, migration, vm};
 use std::time::Duration;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-/// How long a guest may take to shut down when its launcher ends.
-const GRACE: Duration = Duration::from_secs(10);
-/// The grace, and what a QEMU that hangs adds to it.
-const CLOSE: Duration = Duration::from_secs(25);
+/// What a QEMU that hangs adds to the guest's grace.
+const HANGS: Duration = Duration::from_secs(15);
 /// A killed process is gone at once, unless its disk hangs.
 const KILL: Duration = Duration::from_secs(5);
 /// What waits for news of this launcher hears its last words within this time.
@@ -81,8 +79,9 @@ async fn live(launcher: &Handle, spec: Option<VmSpec>, forced: bool) -> Result<(
         () = ends.wait() => Ok(()),
     };
     tracing::info!("the launcher ends");
+    let grace = launcher.config.grace;
     tokio::select! {
-        _ = tokio::time::timeout(CLOSE, launcher.close(GRACE)) => {}
+        _ = tokio::time::timeout(grace + HANGS, launcher.close(grace)) => {}
         () = ends.wait() => {}
     }
     // Whatever is still here: a guest that was told twice, or a QEMU that hangs.
@@ -97,7 +96,10 @@ async fn live(launcher: &Handle, spec: Option<VmSpec>, forced: bool) -> Result<(
 
 async fn start(launcher: &Handle, spec: Option<VmSpec>, forced: bool) -> Result<(), Error> {
     match spec {
-        Some(spec) => launcher.start(spec, forced).await.map_err(Error::Start),
+        Some(spec) => {
+            let begin = vm::Begin { forced, paused: false };
+            launcher.start(spec, begin).await.map_err(Error::Start)
+        }
         None => Ok(()),
     }
 }

@@ -14,6 +14,9 @@ pub struct VmSpec {
     /// Virtual CPUs.
     #[serde(default = "one")]
     pub vcpus: u32,
+    /// How they are arranged; None is one socket for each.
+    #[serde(default)]
+    pub topology: Option<Topology>,
     /// Guest memory in MiB.
     #[serde(rename = "memoryMiB")]
     pub memory_mib: u64,
@@ -39,9 +42,27 @@ pub struct VmSpec {
     /// A kernel that is started without a boot loader.
     #[serde(default)]
     pub boot: Option<DirectBoot>,
+    /// What the guest knows the machine by (SMBIOS, RFC 9562).
+    #[serde(default)]
+    pub uuid: Option<String>,
+    /// The machine's serial number (SMBIOS).
+    #[serde(default)]
+    pub serial_number: Option<String>,
     /// Names of the serial ports, as in [`Disk::name`]; the first is the console.
     #[serde(default = "console")]
     pub serials: Vec<String>,
+}
+
+/// How virtual CPUs are arranged: as many as their product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Topology {
+    /// Sockets.
+    pub sockets: u32,
+    /// Of each socket.
+    pub cores: u32,
+    /// Of each core.
+    pub threads: u32,
 }
 
 /// What runs the guest.
@@ -74,6 +95,15 @@ pub struct Disk {
     /// Show only so many bytes of it: a larger target keeps the source's size while it moves.
     #[serde(default)]
     pub size: Option<u64>,
+    /// It is a CD-ROM: on SCSI or SATA, and read-only.
+    #[serde(default)]
+    pub cdrom: bool,
+    /// What the guest knows it by.
+    #[serde(default)]
+    pub serial: Option<String>,
+    /// Its turn at boot, from 1 on. If no disk has one, they are tried in their order.
+    #[serde(default)]
+    pub boot_order: Option<u32>,
 }
 
 /// How the guest sees a disk.
@@ -103,6 +133,22 @@ pub struct Nic {
     /// What it is connected to on its host.
     #[serde(default)]
     pub backend: Backend,
+    /// What reaches the guest through [`Backend::User`].
+    #[serde(default)]
+    pub forwards: Vec<Forward>,
+}
+
+/// A port of the host that leads to the same port of the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Forward {
+    /// UDP, not TCP.
+    #[serde(default)]
+    pub udp: bool,
+    /// The host's address.
+    pub address: std::net::IpAddr,
+    /// The port of both.
+    pub port: u16,
 }
 
 /// What a network card is connected to.
@@ -224,6 +270,21 @@ fn is_place(path: &Path) -> bool {
     path.is_absolute() && path.to_str().is_some_and(|text| !text.chars().any(char::is_control))
 }
 
+/// A path beneath a folder, through the first link on its way.
+fn beneath(root: &Path, path: &Path) -> PathBuf {
+    let mut place = root.to_owned();
+    let mut mounted = false;
+    for part in path.components() {
+        if let std::path::Component::Normal(name) = part {
+            place.push(name);
+            if !mounted && let Ok(target) = std::fs::read_link(&place) {
+                (place, mounted) = (target, true);
+            }
+        }
+    }
+    place
+}
+
 #[derive(Default)]
 struct Faults(Vec<String>);
 
@@ -275,6 +336,23 @@ impl VmSpec {
         if faults.is_empty() { Ok(()) } else { Err(Invalid { name: self.name.clone(), faults }) }
     }
 
+    /// The same spec with its paths beneath a folder in which others have put links for what is
+    /// mounted in it: that of a container without a file system of its own.
+    ///
+    /// N.B. only such links are followed: what lies behind them may be in a guest's hands.
+    pub fn below(mut self, root: Option<&Path>) -> Self {
+        let Some(root) = root else { return self };
+        let disks = self.disks.iter_mut().map(|disk| &mut disk.path);
+        let boot = self
+            .boot
+            .iter_mut()
+            .flat_map(|boot| std::iter::once(&mut boot.kernel).chain(boot.initrd.as_mut()));
+        for path in disks.chain(boot) {
+            *path = beneath(root, path);
+        }
+        self
+    }
+
     /// Whether it is of the q35 kind, which has other buses than pc.
     pub fn is_q35(&self) -> bool {
         may_be("q35", &self.machine)
@@ -297,6 +375,17 @@ impl VmSpec {
         let Self { machine, vcpus, memory_mib, serials, .. } = self;
         faults
             .demand((1..=MAX_VCPUS).contains(vcpus), || format!("vcpus must be 1 to {MAX_VCPUS}"));
+        if let Some(Topology { sockets, cores, threads }) = self.topology {
+            let product = sockets.checked_mul(cores).and_then(|n| n.checked_mul(threads));
+            faults.demand(product == Some(*vcpus), || {
+                format!("topology {sockets} x {cores} x {threads} is not {vcpus} vcpus")
+            });
+        }
+        for (what, text) in [("uuid", &self.uuid), ("serialNumber", &self.serial_number)] {
+            faults.demand(text.as_deref().is_none_or(is_plain), || {
+                format!("{what} must be of letters, digits and -_.+=")
+            });
+        }
         faults.demand((16..=MAX_MEMORY_MIB).contains(memory_mib), || {
             format!("memoryMiB must be 16 to {MAX_MEMORY_MIB}")
         });
@@ -331,7 +420,13 @@ impl VmSpec {
             "a disk on flash holds the variables of UEFI firmware: name that under uefi".into()
         });
         let mut paths = BTreeSet::new();
-        for Disk { name, path, size, bus, read_only, .. } in &self.disks {
+        for Disk { name, path, size, bus, read_only, cdrom, serial, .. } in &self.disks {
+            faults.demand(!cdrom || (*read_only && matches!(bus, Bus::Scsi | Bus::Sata)), || {
+                format!("disk {name}: a CD-ROM is on scsi or sata, and readOnly")
+            });
+            faults.demand(serial.as_deref().is_none_or(|s| is_plain(s) && s.len() <= 36), || {
+                format!("disk {name}: serial must be at most 36 of letters, digits and -_.+=")
+            });
             faults.place(&format!("disk {name}"), path);
             faults.demand(paths.insert(path), || {
                 format!("disk {name}: another disk has its path {}", path.display())
@@ -348,7 +443,10 @@ impl VmSpec {
     fn check_nics(&self, faults: &mut Faults) {
         faults.names("nic", self.nics.iter().map(|nic| &nic.name));
         faults.demand(self.nics.len() <= MAX_NICS, || format!("at most {MAX_NICS} nics"));
-        for Nic { name, mac, backend } in &self.nics {
+        for Nic { name, mac, backend, forwards } in &self.nics {
+            faults.demand(forwards.is_empty() || *backend == Backend::User, || {
+                format!("nic {name}: ports are forwarded by the user-mode network only")
+            });
             faults.demand(is_mac(mac), || format!("nic {name}: '{mac}' is no unicast MAC address"));
             if let Backend::Tap(tap) = backend {
                 faults.demand(is_plain(tap) && tap.len() < 16, || {
@@ -382,6 +480,7 @@ impl VmSpec {
         let Self {
             name,
             vcpus,
+            topology,
             memory_mib,
             machine,
             cpu,
@@ -390,11 +489,16 @@ impl VmSpec {
             nics,
             uefi,
             boot,
+            uuid,
+            serial_number,
             serials,
         } = self;
         let mut found = Differences::default();
         found.compare("name", name, &other.name);
         found.compare("vcpus", vcpus, &other.vcpus);
+        found.compare("topology", topology, &other.topology);
+        found.compare("uuid", uuid, &other.uuid);
+        found.compare("serialNumber", serial_number, &other.serial_number);
         found.compare("memoryMiB", memory_mib, &other.memory_mib);
         if !may_be(machine, &other.machine) && !may_be(&other.machine, machine) {
             found.compare("machine", machine, &other.machine);
@@ -406,14 +510,18 @@ impl VmSpec {
         found.compare("serials", serials, &other.serials);
         found.compare("disks", &names(disks, |d| &d.name), &names(&other.disks, |d| &d.name));
         for (disk, other) in disks.iter().zip(&other.disks).filter(|(a, b)| a.name == b.name) {
-            let Disk { name, path: _, bus, read_only, shared, size: _ } = disk;
+            let Disk { name, path: _, bus, read_only, shared, size: _, cdrom, serial, boot_order } =
+                disk;
+            found.compare(&format!("disk {name}: cdrom"), cdrom, &other.cdrom);
+            found.compare(&format!("disk {name}: serial"), serial, &other.serial);
+            found.compare(&format!("disk {name}: bootOrder"), boot_order, &other.boot_order);
             found.compare(&format!("disk {name}: bus"), bus, &other.bus);
             found.compare(&format!("disk {name}: readOnly"), read_only, &other.read_only);
             found.compare(&format!("disk {name}: shared"), shared, &other.shared);
         }
         found.compare("nics", &names(nics, |n| &n.name), &names(&other.nics, |n| &n.name));
         for (nic, other) in nics.iter().zip(&other.nics).filter(|(a, b)| a.name == b.name) {
-            let Nic { name, mac, backend: _ } = nic;
+            let Nic { name, mac, backend: _, forwards: _ } = nic;
             let (mac, other) = (mac.to_ascii_lowercase(), other.mac.to_ascii_lowercase());
             found.compare(&format!("nic {name}: mac"), &mac, &other);
         }

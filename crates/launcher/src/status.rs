@@ -51,6 +51,9 @@ pub struct Status {
     pub phase: Phase,
     /// Why, where that needs saying.
     pub reason: Option<String>,
+    /// Of a guest that has stopped: QEMU ended otherwise than by the guest's or a person's will.
+    #[serde(default)]
+    pub broke: bool,
     /// The instance that may own the VM.
     pub instance: Option<String>,
     /// Its epoch.
@@ -69,6 +72,7 @@ impl Status {
             vm: vm.to_owned(),
             phase: Phase::Empty,
             reason: None,
+            broke: false,
             instance: None,
             epoch: None,
             qemu_pid: None,
@@ -86,6 +90,8 @@ pub enum Wish {
     ShutDown,
     /// End it.
     Kill,
+    /// Begin it anew.
+    Reset,
     /// Let it stand still.
     Pause,
     /// Let it go on.
@@ -139,7 +145,8 @@ pub fn judge(phase: Phase, moving: bool, wish: Wish) -> Verdict {
         (W::Prepare, _) => Deny("the VM runs here already"),
         (W::Send, P::Running) => Accept,
         (W::Send, P::Paused) => Deny("the VM is paused; resume it to move it live"),
-        (W::Pause | W::Resume | W::Send, _) => Deny("the VM does not run here"),
+        (W::Reset, P::Running | P::Paused) => Accept,
+        (W::Pause | W::Resume | W::Send | W::Reset, _) => Deny("the VM does not run here"),
     }
 }
 
@@ -161,8 +168,8 @@ mod test {
 
     proptest! {
         #[test]
-        fn while_a_move_runs_nothing_but_its_end_is_accepted(phase in 0usize..8, wish in 0usize..7) {
-            let wish = [Wish::Start, Wish::ShutDown, Wish::Kill, Wish::Pause, Wish::Resume, Wish::Prepare, Wish::Send][wish];
+        fn while_a_move_runs_nothing_but_its_end_is_accepted(phase in 0usize..8, wish in 0usize..8) {
+            let wish = [Wish::Start, Wish::ShutDown, Wish::Kill, Wish::Pause, Wish::Resume, Wish::Prepare, Wish::Send, Wish::Reset][wish];
             let verdict = judge(PHASES[phase], true, wish);
             if verdict == Verdict::Accept {
                 prop_assert!(matches!(wish, Wish::Kill | Wish::ShutDown));

@@ -14,7 +14,7 @@ use channel::client::GatewayClient;
 use handover::record::{HostId, InstanceId};
 use handover::start::Starter;
 use mover::disk::Disk;
-use qmp::commands::{Cont, Stop, SystemPowerdown};
+use qmp::commands::{Cont, Stop, SystemPowerdown, SystemReset};
 use std::ffi::OsString;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -35,6 +35,10 @@ pub struct Config {
     pub host: PathBuf,
     /// The VM's name.
     pub vm: String,
+    /// What paths of specs begin at: see [`VmSpec::below`].
+    pub root: Option<PathBuf>,
+    /// How long the guest may take to shut down when its launcher ends.
+    pub grace: Duration,
     /// A command that ends in [`qemu::shim`].
     pub shim: Vec<OsString>,
     /// Whether tests may stop moves at failpoints.
@@ -103,6 +107,15 @@ pub enum Error {
     /// The move cannot be begun.
     #[error(transparent)]
     Migration(#[from] migration::Error),
+}
+
+/// How a VM begins.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Begin {
+    /// Though its disks are marked, or it has left.
+    pub forced: bool,
+    /// Standing still at its first instruction.
+    pub paused: bool,
 }
 
 /// A guest that is here.
@@ -245,7 +258,7 @@ impl Launcher {
     ///
     /// # Errors
     /// [`Error`]; then nothing runs.
-    pub async fn start(self: &Arc<Self>, spec: VmSpec, forced: bool) -> Result<(), Error> {
+    pub async fn start(self: &Arc<Self>, spec: VmSpec, begin: Begin) -> Result<(), Error> {
         spec.validate()?;
         let mut vm = self.vm.lock().await;
         if !self.judge(&vm, Wish::Start)? {
@@ -253,9 +266,12 @@ impl Launcher {
         }
         let before = self.status.borrow().phase;
         self.show_phase(Phase::Starting, None);
-        let started = self.boot(&mut vm, &spec, forced).await;
+        let started = self.boot(&mut vm, &spec, begin).await;
         match &started {
-            Ok(guest) => self.show_guest(Phase::Running, Some(guest)),
+            Ok(guest) => {
+                let phase = if begin.paused { Phase::Paused } else { Phase::Running };
+                self.show_guest(phase, Some(guest));
+            }
             Err(error) => self.show_phase(before, Some(crate::chain(error))),
         }
         let guest = started?;
@@ -265,7 +281,8 @@ impl Launcher {
         Ok(())
     }
 
-    async fn boot(&self, vm: &mut Vm, spec: &VmSpec, forced: bool) -> Result<Guest, Error> {
+    async fn boot(&self, vm: &mut Vm, spec: &VmSpec, begin: Begin) -> Result<Guest, Error> {
+        let forced = begin.forced;
         let (mut facts, mut marked) = (Vec::new(), Vec::new());
         for disk in &spec.disks {
             let opened = Disk::source(&disk.path)?;
@@ -297,7 +314,9 @@ impl Launcher {
         for disk in &marked {
             self.marks.clear(disk)?;
         }
-        qemu.qmp.execute(Cont, QMP_DEADLINE).await?;
+        if !begin.paused {
+            qemu.qmp.execute(Cont, QMP_DEADLINE).await?;
+        }
         Ok(Guest { qemu, instance, epoch, history: Default::default() })
     }
 
@@ -350,10 +369,25 @@ impl Launcher {
                 launcher.show(|status| {
                     status.phase = Phase::Stopped;
                     status.reason = Some(reason);
+                    status.broke = !exit.is_asked() && !exit.is_clean();
                     (status.instance, status.epoch, status.qemu_pid) = (None, None, None);
                 });
             }
         });
+    }
+
+    /// Begins the guest anew, as its reset button does.
+    ///
+    /// # Errors
+    /// [`Error::Denied`]; QEMU's refusal.
+    pub async fn reset(&self) -> Result<(), Error> {
+        let vm = self.vm.lock().await;
+        if self.judge(&vm, Wish::Reset)?
+            && let Some(guest) = &vm.guest
+        {
+            guest.qemu.qmp.execute(SystemReset, QMP_DEADLINE).await?;
+        }
+        Ok(())
     }
 
     /// Lets the guest shut itself down, and ends it if it has not after `grace`.

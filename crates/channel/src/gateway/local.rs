@@ -6,7 +6,7 @@ use tokio::net::UnixStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
-use super::{Shared, dial};
+use super::{Service, Shared, dial};
 use crate::preface::{Refusal, code};
 use crate::wire::{Failure, Request, Response};
 use crate::{copy, socket, wire};
@@ -14,6 +14,7 @@ use crate::{copy, socket, wire};
 /// Serves one connection to its end.
 pub(super) async fn serve(
     shared: Arc<Shared>,
+    service: Arc<dyn Service>,
     mut unix: UnixStream,
     _permit: OwnedSemaphorePermit,
 ) {
@@ -51,7 +52,7 @@ pub(super) async fn serve(
                 .map_or_else(Response::Failed, Response::Answer)
         }
         Request::Local(request) => {
-            match timeout(shared.limits.answer, shared.service.local(request)).await {
+            match timeout(shared.limits.answer, service.local(request)).await {
                 Ok(answer) => Response::Answer(answer),
                 Err(_) => Response::Failed(Failure::Refused(Refusal::new(
                     code::BUSY,

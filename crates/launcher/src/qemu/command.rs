@@ -9,7 +9,7 @@
 //!        file or device   raw, size=N     throttle node   virtio, scsi, sata, flash
 //! ```
 
-use crate::spec::{Accelerator, Backend, Bus, Disk, Nic, VmSpec};
+use crate::spec::{Accelerator, Backend, Bus, Disk, Forward, Nic, Topology, VmSpec};
 use mover::disk::Medium;
 use serde_json::json;
 use std::borrow::Cow;
@@ -78,7 +78,13 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
     // Without graphics SeaBIOS and boot loaders speak on the console.
     add(&["-machine", &format!("{},graphics=off", spec.machine), "-accel", accelerator]);
     add(&["-cpu", spec.cpu.as_deref().unwrap_or(cpu)]);
-    add(&["-smp", &spec.vcpus.to_string(), "-m", &format!("{}k", memory_kib(spec))]);
+    add(&["-smp", &processors(spec), "-m", &format!("{}k", memory_kib(spec))]);
+    if let Some(uuid) = &spec.uuid {
+        add(&["-uuid", uuid]);
+    }
+    if let Some(serial) = &spec.serial_number {
+        add(&["-smbios", &format!("type=1,serial={serial}")]);
+    }
     add(&["-chardev", &format!("socket,id=qmp,path={QMP},server=on,wait=off")]);
     add(&["-mon", "chardev=qmp,mode=control"]);
     for (i, serial) in spec.serials.iter().enumerate() {
@@ -97,9 +103,9 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
     }
     disks(&mut add, spec, facts);
     for (i, nic) in spec.nics.iter().enumerate() {
-        let Nic { name, mac, backend } = nic;
+        let Nic { name, mac, backend, forwards } = nic;
         let backend = match backend {
-            Backend::User => "user".to_owned(),
+            Backend::User => format!("user{}", forwards.iter().map(forward).collect::<String>()),
             Backend::Tap(tap) => format!("tap,ifname={tap},script=no,downscript=no"),
         };
         add(&["-netdev", &format!("{backend},id={name}-net")]);
@@ -119,6 +125,19 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
         add(&["-incoming", "defer"]);
     }
     arguments.into_iter().map(OsString::from).collect()
+}
+
+fn processors(spec: &VmSpec) -> String {
+    let arranged = |Topology { sockets, cores, threads }: Topology| {
+        format!("{},sockets={sockets},cores={cores},threads={threads}", spec.vcpus)
+    };
+    spec.topology.map_or_else(|| spec.vcpus.to_string(), arranged)
+}
+
+fn forward(forward: &Forward) -> String {
+    let Forward { udp, address, port } = forward;
+    let protocol = if *udp { "udp" } else { "tcp" };
+    format!(",hostfwd={protocol}:{address}:{port}-:{port}")
 }
 
 /// N.B. under TCG never a multiple of 256 KiB: QEMU before 9.0 then loses writes of a guest whose
@@ -141,15 +160,19 @@ fn disks(add: &mut impl FnMut(&[&str]), spec: &VmSpec, facts: &[Facts]) {
         add(&["-device", &format!("ich9-ahci,id=sata0,addr={AHCI_SLOT:#x}")]);
     }
     let mut places = Places::default();
+    let ordered = spec.disks.iter().any(|disk| disk.boot_order.is_some());
     for (i, (disk, facts)) in spec.disks.iter().zip(facts).enumerate() {
         let name = &disk.name;
+        let kind = if disk.cdrom { "cd" } else { "hd" };
         nodes(add, disk, *facts);
         let device = match disk.bus {
             Bus::Virtio => {
                 format!("virtio-blk-pci,addr={:#x}", VIRTIO_SLOT + next(&mut places.virtio))
             }
-            Bus::Scsi => format!("scsi-hd,bus=scsi0.0,scsi-id={},lun=0", next(&mut places.scsi)),
-            Bus::Sata => format!("ide-hd,bus={ahci}.{}", next(&mut places.sata)),
+            Bus::Scsi => {
+                format!("scsi-{kind},bus=scsi0.0,scsi-id={},lun=0", next(&mut places.scsi))
+            }
+            Bus::Sata => format!("ide-{kind},bus={ahci}.{}", next(&mut places.sata)),
             Bus::Flash => {
                 add(&["-machine", &format!("pflash1={name}")]);
                 continue;
@@ -157,8 +180,12 @@ fn disks(add: &mut impl FnMut(&[&str]), spec: &VmSpec, facts: &[Facts]) {
         };
         // The guest flushes because it sees a write cache; we never keep one.
         let mut device = format!("{device},drive={name},id={name}-disk,write-cache=on");
-        if spec.boot.is_none() {
-            device.push_str(&format!(",bootindex={}", i + 1));
+        if let Some(serial) = &disk.serial {
+            device.push_str(&format!(",serial={serial}"));
+        }
+        let turn = if ordered { disk.boot_order } else { u32::try_from(i + 1).ok() };
+        if let (None, Some(turn)) = (&spec.boot, turn) {
+            device.push_str(&format!(",bootindex={turn}"));
         }
         add(&["-device", &device]);
     }

@@ -58,6 +58,8 @@ pub fn child() {
 
 fn run(host: PathBuf, spec: Option<VmSpec>) {
     let config = launcher::vm::Config {
+        root: None,
+        grace: std::time::Duration::from_secs(10),
         host,
         vm: VM.to_owned(),
         shim: again(),

@@ -1,0 +1,211 @@
+//! A node's handler in a cluster: runs the guests of the VMIs that are scheduled to its node.
+//!
+//! ```text
+//! VMI, its pod --> guests: prepare files (files) -> spec (translate) -> launcher -> VMI's status
+//! launcher     --> doors --> records: the owner record, by compare-and-swap through the API
+//! QEMU's end   --> watch --> records: the owner has ended
+//! API role     --> serve: pause, console, …
+//! ```
+//!
+//! It keeps nothing that matters in memory: guests go on without it, and the next one finds them by
+//! their pods, launchers and watched processes.
+
+pub mod doors;
+pub mod files;
+pub mod guests;
+pub mod node;
+pub mod records;
+pub mod serve;
+pub mod translate;
+
+use crate::watch::Watch;
+use api::kubevirt::KubeVirt;
+use api::owner::OwnerRecord;
+use api::vmi::VirtualMachineInstance;
+use channel::gateway::{Config as GatewayConfig, Gateway, Limits};
+use channel::identity::{Identity, Trust};
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use kube::runtime::reflector::Store;
+use kube::runtime::watcher;
+use kube::{Api, Client};
+use reconcile::Queue;
+use reconcile::events::Recorder;
+use reconcile::kept::Keeper;
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use tokio::task::JoinSet;
+
+/// How a handler is run.
+#[derive(Debug, Clone)]
+pub struct Config {
+    /// Its node.
+    pub node: String,
+    /// Its folder: identities of processes, the gateway's socket, and `pods`.
+    pub folder: PathBuf,
+    /// Where the gateway and the API role's way in listen; port 0 takes a free one.
+    pub listen: SocketAddr,
+    /// Who it is.
+    pub identity: Identity,
+    /// Whom it believes.
+    pub trust: Trust,
+    /// A program that calls `images::confine`, and its arguments.
+    pub confine: Vec<OsString>,
+}
+
+impl Config {
+    /// The folders of pods.
+    pub fn pods(&self) -> PathBuf {
+        self.folder.join("pods")
+    }
+}
+
+/// What all of a handler's parts share.
+#[derive(Clone)]
+pub struct Shared {
+    /// How it is run.
+    pub config: Arc<Config>,
+    /// The API.
+    pub client: Client,
+    /// Says what happens.
+    pub events: Recorder,
+    /// Which processes live.
+    pub watch: Arc<Watch>,
+    /// Disks of images.
+    pub cache: Arc<images::Cache>,
+    /// VMIs of this node.
+    pub vmis: Store<VirtualMachineInstance>,
+    /// Launchers' pods of this node.
+    pub pods: Store<Pod>,
+    /// All owner records.
+    pub owners: Store<OwnerRecord>,
+    /// All claims.
+    pub claims: Store<PersistentVolumeClaim>,
+    /// The cluster's settings.
+    pub settings: Store<KubeVirt>,
+    /// VMIs to be looked at.
+    pub queue: Queue<(String, String)>,
+}
+
+/// Why a handler does not run.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Its folder cannot be used.
+    #[error("cannot use the handler's folder {}", folder.display())]
+    Folder {
+        /// Which.
+        folder: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The gateway does not start.
+    #[error("the gateway of node {node} does not start")]
+    Gateway {
+        /// Whose.
+        node: String,
+        /// Why.
+        #[source]
+        source: channel::gateway::Error,
+    },
+    /// The API role's way in does not open.
+    #[error("the handler of node {node} cannot listen on {address}")]
+    Listen {
+        /// Whose.
+        node: String,
+        /// Where.
+        address: SocketAddr,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The credentials do not work.
+    #[error("the handler's credentials cannot be used")]
+    Tls(#[source] channel::tls::Error),
+}
+
+/// Runs a node's handler. Returns only when it cannot begin.
+///
+/// # Errors
+/// [`Error`].
+pub async fn run(client: Client, config: Config) -> Result<(), Error> {
+    let config = Arc::new(config);
+    let folder = |source| Error::Folder { folder: config.folder.clone(), source };
+    std::fs::create_dir_all(config.pods()).map_err(folder)?;
+    let watch = Arc::new(Watch::open(&config.folder).map_err(folder)?);
+    let (shared, _keeper) = keep(&client, &config, watch);
+    let closed = records::Closed;
+    let gateway = Gateway::start(GatewayConfig {
+        listen: config.listen,
+        host_dir: config.folder.clone(),
+        identity: config.identity.clone(),
+        trust: config.trust.clone(),
+        service: Arc::new(closed),
+        limits: Limits::default(),
+    });
+    let gateway =
+        gateway.map_err(|source| Error::Gateway { node: config.node.clone(), source })?;
+    let gateway = Arc::new(gateway);
+    let served = serve::Served::open(&shared).await?;
+    let addresses = node::Addresses { gateway: gateway.local_addr(), handler: served.address };
+    let mut tasks = JoinSet::new();
+    tasks.spawn(node::run(shared.clone(), addresses));
+    tasks.spawn(served.run(shared.clone()));
+    reconcile_ready(&shared).await;
+    tasks.spawn(doors::run(shared.clone(), gateway));
+    tasks.spawn(records::report(shared.clone()));
+    tasks.spawn(guests::run(shared));
+    while tasks.join_next().await.is_some() {}
+    Ok(())
+}
+
+async fn reconcile_ready(shared: &Shared) {
+    let Shared { vmis, pods, owners, claims, settings, .. } = shared;
+    reconcile::ready!(vmis, pods, owners, claims, settings);
+}
+
+fn keep(client: &Client, config: &Arc<Config>, watch: Arc<Watch>) -> (Shared, Keeper) {
+    let mut keeper = Keeper::default();
+    let queue = Queue::default();
+    let labels = format!("{}={}", api::keys::NODE, config.node);
+    let vmis = keeper.keep_and(
+        Api::all(client.clone()),
+        watcher::Config::default().labels(&labels),
+        {
+            let queue: Queue<(String, String)> = queue.clone();
+            move |vmi: &VirtualMachineInstance| queue.ring(guests::key(vmi))
+        },
+    );
+    let pods = watcher::Config::default()
+        .fields(&format!("spec.nodeName={}", config.node))
+        .labels(&format!("{}={}", api::keys::APP, api::keys::LAUNCHER));
+    let pods = keeper.keep_and(Api::all(client.clone()), pods, {
+        let (queue, bell) = (queue.clone(), Arc::clone(&keeper.bell));
+        move |pod: &Pod| {
+            bell.notify_one();
+            if let Some(vmi) = guests::owner(pod) {
+                queue.ring(vmi);
+            }
+        }
+    });
+    let all = watcher::Config::default;
+    let owners = keeper.keep(Api::all(client.clone()), all());
+    let claims = keeper.keep(Api::all(client.clone()), all());
+    let settings = keeper.keep(Api::all(client.clone()), all());
+    let cache = images::Cache::new(config.folder.join("images"), images::Limits::default());
+    let shared = Shared {
+        events: Recorder::new(client.clone(), "virt-handler", Some(&config.node)),
+        config: Arc::clone(config),
+        client: client.clone(),
+        watch,
+        cache: Arc::new(cache),
+        vmis,
+        pods,
+        owners,
+        claims,
+        settings,
+        queue,
+    };
+    (shared, keeper)
+}
