@@ -38,6 +38,8 @@ pub mod keys {
     pub const CREATED_BY: &str = "kubevirt.io/created-by";
     /// Annotation of a launcher's pod: the VMI's name.
     pub const DOMAIN: &str = "kubevirt.io/domain";
+    /// Label of a pod that has claims bound, and runs nothing.
+    pub const BINDS: &str = "godwit.dev/binds-claims";
     /// Label of VMI and pod: the node on which it runs.
     pub const NODE: &str = "kubevirt.io/nodeName";
     /// Label of a launcher's pod and of a VMI: the VM's name.

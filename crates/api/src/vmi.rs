@@ -116,6 +116,18 @@ pub struct Status {
     pub evacuation_node_name: Option<String>,
 }
 
+impl Status {
+    /// Comes to a phase, and writes down when. It is let be where it is already.
+    pub fn enter(&mut self, phase: Phase, now: jiff::Timestamp) {
+        if self.phase == phase && !self.phase_transition_timestamps.is_empty() {
+            return;
+        }
+        self.phase = phase;
+        let at = crate::conditions::moment(now);
+        self.phase_transition_timestamps.push(Transition { phase, phase_transition_timestamp: at });
+    }
+}
+
 /// When a phase began.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase")]

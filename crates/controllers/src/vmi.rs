@@ -215,5 +215,5 @@ async fn fence(
 
 /// A launcher's pod, not one that only binds claims.
 fn launches(pod: &Pod) -> bool {
-    label(pod, pod::ROLE).is_none()
+    label(pod, keys::BINDS).is_none()
 }

@@ -2,7 +2,9 @@
 
 mod folder;
 mod kubeconfig;
+mod kvm;
 mod nodes;
+mod vms;
 
 use crate::cli;
 use crate::view::Output;

@@ -31,6 +31,8 @@ pub fn main() -> ExitCode {
         };
     }
     roles::log();
+    #[expect(clippy::disallowed_methods, reason = "reqwest and oci-client take no other")]
+    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let runtime = match &arguments.command {
         cli::Command::Up(_) => tokio::runtime::Builder::new_multi_thread().enable_all().build(),
         // One thread: QEMU dies with the thread that started it, and a launcher stays small.

@@ -144,8 +144,7 @@ pub async fn run(client: Client, config: Config) -> Result<(), Error> {
         service: Arc::new(closed),
         limits: Limits::default(),
     });
-    let gateway =
-        gateway.map_err(|source| Error::Gateway { node: config.node.clone(), source })?;
+    let gateway = gateway.map_err(|source| Error::Gateway { node: config.node.clone(), source })?;
     let gateway = Arc::new(gateway);
     let served = serve::Served::open(&shared).await?;
     let addresses = node::Addresses { gateway: gateway.local_addr(), handler: served.address };
@@ -169,14 +168,11 @@ fn keep(client: &Client, config: &Arc<Config>, watch: Arc<Watch>) -> (Shared, Ke
     let mut keeper = Keeper::default();
     let queue = Queue::default();
     let labels = format!("{}={}", api::keys::NODE, config.node);
-    let vmis = keeper.keep_and(
-        Api::all(client.clone()),
-        watcher::Config::default().labels(&labels),
-        {
+    let vmis =
+        keeper.keep_and(Api::all(client.clone()), watcher::Config::default().labels(&labels), {
             let queue: Queue<(String, String)> = queue.clone();
             move |vmi: &VirtualMachineInstance| queue.ring(guests::key(vmi))
-        },
-    );
+        });
     let pods = watcher::Config::default()
         .fields(&format!("spec.nodeName={}", config.node))
         .labels(&format!("{}={}", api::keys::APP, api::keys::LAUNCHER));

@@ -1,6 +1,7 @@
 //! One host's agent: keeps the owner ledger, watches QEMU processes, answers
 //! the launchers of its host and other hosts.
 
+pub mod cluster;
 pub mod ledger;
 pub mod watch;
 

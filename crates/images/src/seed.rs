@@ -111,7 +111,8 @@ fn check_size(files: &BTreeMap<String, Vec<u8>>) -> Result<(), Error> {
 }
 
 fn check_name(name: &str) -> Result<(), Error> {
-    let plain = |part: Component<'_>| matches!(part, Component::Normal(part) if part.len() <= MAX_NAME);
+    let plain =
+        |part: Component<'_>| matches!(part, Component::Normal(part) if part.len() <= MAX_NAME);
     let whole = !name.is_empty() && !name.contains('\0') && !name.ends_with('/');
     match whole && Path::new(name).components().all(plain) {
         true => Ok(()),

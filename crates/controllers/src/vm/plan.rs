@@ -421,10 +421,9 @@ fn needs_restart(snapshot: &Snapshot) -> bool {
     // What was filled in when it was made is not a change; nor is how it began.
     let fills = |field: &&str| !matches!(*field, "startStrategy");
     let fields = wanted.as_object().into_iter().flatten();
-    let differs = fields
+    fields
         .filter(|(name, _)| fills(&name.as_str()))
-        .any(|(name, value)| !within(value, &vmi.spec.0[name]));
-    differs
+        .any(|(name, value)| !within(value, &vmi.spec.0[name]))
 }
 
 /// Whether everything that `wanted` says is in `found`: lists as wholes.

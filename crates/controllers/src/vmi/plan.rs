@@ -7,7 +7,7 @@ use api::datavolume::{self, DataVolume};
 use api::keys;
 use api::kubevirt::KubeVirt;
 use api::owner::OwnerRecord;
-use api::vmi::{ClaimInfo, Phase, Spec, Status, Transition, VirtualMachineInstance, VolumeStatus};
+use api::vmi::{ClaimInfo, Phase, Spec, Status, VirtualMachineInstance, VolumeStatus};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use kube::ResourceExt;
@@ -171,7 +171,7 @@ fn leave(snapshot: &Snapshot, status: &Status, plan: &mut Plan) -> Option<Status
     }
     let mut next = status.clone();
     if !next.phase.is_final() {
-        enter(&mut next, Phase::Succeeded, snapshot.now);
+        next.enter(Phase::Succeeded, snapshot.now);
     }
     if snapshot.pods.is_empty() && snapshot.is_over() && held {
         let kept: Vec<_> =
@@ -188,21 +188,12 @@ fn leave(snapshot: &Snapshot, status: &Status, plan: &mut Plan) -> Option<Status
     Some(next)
 }
 
-fn enter(status: &mut Status, phase: Phase, now: Timestamp) {
-    if status.phase == phase && !status.phase_transition_timestamps.is_empty() {
-        return;
-    }
-    status.phase = phase;
-    let at = conditions::moment(now);
-    status.phase_transition_timestamps.push(Transition { phase, phase_transition_timestamp: at });
-}
-
 /// The next step of a VMI's life. None: nothing of its status is ours to change now.
 fn advance(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option<Status> {
     let now = snapshot.now;
     match status.phase {
         Phase::Unset => {
-            enter(&mut status, Phase::Pending, now);
+            status.enter(Phase::Pending, now);
             let reason = Condition::new(
                 types::READY,
                 false,
@@ -319,7 +310,7 @@ fn prepare(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
         None => {}
     }
     if ready {
-        enter(&mut status, Phase::Scheduling, now);
+        status.enter(Phase::Scheduling, now);
     }
     status
 }
@@ -383,7 +374,7 @@ fn schedule(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status 
     }
     let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
     if let (true, Some(node)) = (is_ready(pod), node) {
-        enter(&mut status, Phase::Scheduled, now);
+        status.enter(Phase::Scheduled, now);
         status.node_name = Some(node.clone());
         status.volume_status = volumes(snapshot);
         let gone = [types::SYNCHRONIZED];
@@ -435,7 +426,7 @@ fn supervise(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option
         // It was thought lost, and is not.
         let gone = [types::IN_DOUBT];
         if status.phase == Phase::Unknown {
-            enter(&mut status, Phase::Running, now);
+            status.enter(Phase::Running, now);
         }
         status.conditions = conditions::merge(&status.conditions, Vec::new(), &gone, now);
         return Some(status);
@@ -482,7 +473,7 @@ fn fail(
     plan: &mut Plan,
 ) -> Status {
     let leaves = snapshot.vmi.metadata.deletion_timestamp.is_some();
-    enter(&mut status, if leaves { Phase::Succeeded } else { Phase::Failed }, snapshot.now);
+    status.enter(if leaves { Phase::Succeeded } else { Phase::Failed }, snapshot.now);
     status.reason = Some(reason.into());
     let wrong = Condition::new(types::READY, false, reason, message);
     status.conditions =

@@ -12,8 +12,6 @@ use std::collections::BTreeMap;
 pub const FOLDERS: &str = "/var/run/godwit";
 /// The same in the pod.
 const FOLDER: &str = "/run/godwit";
-/// Label of a pod that has claims bound, and runs nothing.
-pub const ROLE: &str = "godwit.dev/binds-claims";
 
 const MIB: i128 = 1 << 20;
 /// What a launcher and its QEMU take besides the guest's memory, measured: launcher 15 MiB,
@@ -57,7 +55,7 @@ impl Wanted<'_> {
         labels.insert(keys::APP.into(), keys::LAUNCHER.into());
         labels.insert(keys::CREATED_BY.into(), vmi.uid().unwrap_or_default());
         if self.binds {
-            labels.insert(ROLE.into(), "true".into());
+            labels.insert(keys::BINDS.into(), "true".into());
         }
         let mut annotations = vmi.annotations().clone();
         annotations.insert(keys::DOMAIN.into(), name.clone());

@@ -1,5 +1,6 @@
 //! What runs pods in an embedded cluster: each part in this process, under its own identity.
 
+use super::vms::{self, Vms};
 use crate::cli;
 use anyhow::{Context, Result, anyhow, bail};
 use apiserver::auth::User;
@@ -32,7 +33,7 @@ pub struct Nodes {
 }
 
 /// A part's client: the API in this process, as a user.
-fn client(server: &Server, user: &str, groups: &[&str]) -> Client {
+pub fn client(server: &Server, user: &str, groups: &[&str]) -> Client {
     Client::new(server.api.as_user(User::new(user, groups)), "default")
 }
 
@@ -73,6 +74,8 @@ impl Nodes {
             controllers.spawn(scheduler::run(client(server, "system:kube-scheduler", &[])));
             controllers.spawn(lifecycle::run(client(server, "system:node-controller", &[])));
         }
+        let vms = Vms::prepare(server, folder).await?;
+        vms.start_controllers(server, &mut controllers);
         let (ending, ends) = watch::channel(Ending::Not);
         let mut agents = JoinSet::new();
         for number in 1..=arguments.nodes {
@@ -84,7 +87,7 @@ impl Nodes {
                 extended: BTreeMap::new(),
                 pool,
                 images: images.clone(),
-                host_paths: agent::volumes::HostPaths::default(),
+                host_paths: vms::host_paths(&disks.node(&name)),
                 environment: environment(server),
                 folder: disks.node(&name),
                 supervisor: own_program()?,
@@ -97,6 +100,7 @@ impl Nodes {
                 .await
                 .map_err(|error| anyhow!("cannot register node {name}: {}", why(&error)))?;
             agents.spawn(agent::run(client, config, node, ends.clone()));
+            vms.start_handler(server, &name, &disks.node(&name), &mut controllers)?;
         }
         Ok(Self { ending, agents, _controllers: controllers })
     }
@@ -109,7 +113,7 @@ impl Nodes {
     }
 }
 
-fn own_program() -> Result<PathBuf> {
+pub fn own_program() -> Result<PathBuf> {
     std::env::current_exe().context("cannot find this program")
 }
 

@@ -65,10 +65,8 @@ fn door(
     let Some((namespace, name)) = guests::owner(pod) else { return Ok(None) };
     let text = |error: io::Error| error.to_string();
     std::fs::create_dir_all(folder).map_err(text)?;
-    let peer = Peer {
-        address: gateway.local_addr().to_string(),
-        id: shared.config.identity.id().clone(),
-    };
+    let peer =
+        Peer { address: gateway.local_addr().to_string(), id: shared.config.identity.id().clone() };
     let draft = folder.join("gateway.json.new");
     let here = serde_json::to_vec(&Here { peer }).map_err(|error| error.to_string())?;
     std::fs::write(&draft, here).map_err(text)?;
@@ -106,9 +104,7 @@ fn is_held(folder: &Path) -> bool {
     vms.map(|entry| entry.path().join("lock")).any(|lock| {
         let flags = OFlags::RDWR | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
         match rustix::fs::open(&lock, flags, Mode::empty()) {
-            Ok(file) => {
-                rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err()
-            }
+            Ok(file) => rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive).is_err(),
             Err(errno) => errno != rustix::io::Errno::NOENT,
         }
     })

@@ -84,9 +84,10 @@ impl One<'_> {
             let meta = json!({
                 "instance-id": self.vmi.uid().unwrap_or_default(), "local-hostname": self.hostname(),
             });
+            let meta = meta.to_string();
             let made = images::seed::nocloud(
                 target,
-                meta.to_string().as_bytes(),
+                meta.as_bytes(),
                 user.as_deref().unwrap_or_default(),
                 network.as_deref(),
             );
@@ -98,10 +99,11 @@ impl One<'_> {
             let meta = json!({
                 "uuid": uuid, "instance_id": uuid, "hostname": self.hostname(), "name": self.vmi.name_any(),
             });
+            let meta = meta.to_string();
             let made = images::seed::config_drive(
                 target,
-                meta.to_string().as_bytes(),
-                user.as_deref(),
+                meta.as_bytes(),
+                user.as_deref().unwrap_or_default(),
                 network.as_deref(),
             );
             return made.await.map_err(|error| mount(launcher::chain(&error)));
@@ -136,7 +138,10 @@ impl One<'_> {
         said.unwrap_or_else(|| self.vmi.name_any())
     }
 
-    async fn config_map(&self, name: &str) -> Result<Option<BTreeMap<String, Vec<u8>>>, Unprepared> {
+    async fn config_map(
+        &self,
+        name: &str,
+    ) -> Result<Option<BTreeMap<String, Vec<u8>>>, Unprepared> {
         let maps: Api<ConfigMap> = Api::namespaced(self.shared.client.clone(), self.namespace);
         let found = maps.get_opt(name).await.map_err(|error| mount(why(&error)))?;
         Ok(found.map(|map| {
@@ -164,7 +169,8 @@ impl One<'_> {
                 }
                 (_, _, Some(secret)) => {
                     let data = secret_of(self.shared, self.namespace, &secret.name).await?;
-                    let data = data.ok_or_else(|| mount(format!("there is no Secret {}", secret.name)))?;
+                    let data =
+                        data.ok_or_else(|| mount(format!("there is no Secret {}", secret.name)))?;
                     // KubeVirt takes both spellings.
                     let camel = if key == "userdata" { "userData" } else { "networkData" };
                     let bytes = data.get(key).or_else(|| data.get(camel)).cloned();
@@ -213,7 +219,12 @@ struct Image<'a> {
 }
 
 impl Image<'_> {
-    async fn pull(&self, shared: &Shared, namespace: &str, target: &Path) -> Result<(), Unprepared> {
+    async fn pull(
+        &self,
+        shared: &Shared,
+        namespace: &str,
+        target: &Path,
+    ) -> Result<(), Unprepared> {
         let failed = |message: String| Unprepared { reason: "ErrImagePull", message };
         let credentials = match self.secret {
             Some(secret) => credentials(shared, namespace, secret, self.image).await?,

@@ -140,7 +140,11 @@ impl Door {
 }
 
 /// The swap, on exactly what was read.
-fn exchange(object: &OwnerRecord, before: &Status, after: &Status) -> Result<json_patch::Patch, String> {
+fn exchange(
+    object: &OwnerRecord,
+    before: &Status,
+    after: &Status,
+) -> Result<json_patch::Patch, String> {
     let test = |path: &str, value: Value| json!({"op": "test", "path": path, "value": value});
     let mut steps = match object.status {
         // N.B. without a status there is nothing else to test.

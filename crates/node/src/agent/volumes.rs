@@ -28,9 +28,21 @@ pub const REFRESH: SignedDuration = SignedDuration::from_secs(10);
 /// A token is renewed when this many tenths of its life are over.
 const RENEWED_AFTER: i64 = 8;
 
-/// What pods may see of the machine besides their own.
+/// What pods may see of the node besides their own: folders, and which of the machine's stand for
+/// them.
 #[derive(Debug, Clone, Default)]
-pub struct HostPaths(pub Vec<PathBuf>);
+pub struct HostPaths(pub Vec<(PathBuf, PathBuf)>);
+
+impl HostPaths {
+    /// The machine's path for one of the node's.
+    fn find(&self, wanted: &Path) -> Option<PathBuf> {
+        let plain = wanted.components().all(|part| part != std::path::Component::ParentDir);
+        let below = |(node, machine): &(PathBuf, PathBuf)| {
+            wanted.strip_prefix(node).ok().map(|rest| machine.join(rest))
+        };
+        self.0.iter().find_map(below).filter(|_| plain)
+    }
+}
 
 /// A pod's volumes.
 pub struct Volumes {
@@ -141,15 +153,13 @@ impl Volumes {
             return relink(&self.claimed(filling.pod, &claim.claim_name).await?, &path);
         }
         if let Some(host) = &volume.host_path {
-            let wanted = Path::new(&host.path);
-            let plain = wanted.components().all(|part| part != std::path::Component::ParentDir);
-            if !plain || !self.host_paths.0.iter().any(|allowed| wanted.starts_with(allowed)) {
-                return Err(format!("hostPath {} is not one that pods may use here", host.path));
-            }
+            let wanted = self.host_paths.find(Path::new(&host.path)).ok_or_else(|| {
+                format!("hostPath {} is not one that pods may use here", host.path)
+            })?;
             if host.type_.as_deref().is_some_and(|kind| kind.ends_with("OrCreate")) {
-                fs::create_dir_all(wanted).map_err(text)?;
+                fs::create_dir_all(&wanted).map_err(text)?;
             }
-            return relink(wanted, &path);
+            return relink(&wanted, &path);
         }
         if volume.empty_dir.is_some() {
             return fs::create_dir_all(&path).map_err(text);

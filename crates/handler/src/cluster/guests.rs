@@ -1,0 +1,406 @@
+//! The guests of a node's VMIs: started through their launchers, watched, and told of.
+
+use super::translate::{self, Facts};
+use super::{Shared, doors, files};
+use api::conditions::{self, Condition, types};
+use api::kubevirt::KubeVirt;
+use api::vmi::{
+    InterfaceStatus, Machine, MemoryStatus, Phase, Spec, Status, VirtualMachineInstance,
+};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use kube::api::{Patch, PatchParams};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::{Api, Resource, ResourceExt};
+use launcher::client::Client as Launcher;
+use launcher::spec::VmSpec;
+use launcher::status::{Phase as Does, Status as Found};
+use reconcile::events::{Kind, why};
+use reconcile::kept::reference;
+use reconcile::queue::Next;
+use serde_json::json;
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Guests that are looked at the same time.
+const AT_ONCE: usize = 32;
+/// A launcher that does not answer yet is asked again after this.
+const SOON: Duration = Duration::from_millis(100);
+/// A guest that does not start in this time has failed.
+const START: SignedDuration = SignedDuration::from_mins(10);
+/// A launcher's news are waited for so long at a time.
+const WAIT: Duration = Duration::from_secs(50);
+
+/// A namespace and a name.
+pub type Key = (String, String);
+
+/// The key of an object.
+pub fn key(object: &impl ResourceExt) -> Key {
+    (object.namespace().unwrap_or_default(), object.name_any())
+}
+
+/// The VMI of a launcher's pod.
+pub fn owner(pod: &Pod) -> Option<Key> {
+    let owner = pod.owner_references().iter().find(|o| o.kind == "VirtualMachineInstance")?;
+    Some((pod.namespace().unwrap_or_default(), owner.name.clone()))
+}
+
+fn get<K>(store: &Store<K>, (namespace, name): &Key) -> Option<Arc<K>>
+where
+    K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope> + Clone + 'static,
+{
+    store.get(&ObjectRef::new(name).within(namespace))
+}
+
+/// Looks after them. Never ends by itself.
+pub async fn run(shared: Shared) {
+    let queue = shared.queue.clone();
+    let watched: Watched = Arc::default();
+    queue
+        .run(AT_ONCE, move |key| {
+            let (shared, watched) = (shared.clone(), Arc::clone(&watched));
+            async move { reconcile(&shared, &watched, &key).await }
+        })
+        .await;
+}
+
+/// Uids of pods whose launchers' news are waited for.
+type Watched = Arc<Mutex<HashSet<String>>>;
+
+/// One guest: its VMI, its pod, its launcher.
+struct Guest<'a> {
+    shared: &'a Shared,
+    key: &'a Key,
+    vmi: Arc<VirtualMachineInstance>,
+    pod: Arc<Pod>,
+    launcher: Launcher,
+    vm: String,
+}
+
+async fn reconcile(shared: &Shared, watched: &Watched, key: &Key) -> Next {
+    let Some(vmi) = get(&shared.vmis, key) else { return Next::Rest };
+    let phase = vmi.status.as_ref().map(|s| s.phase).unwrap_or_default();
+    if !matches!(phase, Phase::Scheduled | Phase::Running | Phase::Unknown) {
+        return Next::Rest;
+    }
+    let Some(pod) = pod_of(shared, &vmi) else { return Next::Rest };
+    let folder = doors::folder(&shared.config.pods(), &pod);
+    // Without its door the launcher could not ask whether it may start.
+    if !folder.join("gateway.json").exists() {
+        return Next::After(SOON);
+    }
+    let vm = api::owner::vm_id(&key.0, &key.1);
+    let launcher = Launcher::new(&folder, &vm);
+    let Ok(found) = launcher.status().await else { return Next::After(SOON) };
+    watch(shared, watched, key, &pod, &launcher, found.generation);
+    let guest = Guest { shared, key, vmi, pod, launcher, vm };
+    match guest.look_after(&found).await {
+        Ok(next) => next,
+        Err(error) if is_outrun(&error) => Next::After(SOON),
+        Err(error) => {
+            tracing::warn!(vmi = %format!("{}/{}", key.0, key.1), "{}", why(&error));
+            Next::Failed
+        }
+    }
+}
+
+fn is_outrun(error: &kube::Error) -> bool {
+    matches!(error, kube::Error::Api(status) if status.code == 409)
+}
+
+/// The pod of a VMI that is on this node and has not ended.
+fn pod_of(shared: &Shared, vmi: &VirtualMachineInstance) -> Option<Arc<Pod>> {
+    let uid = vmi.uid()?;
+    let ended = |pod: &Pod| {
+        let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref()).unwrap_or_default();
+        ["Succeeded", "Failed"].contains(&phase)
+    };
+    let mut pods = shared.pods.state();
+    pods.retain(|pod| {
+        pod.labels().get(api::keys::CREATED_BY) == Some(&uid)
+            && !pod.labels().contains_key(api::keys::BINDS)
+            && !ended(pod)
+    });
+    pods.into_iter().min_by_key(|pod| pod.metadata.deletion_timestamp.is_some())
+}
+
+/// Rings when a launcher has news, until it is gone.
+fn watch(shared: &Shared, watched: &Watched, key: &Key, pod: &Pod, launcher: &Launcher, seen: u64) {
+    let uid = pod.uid().unwrap_or_default();
+    let lock = |watched: &Watched, insert: bool| {
+        let mut watched = watched.lock().unwrap_or_else(PoisonError::into_inner);
+        if insert { watched.insert(uid.clone()) } else { watched.remove(&uid) }
+    };
+    if !lock(watched, true) {
+        return;
+    }
+    let (queue, key, launcher) = (shared.queue.clone(), key.clone(), launcher.clone());
+    let (watched, uid) = (Arc::clone(watched), uid.clone());
+    tokio::spawn(async move {
+        let mut seen = seen;
+        while let Ok(status) = launcher.status_after(seen, WAIT).await {
+            seen = status.generation;
+            queue.ring(key.clone());
+        }
+        watched.lock().unwrap_or_else(PoisonError::into_inner).remove(&uid);
+        queue.ring(key);
+    });
+}
+
+impl Guest<'_> {
+    fn status(&self) -> Status {
+        self.vmi.status.clone().unwrap_or_default()
+    }
+
+    fn leaves(&self) -> bool {
+        self.vmi.metadata.deletion_timestamp.is_some()
+    }
+
+    async fn say(&self, kind: Kind, reason: &str, message: &str) {
+        self.shared.events.say(&reference(&*self.vmi), kind, reason, message).await;
+    }
+
+    async fn look_after(&self, found: &Found) -> kube::Result<Next> {
+        match found.phase {
+            Does::Empty if self.leaves() => {
+                self.end(Phase::Succeeded, "it was deleted before its guest was started").await
+            }
+            Does::Empty => self.begin().await,
+            Does::Starting | Does::Receiving => Ok(Next::After(SOON)),
+            Does::Running | Does::Paused | Does::ShuttingDown => {
+                if self.leaves() {
+                    self.shut_down(found).await;
+                }
+                self.show(found).await
+            }
+            Does::Stopped => {
+                let phase = if found.broke { Phase::Failed } else { Phase::Succeeded };
+                let reason = found.reason.clone().unwrap_or_default();
+                self.end(phase, &reason).await
+            }
+            Does::Left => Ok(Next::Rest),
+        }
+    }
+
+    /// Lets the guest shut down in the time that it has.
+    async fn shut_down(&self, found: &Found) {
+        let grace = self.vmi.parse().map(|spec| spec.grace()).unwrap_or_default();
+        let asked = match found.phase {
+            Does::ShuttingDown => return,
+            // One that stands still hears nothing.
+            Does::Paused => self.launcher.kill().await,
+            _ if grace == 0 => self.launcher.kill().await,
+            _ => self.launcher.shut_down(Duration::from_secs(grace)).await,
+        };
+        match asked {
+            Ok(_) => self.say(Kind::Normal, "ShuttingDown", "Signaled Graceful Shutdown").await,
+            Err(error) => tracing::warn!(vm = self.vm, "{}", launcher::chain(&error)),
+        }
+    }
+
+    /// Prepares what the guest needs and starts it.
+    async fn begin(&self) -> kube::Result<Next> {
+        let Some(cluster) = self.shared.settings.state().into_iter().next() else {
+            return Ok(Next::After(SOON));
+        };
+        match self.try_begin(&cluster).await {
+            Ok(()) => {
+                self.say(Kind::Normal, "Started", "VirtualMachineInstance started.").await;
+                Ok(Next::After(Duration::ZERO))
+            }
+            Err(Refusal { reason, message, is_final }) => {
+                self.say(Kind::Warning, reason, &message).await;
+                let mut status = self.status();
+                let now = Timestamp::now();
+                let since = status.phase_transition_timestamps.last();
+                let since = since.and_then(|t| t.phase_transition_timestamp.parse().ok());
+                let late = since.is_some_and(|at: Timestamp| now.duration_since(at) > START);
+                let wrong = Condition::new(types::SYNCHRONIZED, false, reason, &message);
+                status.conditions = conditions::merge(&status.conditions, vec![wrong], &[], now);
+                if is_final || late {
+                    status.enter(Phase::Failed, now);
+                    status.reason = Some(reason.into());
+                }
+                self.write(status).await?;
+                Ok(Next::Failed)
+            }
+        }
+    }
+
+    async fn try_begin(&self, cluster: &KubeVirt) -> Result<(), Refusal> {
+        let last = |message: String| Refusal { reason: "SyncFailed", message, is_final: true };
+        let spec = self.vmi.parse().map_err(last)?;
+        let (blocks, shared) = self.claims(&spec);
+        let facts = Facts {
+            vm: self.vm.clone(),
+            cluster,
+            blocks,
+            shared,
+            address: self.address().and_then(|ip| ip.parse().ok()),
+            taps: BTreeMap::new(),
+        };
+        let vm = translate::spec(&spec, &facts).map_err(last)?;
+        let folder = doors::folder(&self.shared.config.pods(), &self.pod).join("prepared");
+        files::prepare(self.shared, &self.vmi, &spec, &folder).await.map_err(|unprepared| {
+            let files::Unprepared { reason, message } = unprepared;
+            Refusal { reason, message, is_final: false }
+        })?;
+        let started = match spec.start_strategy.as_deref() {
+            Some("Paused") => self.launcher.start_paused(&vm).await,
+            _ => self.launcher.start(&vm, false).await,
+        };
+        started.map(|_| ()).map_err(|error| Refusal {
+            reason: "SyncFailed",
+            is_final: matches!(error, launcher::client::Error::Refused { status: 400, .. }),
+            message: launcher::chain(&error),
+        })
+    }
+
+    /// Which claims are devices, and which can be used on several nodes at once.
+    fn claims(&self, spec: &Spec) -> (BTreeMap<String, bool>, BTreeMap<String, bool>) {
+        let names = spec.volumes.iter().filter_map(|volume| volume.claim());
+        let found = names.filter_map(|name| {
+            let claim = get(&self.shared.claims, &(self.key.0.clone(), name.to_owned()))?;
+            Some((name.to_owned(), claim))
+        });
+        let of = |claim: &PersistentVolumeClaim| claim.spec.clone().unwrap_or_default();
+        found.fold(Default::default(), |(mut blocks, mut shared), (name, claim)| {
+            let spec = of(&claim);
+            let modes = spec.access_modes.unwrap_or_default();
+            blocks.insert(name.clone(), spec.volume_mode.as_deref() == Some("Block"));
+            shared.insert(name, modes.iter().any(|mode| mode == "ReadWriteMany"));
+            (blocks, shared)
+        })
+    }
+
+    fn address(&self) -> Option<String> {
+        self.pod.status.as_ref().and_then(|status| status.pod_ip.clone())
+    }
+
+    /// Tells how a guest is that runs.
+    async fn show(&self, found: &Found) -> kube::Result<Next> {
+        let mut status = self.status();
+        let now = Timestamp::now();
+        let first = status.phase != Phase::Running;
+        if first || status.machine.is_none() {
+            let Ok(Some(vm)) = self.launcher.spec().await else { return Ok(Next::After(SOON)) };
+            self.describe(&mut status, &vm);
+        }
+        status.enter(Phase::Running, now);
+        status.node_name = Some(self.shared.config.node.clone());
+        status.reason = None;
+        let mut new = vec![
+            Condition::new(types::READY, true, "", ""),
+            Condition::new(types::LIVE_MIGRATABLE, true, "", ""),
+            Condition::new(types::STORAGE_LIVE_MIGRATABLE, true, "", ""),
+        ];
+        if found.phase == Does::Paused {
+            let message = "VMI was paused by user";
+            new.push(Condition::new(types::PAUSED, true, "PausedByUser", message));
+        }
+        if let Ok((_, unknown)) = api::support::parse::<Spec>(&self.vmi.spec.0)
+            && !unknown.is_empty()
+        {
+            let message = format!("these have no effect: {}", unknown.join(", "));
+            new.push(Condition::new(types::UNSUPPORTED_FIELDS, true, "NotSupported", &message));
+        }
+        let gone = [types::PAUSED, types::SYNCHRONIZED, types::IN_DOUBT, types::UNSUPPORTED_FIELDS];
+        status.conditions = conditions::merge(&status.conditions, new, &gone, now);
+        self.write(status).await?;
+        Ok(Next::Rest)
+    }
+
+    /// What the guest is: written once.
+    fn describe(&self, status: &mut Status, vm: &VmSpec) {
+        status.machine = Some(Machine { kind: vm.machine.clone() });
+        let Ok(spec) = self.vmi.parse() else { return };
+        status.current_cpu_topology = Some(spec.domain.cpu.topology());
+        status.memory = spec.memory().map(|memory| MemoryStatus {
+            guest_at_boot: Some(memory.clone()),
+            guest_current: Some(memory.clone()),
+            guest_requested: Some(memory.clone()),
+        });
+        let address = self.address();
+        let interfaces = spec.domain.devices.interfaces.iter().map(|interface| {
+            let masquerade = interface.bridge.is_none();
+            let address = address.clone().filter(|_| masquerade);
+            InterfaceStatus {
+                name: interface.name.clone(),
+                ip_addresses: address.clone().into_iter().collect(),
+                ip_address: address,
+                mac: Some(translate::mac(interface, &self.vm)),
+                info_source: Some("domain".into()),
+            }
+        });
+        status.interfaces = interfaces.collect();
+        let targets = translate::targets(vm);
+        for (disk, (target, vm)) in
+            spec.domain.devices.disks.iter().zip(targets.iter().zip(&vm.disks))
+        {
+            let volume = status.volume_status.iter_mut().find(|v| v.name == disk.name);
+            if let Some(volume) = volume {
+                volume.target.clone_from(target);
+                let size = std::fs::metadata(&vm.path).map(|found| found.len()).ok();
+                volume.size = size.and_then(|size| i64::try_from(size).ok());
+            }
+        }
+    }
+
+    /// The guest has ended.
+    async fn end(&self, phase: Phase, reason: &str) -> kube::Result<Next> {
+        let mut status = self.status();
+        let now = Timestamp::now();
+        let warning = phase == Phase::Failed;
+        status.enter(phase, now);
+        let message = if warning { "GuestFailed" } else { "GuestNotRunning" };
+        if warning {
+            status.reason = Some(message.into());
+        }
+        let ready = Condition::new(types::READY, false, message, reason);
+        status.conditions =
+            conditions::merge(&status.conditions, vec![ready], &[types::PAUSED], now);
+        self.write(status).await?;
+        match warning {
+            true => {
+                self.say(
+                    Kind::Warning,
+                    "Stopped",
+                    &format!("The VirtualMachineInstance crashed: {reason}"),
+                )
+                .await
+            }
+            false => {
+                self.say(Kind::Normal, "Stopped", "The VirtualMachineInstance was shut down.").await
+            }
+        }
+        Ok(Next::Rest)
+    }
+
+    async fn write(&self, status: Status) -> kube::Result<()> {
+        if self.vmi.status.as_ref() == Some(&status) {
+            return Ok(());
+        }
+        let vmis: Api<VirtualMachineInstance> =
+            Api::namespaced(self.shared.client.clone(), &self.key.0);
+        let mut value = serde_json::to_value(&status).map_err(kube::Error::SerdeError)?;
+        // A merge patch removes what is null.
+        if status.reason.is_none() {
+            value["reason"] = serde_json::Value::Null;
+        }
+        let read = json!({"resourceVersion": self.vmi.resource_version()});
+        let patch = Patch::Merge(json!({"metadata": read, "status": value}));
+        match vmis.patch_status(&self.key.1, &PatchParams::default(), &patch).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            other => other.map(|_| ()),
+        }
+    }
+}
+
+/// Why a guest is not started.
+struct Refusal {
+    reason: &'static str,
+    message: String,
+    /// Another try would end the same way.
+    is_final: bool,
+}

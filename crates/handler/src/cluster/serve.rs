@@ -1,0 +1,212 @@
+//! The API role's way in: what persons do to a guest, and its console.
+//!
+//! Over mTLS, one request for each connection: a line of JSON, answered by a line; after the answer
+//! to a console's request its bytes follow, both ways.
+
+use super::{Error, Shared, doors, guests};
+use channel::identity::{Role, SpiffeId};
+use channel::tls;
+use kube::ResourceExt;
+use launcher::client::Client as Launcher;
+use serde::{Deserialize, Serialize};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Semaphore;
+
+/// For a handshake, and for a request.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// A request is a line of this many bytes at most.
+const LINE: u64 = 4096;
+/// Connections at once: more wait.
+const CONNECTIONS: usize = 256;
+
+/// What can be done to a guest.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Act {
+    /// Let it stand still.
+    Pause,
+    /// Let it go on.
+    Unpause,
+    /// Begin it anew.
+    Reset,
+    /// Ask it to begin anew: as if its power button was pressed.
+    SoftReboot,
+    /// Speak with it.
+    Console,
+}
+
+/// A request.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Ask {
+    /// What.
+    pub act: Act,
+    /// The VMI's.
+    pub namespace: String,
+    /// The VMI's.
+    pub name: String,
+}
+
+/// An answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Told {
+    /// HTTP's.
+    pub code: u16,
+    /// For people, unless it is done.
+    #[serde(default)]
+    pub message: String,
+}
+
+/// A way in that is open.
+pub struct Served {
+    /// Where.
+    pub address: SocketAddr,
+    listener: TcpListener,
+    tls: tls::Server,
+}
+
+impl Served {
+    /// Opens it.
+    ///
+    /// # Errors
+    /// [`Error::Listen`], [`Error::Tls`].
+    pub async fn open(shared: &Shared) -> Result<Self, Error> {
+        let config = &shared.config;
+        let listen = SocketAddr::new(config.listen.ip(), 0);
+        let failed = |source| Error::Listen { node: config.node.clone(), address: listen, source };
+        let listener = TcpListener::bind(listen).await.map_err(failed)?;
+        let address = listener.local_addr().map_err(failed)?;
+        let tls = tls::Server::new(&config.identity, config.trust.clone(), &[Role::Api]);
+        Ok(Self { address, listener, tls: tls.map_err(Error::Tls)? })
+    }
+
+    /// Serves. Never ends by itself.
+    pub async fn run(self, shared: Shared) {
+        let room = Arc::new(Semaphore::new(CONNECTIONS));
+        loop {
+            let Ok(place) = room.clone().acquire_owned().await else { return };
+            let Ok((stream, from)) = self.listener.accept().await else {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                continue;
+            };
+            let (shared, tls) = (shared.clone(), self.tls.clone());
+            tokio::spawn(async move {
+                if let Err(error) = serve(&shared, &tls, stream).await {
+                    tracing::debug!(%from, %error, "a request to the handler ended");
+                }
+                drop(place);
+            });
+        }
+    }
+}
+
+async fn serve(shared: &Shared, tls: &tls::Server, stream: TcpStream) -> Result<(), String> {
+    let shaken = tokio::time::timeout(PATIENCE, tls.accept(stream)).await;
+    let (stream, _) =
+        shaken.map_err(|_| "no handshake in time")?.map_err(|e| launcher::chain(&e))?;
+    let mut stream = BufReader::new(stream);
+    let asked = tokio::time::timeout(PATIENCE, read_line::<Ask>(&mut stream)).await;
+    let ask = asked.map_err(|_| "no request in time")??;
+    let (told, console) = match carry_out(shared, &ask).await {
+        Ok(console) => (Told { code: 200, message: String::new() }, console),
+        Err(told) => (told, None),
+    };
+    write_line(&mut stream, &told).await?;
+    if let Some(mut console) = console {
+        tokio::io::copy_bidirectional(&mut stream, &mut console)
+            .await
+            .map_err(|error| error.to_string())?;
+    }
+    let _ = stream.shutdown().await;
+    Ok(())
+}
+
+fn told(code: u16, message: impl Into<String>) -> Told {
+    Told { code, message: message.into() }
+}
+
+async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::UnixStream>, Told> {
+    let key = (ask.namespace.clone(), ask.name.clone());
+    let of = |pod: &Arc<k8s_openapi::api::core::v1::Pod>| guests::owner(pod).as_ref() == Some(&key);
+    let pods: Vec<_> = shared.pods.state().into_iter().filter(of).collect();
+    let none = || {
+        told(404, format!("no guest of VMI {}/{} is on node {}", key.0, key.1, shared.config.node))
+    };
+    let vm = api::owner::vm_id(&key.0, &key.1);
+    for pod in pods {
+        let folder = doors::folder(&shared.config.pods(), &pod);
+        let launcher = Launcher::new(&folder, &vm);
+        if pod.labels().contains_key(api::keys::BINDS) || launcher.status().await.is_err() {
+            continue;
+        }
+        let done = match ask.act {
+            Act::Console => {
+                let sockets = folder.join("vms").join(&vm);
+                let socket = channel::socket::connect_beneath(&sockets, "console.sock");
+                let stream = socket.await.map_err(|error| told(500, launcher::chain(&error)))?;
+                return Ok(Some(stream));
+            }
+            Act::Pause => launcher.pause().await,
+            Act::Unpause => launcher.resume().await,
+            Act::Reset => launcher.reset().await,
+            Act::SoftReboot => {
+                return Err(told(501, "soft reboots are not built: use reset, or restart the VM"));
+            }
+        };
+        return done.map(|_| None).map_err(|error| {
+            told(if error.is_conflict() { 409 } else { 500 }, launcher::chain(&error))
+        });
+    }
+    Err(none())
+}
+
+async fn read_line<T: serde::de::DeserializeOwned>(
+    stream: &mut (impl AsyncRead + AsyncBufReadExt + Unpin),
+) -> Result<T, String> {
+    let mut line = String::new();
+    let read = (&mut *stream).take(LINE).read_line(&mut line).await;
+    read.map_err(|error| error.to_string())?;
+    serde_json::from_str(&line).map_err(|error| format!("it makes no sense: {error}"))
+}
+
+async fn write_line(
+    stream: &mut (impl AsyncWrite + Unpin),
+    value: &impl Serialize,
+) -> Result<(), String> {
+    let mut line = serde_json::to_vec(value).map_err(|error| error.to_string())?;
+    line.push(b'\n');
+    stream.write_all(&line).await.map_err(|error| error.to_string())?;
+    stream.flush().await.map_err(|error| error.to_string())
+}
+
+/// Asks a handler. After a console's request the stream is the console.
+///
+/// # Errors
+/// What the handler said, or 503 when it cannot be reached.
+pub async fn ask(
+    client: &tls::Client,
+    address: &str,
+    handler: &SpiffeId,
+    ask: &Ask,
+) -> Result<impl AsyncRead + AsyncWrite + Send + Unpin + use<>, Told> {
+    let unreachable = |why: String| {
+        told(503, format!("the handler of the guest's node cannot be reached at {address}: {why}"))
+    };
+    let work = async {
+        let stream = TcpStream::connect(address).await.map_err(|e| e.to_string())?;
+        let stream = client.connect(handler, stream).await.map_err(|e| launcher::chain(&e))?;
+        let mut stream = BufReader::new(stream);
+        write_line(&mut stream, ask).await?;
+        let told: Told = read_line(&mut stream).await?;
+        Ok::<_, String>((stream, told))
+    };
+    let (stream, answer) = tokio::time::timeout(PATIENCE * 2, work)
+        .await
+        .map_err(|_| unreachable("no answer in time".into()))?
+        .map_err(unreachable)?;
+    if answer.code == 200 { Ok(stream) } else { Err(answer) }
+}
