@@ -32,6 +32,8 @@ pub enum Command {
     Move(Move),
     /// Compare the disks that a VM left with those that it runs on now.
     Verify(Verify),
+    /// Virtual machines of a cluster.
+    Vm(VmCommand),
     /// Connect to a VM's serial console. End with Ctrl-].
     Console(Console),
     /// Run a Kubernetes API of its own on this machine: an embedded cluster.
@@ -62,6 +64,146 @@ pub enum Command {
         /// The number of its run.
         attempt: u32,
     },
+}
+
+/// Which cluster, and which namespace of it.
+#[derive(Debug, Clone, Args)]
+pub struct Place {
+    /// The kubeconfig; default: $KUBECONFIG, ~/.kube/config, or that of the embedded cluster.
+    #[arg(long, global = true)]
+    pub kubeconfig: Option<PathBuf>,
+    /// The kubeconfig's context.
+    #[arg(long, global = true)]
+    pub context: Option<String>,
+    /// The namespace; default: the context's.
+    #[arg(long, short, global = true)]
+    pub namespace: Option<String>,
+}
+
+/// `godwit vm`
+#[derive(Debug, Args)]
+pub struct VmCommand {
+    /// Where.
+    #[command(flatten)]
+    pub place: Place,
+    /// What to do.
+    #[command(subcommand)]
+    pub act: VmAct,
+}
+
+/// What to do with a VM.
+#[derive(Debug, Subcommand)]
+pub enum VmAct {
+    /// Write a VM's manifest and create it; or print it, with --dry-run.
+    Create(CreateVm),
+    /// Start it.
+    Start {
+        /// The VM.
+        name: String,
+        /// Let its guest stand still at its first instruction.
+        #[arg(long)]
+        paused: bool,
+    },
+    /// Let its guest shut down.
+    Stop {
+        /// The VM.
+        name: String,
+        /// Seconds until it is ended.
+        #[arg(long)]
+        grace: Option<u32>,
+    },
+    /// Let its guest shut down, and start it again.
+    Restart {
+        /// The VM.
+        name: String,
+    },
+    /// Let its guest stand still.
+    Pause {
+        /// The VM.
+        name: String,
+    },
+    /// Let its guest go on.
+    Unpause {
+        /// The VM.
+        name: String,
+    },
+    /// Connect to its serial console. End with Ctrl-].
+    Console {
+        /// The VM.
+        name: String,
+    },
+    /// List VMs.
+    List {
+        /// Those of all namespaces.
+        #[arg(long, short = 'A')]
+        all_namespaces: bool,
+        /// How.
+        #[arg(short, value_enum, default_value = "text")]
+        output: Output,
+    },
+    /// Tell all that is known of it.
+    Describe {
+        /// The VM.
+        name: String,
+    },
+    /// Delete it with its disks, and wait until it is gone.
+    Delete {
+        /// The VM.
+        name: String,
+        /// Do not wait.
+        #[arg(long)]
+        no_wait: bool,
+    },
+}
+
+/// `godwit vm create`
+#[derive(Debug, Args)]
+pub struct CreateVm {
+    /// Its name.
+    pub name: String,
+    /// Where its disk comes from: an image (`docker://HOST/NAME:TAG`), a web server's file
+    /// (`https://…`), a claim (`pvc:NAMESPACE/NAME`); default: an empty disk.
+    #[arg(long)]
+    pub image: Option<String>,
+    /// Run the image itself: what is written to it is lost when the VM stops.
+    #[arg(long, requires = "image")]
+    pub ephemeral: bool,
+    /// The size of its disk; default: 10Gi.
+    #[arg(long, conflicts_with = "ephemeral")]
+    pub size: Option<String>,
+    /// The class of storage of its disk; default: the cluster's.
+    #[arg(long, conflicts_with = "ephemeral")]
+    pub class: Option<String>,
+    /// Its memory.
+    #[arg(long, default_value = "1Gi")]
+    pub memory: String,
+    /// Its processors.
+    #[arg(long, default_value_t = 1)]
+    pub cpus: u32,
+    /// A file with cloud-init's user data.
+    #[arg(long)]
+    pub cloud_init: Option<PathBuf>,
+    /// Always, Manual, RerunOnFailure, Once or Halted.
+    #[arg(long, default_value = "Always")]
+    pub run_strategy: String,
+    /// Do not start it.
+    #[arg(long)]
+    pub halted: bool,
+    /// Print the manifest, and create nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// How it is printed.
+    #[arg(short, value_enum, default_value = "yaml")]
+    pub output: Format,
+}
+
+/// How a manifest is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// For people.
+    Yaml,
+    /// For programs.
+    Json,
 }
 
 /// `godwit host`
@@ -214,9 +356,12 @@ pub struct Verify {
 pub struct Console {
     /// The VM.
     pub vm: String,
-    /// The host's folder.
+    /// The folder of the VM's host; without it the VM is a cluster's.
     #[arg(long)]
-    pub host: PathBuf,
+    pub host: Option<PathBuf>,
+    /// Where, in a cluster.
+    #[command(flatten)]
+    pub place: Place,
     /// The serial port.
     #[arg(long, default_value = "console")]
     pub serial: String,
@@ -321,7 +466,8 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Launcher(arguments) => roles::launcher(arguments).await,
         Command::Move(arguments) => moving::run(arguments).await,
         Command::Verify(arguments) => moving::verify(arguments).await,
-        Command::Console(arguments) => host::console(arguments).await,
+        Command::Vm(command) => crate::vms::run(command).await,
+        Command::Console(arguments) => crate::vms::console_of(arguments).await,
         Command::Up(arguments) => cluster::up(arguments).await,
         Command::Down(arguments) => cluster::down(&arguments).await,
         Command::Kubeconfig(arguments) => cluster::kubeconfig(&arguments),

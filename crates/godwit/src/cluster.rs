@@ -204,6 +204,21 @@ async fn end(folder: &Folder, running: &Running, keep_pods: bool) -> Result<()> 
     Ok(())
 }
 
+/// The kubeconfig of this user's one embedded cluster.
+///
+/// # Errors
+/// When there is none, or more than one.
+pub fn own_kubeconfig() -> Result<PathBuf> {
+    let clusters = folder::all(None)?;
+    let mut all: Vec<PathBuf> = clusters.iter().map(Folder::kubeconfig).collect();
+    all.retain(|path| path.exists());
+    match (all.pop(), all.is_empty()) {
+        (Some(one), true) => Ok(one),
+        (None, _) => bail!("there is no cluster: run `godwit up`, or name a --kubeconfig"),
+        (Some(_), false) => bail!("there are several clusters: name one with --kubeconfig"),
+    }
+}
+
 /// Lists the clusters of this machine's user.
 ///
 /// # Errors

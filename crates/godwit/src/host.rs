@@ -88,9 +88,9 @@ const ESCAPE: u8 = 0x1d;
 ///
 /// # Errors
 /// When its launcher cannot be reached.
-pub async fn console(arguments: cli::Console) -> Result<ExitCode> {
-    let folder = std::path::absolute(&arguments.host)?.join("vms").join(&arguments.vm);
-    let name = format!("{}.sock", arguments.serial);
+pub async fn console(host: &Path, vm: &str, serial: &str) -> Result<ExitCode> {
+    let folder = std::path::absolute(host)?.join("vms").join(vm);
+    let name = format!("{serial}.sock");
     let stream = channel::socket::connect_beneath(&folder, &name).await?;
     let _raw = Raw::enter()?;
     let (mut from, mut to) = stream.into_split();
@@ -120,10 +120,14 @@ pub async fn console(arguments: cli::Console) -> Result<ExitCode> {
 }
 
 /// The terminal without line editing, until dropped.
-struct Raw(Option<rustix::termios::Termios>);
+pub struct Raw(Option<rustix::termios::Termios>);
 
 impl Raw {
-    fn enter() -> Result<Self> {
+    /// Enters it, if it is a terminal.
+    ///
+    /// # Errors
+    /// When the terminal refuses.
+    pub fn enter() -> Result<Self> {
         if !std::io::stdin().is_terminal() {
             return Ok(Self(None));
         }

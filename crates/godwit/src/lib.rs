@@ -6,6 +6,7 @@ mod host;
 mod moving;
 mod roles;
 pub mod view;
+mod vms;
 
 use clap::Parser;
 use std::io::Write;
