@@ -32,6 +32,8 @@ const PIECE: usize = 16 << 10;
 const PING: Duration = Duration::from_secs(30);
 /// One that has not answered for so long is not.
 const SILENCE: Duration = Duration::from_secs(90);
+/// What is left to be sent when a console ends is sent within this time.
+const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Consoles that are open: they end with this.
 #[derive(Default)]
@@ -125,8 +127,7 @@ async fn carry<S: Stream>(socket: WebSocketStream<S>, guest: Box<dyn Stream>) {
             };
             to_client.send(message).await?;
         }
-        // The client is told that it is over.
-        to_client.send(Message::Close(None)).await
+        Ok::<(), Error>(())
     };
     // Neither waits for the other: a guest that does not read may still write.
     tokio::select! {
@@ -137,4 +138,6 @@ async fn carry<S: Stream>(socket: WebSocketStream<S>, guest: Box<dyn Stream>) {
             tracing::debug!(%error, "a console's client is gone");
         },
     }
+    // Whoever is still there is told that it is over.
+    let _ = tokio::time::timeout(FAREWELL, to_client.close()).await;
 }

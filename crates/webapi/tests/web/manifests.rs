@@ -1,0 +1,529 @@
+//! What people get wrong: each is refused with its field, and with words that help.
+
+use crate::world::{MOVES, VMIS, VMS, VOLUMES, World, admin, migration, user, vm, vmi, volume};
+use http::Method;
+use serde_json::{Value, json};
+
+/// Of a VM: where, what is written there, the field that is named, and a word of the message. A
+/// path that begins with `~` is one of the template's spec. No value: the field is removed.
+const VM: &[(&str, &str, &str, &str)] = &[
+    // Names and types.
+    ("/spec/runstrategy", r#""Always""#, "spec.runstrategy", "unknown field"),
+    ("/spec/runStrategy", r#""always""#, "spec.runStrategy", "Always"),
+    ("/spec/runStrategy", "true", "spec.runStrategy", "string"),
+    ("/spec/runStrategy", "", "spec.runStrategy", "say one of"),
+    ("/spec/running", "true", "spec.running", "exclude"),
+    ("/spec/template", "", "spec.template", "Required"),
+    ("/spec/updateVolumesStrategy", r#""Move""#, "spec.updateVolumesStrategy", "Replacement"),
+    ("/spec/instancetype", r#"{"name": "u1.small"}"#, "spec.instancetype", "not built"),
+    ("/spec/preference", r#"{"name": "fedora"}"#, "spec.preference", "not built"),
+    ("/metadata/name", r#""VM""#, "metadata.name", "lower case"),
+    (
+        "/metadata/name",
+        r#""a23456789-123456789-123456789-123456789-123456789-123456789-1234""#,
+        "metadata.name",
+        "63",
+    ),
+    ("~/volume", "[]", "spec.template.spec.volume", "unknown field"),
+    ("~/domain/cpu/core", "2", "spec.template.spec.domain.cpu.core", "unknown field"),
+    // Processors and memory.
+    ("~/domain/cpu/cores", r#""two""#, "spec.template.spec.domain.cpu.cores", "integer"),
+    ("~/domain/cpu/cores", "-1", "spec.template.spec.domain.cpu.cores", "0"),
+    ("~/domain/cpu/cores", "1000", "spec.template.spec.domain.cpu", "512"),
+    ("~/domain/cpu/maxSockets", "1", "spec.template.spec.domain.cpu.sockets", "maxSockets"),
+    ("~/domain/cpu/model", r#""a,b""#, "spec.template.spec.domain.cpu.model", "host-model"),
+    ("~/domain/cpu/features", r#"[{"name": "aes"}]"#, "domain.cpu.features", "one by one"),
+    ("~/domain/cpu/numa", r#"{"guestMappingPassthrough": {}}"#, "domain.cpu.numa", "NUMA"),
+    ("~/domain/cpu/dedicatedCpuPlacement", "true", "dedicatedCpuPlacement", "dedicated"),
+    ("~/domain/memory/guest", r#""lots""#, "spec.template.spec.domain.memory.guest", "lots"),
+    ("~/domain/memory/guest", r#""512MB""#, "spec.template.spec.domain.memory.guest", "512MB"),
+    ("~/domain/memory/guest", r#""1Mi""#, "spec.template.spec.domain.memory.guest", "16Mi"),
+    ("~/domain/memory", "{}", "spec.template.spec.domain.memory.guest", "512Mi"),
+    ("~/domain/memory/maxGuest", r#""256Mi""#, "domain.memory.maxGuest", "less than"),
+    ("~/domain/memory/hugepages", r#"{"pageSize": "2Mi"}"#, "domain.memory.hugepages", "huge"),
+    (
+        "~/domain/resources",
+        r#"{"limits": {"memory": "256Mi"}}"#,
+        "spec.template.spec.domain.memory.guest",
+        "limit",
+    ),
+    (
+        "~/domain/resources",
+        r#"{"requests": {"memory": "2Gi"}, "limits": {"memory": "1Gi"}}"#,
+        "spec.template.spec.domain.resources.requests.memory",
+        "limit",
+    ),
+    // Machine and firmware.
+    ("~/domain/machine", r#"{"type": "virt"}"#, "domain.machine.type", "q35"),
+    ("~/domain/firmware", r#"{"uuid": "1234"}"#, "domain.firmware.uuid", "UUID"),
+    ("~/domain/firmware", r#"{"serial": "a,b"}"#, "domain.firmware.serial", "256"),
+    ("~/domain/firmware", r#"{"bootloader": {"efi": {}}}"#, "efi.secureBoot", "secureBoot: false"),
+    (
+        "~/domain/firmware",
+        r#"{"bootloader": {"efi": {"secureBoot": false}, "bios": {}}}"#,
+        "domain.firmware.bootloader",
+        "one only",
+    ),
+    (
+        "~/domain/firmware",
+        r#"{"kernelBoot": {"container": {"image": "k", "kernelPath": "boot"}}}"#,
+        "kernelBoot.container.kernelPath",
+        "absolute",
+    ),
+    (
+        "~/domain/firmware",
+        r#"{"kernelBoot": {"kernelArgs": "x"}}"#,
+        "kernelBoot.container",
+        "image",
+    ),
+    ("~/domain/features", r#"{"acpi": {"enabled": false}}"#, "features.acpi.enabled", "off"),
+    ("~/domain/features", r#"{"hyperv": {"relaxed": {}}}"#, "domain.features.hyperv", "Hyper-V"),
+    // Disks and volumes.
+    ("~/domain/devices/disks/0/disk/bus", r#""ide""#, "disks[0].disk.bus", "virtio"),
+    ("~/domain/devices/disks/1/cdrom/bus", r#""virtio""#, "disks[1].cdrom.bus", "sata"),
+    ("~/domain/devices/disks/1/cdrom/readonly", "false", "cdrom.readonly", "use disk"),
+    ("~/domain/devices/disks/0/cdrom", "{}", "disks[0]", "one only"),
+    ("~/domain/devices/disks/0/lun", "{}", "disks[0].lun", "LUN"),
+    ("~/domain/devices/disks/0/name", r#""boot""#, "disks[0].name", "no volume is named 'boot'"),
+    ("~/domain/devices/disks/1/name", r#""root""#, "disks[1].name", "another disk"),
+    ("~/domain/devices/disks/0/bootOrder", "0", "disks[0].bootOrder", "1"),
+    ("~/domain/devices/disks/1/bootOrder", "1", "disks[1].bootOrder", "another disk"),
+    ("~/domain/devices/disks/0/serial", r#""a b""#, "disks[0].serial", "36"),
+    ("~/domain/devices/disks/0/cache", r#""unsafe""#, "disks[0].cache", "writethrough"),
+    ("~/domain/devices/disks/0/shareable", "true", "disks[0].shareable", "shared"),
+    ("~/domain/devices/disks/0/errorPolicy", r#""ignore""#, "disks[0].errorPolicy", "errors"),
+    ("~/volumes/1", "", "disks[1].name", "no volume is named 'seed'"),
+    ("~/volumes/1/name", r#""root""#, "volumes[1].name", "another volume"),
+    ("~/volumes/0", r#"{"name": "root"}"#, "volumes[0]", "say one of"),
+    ("~/volumes/0/emptyDisk", r#"{"capacity": "1Gi"}"#, "volumes[0]", "one only"),
+    ("~/volumes/0", r#"{"name": "root", "ephemeral": {}}"#, "volumes[0]", "not built"),
+    ("~/volumes/0", r#"{"name": "root", "sysprep": {}}"#, "volumes[0]", "not built"),
+    (
+        "~/volumes/0",
+        r#"{"name": "root", "emptyDisk": {"capacity": "x"}}"#,
+        "emptyDisk.capacity",
+        "x",
+    ),
+    (
+        "~/volumes/0",
+        r#"{"name": "root", "persistentVolumeClaim": {"claimName": ""}}"#,
+        "persistentVolumeClaim.claimName",
+        "empty",
+    ),
+    (
+        "~/volumes/1",
+        r#"{"name": "seed", "persistentVolumeClaim": {"claimName": "disk"}}"#,
+        "volumes[1]",
+        "another volume uses claim 'disk'",
+    ),
+    (
+        "~/volumes/0",
+        r#"{"name": "root", "containerDisk": {"image": "i", "imagePullPolicy": "Sometimes"}}"#,
+        "containerDisk.imagePullPolicy",
+        "IfNotPresent",
+    ),
+    (
+        "~/volumes/0",
+        r#"{"name": "root", "containerDisk": {"image": "i", "path": "../disk"}}"#,
+        "containerDisk.path",
+        "absolute",
+    ),
+    (
+        "~/volumes/0",
+        r#"{"name": "root", "hostDisk": {"path": "/d", "type": "Disk"}}"#,
+        "hostDisk",
+        "HostDisk",
+    ),
+    ("~/volumes/1", r#"{"name": "seed", "cloudInitNoCloud": {}}"#, "cloudInitNoCloud", "userData"),
+    (
+        "~/volumes/1/cloudInitNoCloud/userDataBase64",
+        r#""!!!""#,
+        "volumes[1].cloudInitNoCloud",
+        "base64",
+    ),
+    (
+        "~/volumes/1/cloudInitNoCloud/secretRef",
+        r#"{"name": "s"}"#,
+        "volumes[1].cloudInitNoCloud",
+        "one only",
+    ),
+    (
+        "/spec/dataVolumeTemplates/0/metadata/name",
+        r#""other""#,
+        "dataVolumeTemplates[0]",
+        "no volume",
+    ),
+    (
+        "/spec/dataVolumeTemplates/0/spec/storage/resources/requests/storage",
+        r#""two""#,
+        "dataVolumeTemplates[0].spec.storage",
+        "two",
+    ),
+    // Networks.
+    ("~/networks/0/name", r#""lan""#, "networks[0].name", "no interface is named 'lan'"),
+    ("~/networks/0", r#"{"name": "default"}"#, "networks[0]", "pod, multus"),
+    ("~/networks/1", r#"{"name": "default", "pod": {}}"#, "networks[1].name", "another network"),
+    ("~/domain/devices/interfaces/0/bridge", "{}", "interfaces[0]", "one only"),
+    ("~/domain/devices/interfaces/0/sriov", "{}", "interfaces[0].sriov", "SR-IOV"),
+    ("~/domain/devices/interfaces/0/slirp", "{}", "interfaces[0].slirp", "masquerade"),
+    ("~/domain/devices/interfaces/0/model", r#""e1000""#, "interfaces[0].model", "virtio"),
+    ("~/domain/devices/interfaces/0/macAddress", r#""01:00:00:00:00:01""#, "macAddress", "unicast"),
+    ("~/domain/devices/interfaces/0/macAddress", r#""00:11""#, "macAddress", "02:00:00:00:00:01"),
+    ("~/domain/devices/interfaces/0/ports", r#"[{"port": 0}]"#, "ports[0].port", "65535"),
+    ("~/domain/devices/interfaces/0/ports", r#"[{"port": 70000}]"#, "spec.template.spec", "70000"),
+    (
+        "~/domain/devices/interfaces/0/ports",
+        r#"[{"port": 22, "protocol": "SCTP"}]"#,
+        "ports[0].protocol",
+        "UDP",
+    ),
+    (
+        "~/networks/0",
+        r#"{"name": "default", "multus": {"networkName": "a-name-that-is-too-long"}}"#,
+        "networks[0].multus.networkName",
+        "bridge",
+    ),
+    // Devices that are not built.
+    ("~/domain/devices/tpm", "{}", "devices.tpm", "TPM"),
+    (
+        "~/domain/devices/hostDevices",
+        r#"[{"name": "h", "deviceName": "v/d"}]"#,
+        "hostDevices",
+        "host",
+    ),
+    ("~/domain/devices/gpus", r#"[{"name": "g", "deviceName": "v/d"}]"#, "devices.gpus", "GPU"),
+    (
+        "~/domain/devices/filesystems",
+        r#"[{"name": "f", "virtiofs": {}}]"#,
+        "filesystems",
+        "virtiofs",
+    ),
+    (
+        "~/domain/devices/watchdog",
+        r#"{"name": "w", "i6300esb": {}}"#,
+        "devices.watchdog",
+        "watchdog",
+    ),
+    ("~/domain/launchSecurity", r#"{"sev": {}}"#, "domain.launchSecurity", "confidential"),
+    ("~/livenessProbe", r#"{"tcpSocket": {"port": 22}}"#, "livenessProbe", "probes"),
+    // Its life.
+    ("~/terminationGracePeriodSeconds", "-1", "terminationGracePeriodSeconds", "negative"),
+    ("~/startStrategy", r#""Running""#, "startStrategy", "Paused"),
+    ("~/evictionStrategy", r#""Live""#, "evictionStrategy", "LiveMigrateIfPossible"),
+    ("~/architecture", r#""arm64""#, "architecture", "amd64"),
+    ("~/hostname", r#""My_Host""#, "hostname", "a-z"),
+];
+
+/// Of a DataVolume.
+const VOLUME: &[(&str, &str, &str, &str)] = &[
+    ("/spec/pvc", r#"{"accessModes": ["ReadWriteOnce"]}"#, "spec", "one only"),
+    ("/spec/storage", "", "spec", "storage, pvc"),
+    ("/spec/source", "", "spec.source", "say one of"),
+    ("/spec/source/upload", "{}", "spec.source", "one source"),
+    ("/spec/source", r#"{"s3": {"url": "s3://b/d"}}"#, "spec.source.s3", "not built"),
+    ("/spec/source", r#"{"http": {"url": "ftp://h/d"}}"#, "spec.source.http.url", "https://"),
+    (
+        "/spec/source",
+        r#"{"http": {"url": "http://h/d", "checksum": "sha256:12"}}"#,
+        "spec.source.http.checksum",
+        "sha512",
+    ),
+    (
+        "/spec/source",
+        r#"{"registry": {"url": "quay.io/a"}}"#,
+        "spec.source.registry.url",
+        "docker://",
+    ),
+    ("/spec/storage/resources", "{}", "spec.storage.resources.requests.storage", "2Gi"),
+    ("/spec/storage/accessModes", r#"["RWO"]"#, "spec.storage.accessModes[0]", "ReadWriteOnce"),
+    ("/spec/storage/volumeMode", r#""Raw""#, "spec.storage.volumeMode", "Block"),
+    ("/spec/contentType", r#""archive""#, "spec.contentType", "kubevirt"),
+    ("/spec/size", r#""2Gi""#, "spec.size", "unknown field"),
+    ("/spec/checkpoints", r#"[{"current": "a", "previous": ""}]"#, "spec.checkpoints", "steps"),
+];
+
+/// Sets or removes what is at a path.
+fn set(object: &mut Value, path: &str, value: &str) {
+    let path = path.replacen('~', "/spec/template/spec", 1);
+    let (above, last) = path.rsplit_once('/').unwrap();
+    let at = object.pointer_mut(above).unwrap_or_else(|| panic!("{above} is not there"));
+    let value = (!value.is_empty()).then(|| serde_json::from_str::<Value>(value).unwrap());
+    match (at, value) {
+        (Value::Object(fields), Some(value)) => drop(fields.insert(last.into(), value)),
+        (Value::Object(fields), None) => drop(fields.remove(last)),
+        (Value::Array(list), Some(value)) => match last.parse::<usize>().unwrap() {
+            index if index < list.len() => list[index] = value,
+            _ => list.push(value),
+        },
+        (Value::Array(list), None) => drop(list.remove(last.parse().unwrap())),
+        (other, _) => panic!("{path} is below {other}"),
+    }
+}
+
+async fn each_is_refused(path: &str, good: Value, table: &[(&str, &str, &str, &str)]) {
+    let (world, editor) = (World::new().await, user("editor"));
+    let path = format!("{path}?fieldValidation=Strict&dryRun=All");
+    let mut wrong = Vec::new();
+    for (at, value, field, word) in table {
+        let mut bad = good.clone();
+        set(&mut bad, at, value);
+        let reply = world.post(&editor, &path, &bad).await;
+        let causes = reply.body["details"]["causes"].as_array().cloned().unwrap_or_default();
+        let named = |cause: &Value| cause["field"].as_str().is_some_and(|f| f.contains(field));
+        // What the schema does not know is told before there are causes.
+        let told = reply.code == 400 || causes.iter().any(named);
+        let message = reply.message();
+        if !(400..=422).contains(&reply.code)
+            || !told
+            || !message.contains(field)
+            || !message.contains(word)
+        {
+            wrong.push(format!("{at} = {value} ({field}, {word}): {} {message}", reply.code));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {}:\n{}", wrong.len(), table.len(), wrong.join("\n"));
+}
+
+#[tokio::test]
+async fn each_bad_vm_is_refused_with_its_field_and_a_remedy() {
+    each_is_refused(VMS, vm(), VM).await;
+}
+
+#[tokio::test]
+async fn each_bad_data_volume_is_refused_with_its_field_and_a_remedy() {
+    each_is_refused(VOLUMES, volume(), VOLUME).await;
+}
+
+#[tokio::test]
+async fn all_that_is_wrong_is_told_at_once_and_as_kubernetes_tells_it() {
+    let (world, editor) = (World::new().await, user("editor"));
+    let mut bad = vm();
+    set(&mut bad, "~/domain/devices/disks/0/disk/bus", r#""ide""#);
+    set(&mut bad, "~/domain/devices/tpm", "{}");
+    set(&mut bad, "~/hostname", r#""My_Host""#);
+    let reply = world.post(&editor, VMS, &bad).await;
+    assert_eq!((reply.code, &reply.body["reason"]), (422, &json!("Invalid")));
+    assert_eq!(reply.body["details"]["kind"], "VirtualMachine");
+    assert_eq!(reply.body["details"]["causes"].as_array().unwrap().len(), 3);
+    for word in ["VirtualMachine.kubevirt.io \"vm\" is invalid", "ide", "TPM", "hostname"] {
+        assert!(reply.message().contains(word), "{word}: {}", reply.message());
+    }
+}
+
+#[tokio::test]
+async fn what_is_right_passes_without_a_word_and_what_has_no_effect_is_named() {
+    let (world, editor) = (World::new().await, user("editor"));
+    for (path, good) in [(VMS, vm()), (VMIS, vmi()), (VOLUMES, volume())] {
+        let path = format!("{path}?fieldValidation=Strict");
+        let reply = world.post(&editor, &path, &good).await;
+        assert_eq!((reply.code, reply.warnings()), (201, vec![]), "{}", reply.body);
+    }
+    let mut odd = vm();
+    set(&mut odd, "/metadata/name", r#""odd""#);
+    set(&mut odd, "~/domain/clock", r#"{"utc": {}}"#);
+    set(&mut odd, "~/domain/devices/blockMultiQueue", "true");
+    set(&mut odd, "~/domain/devices/disks/0/io", r#""native""#);
+    let reply = world.post(&editor, VMS, &odd).await;
+    assert_eq!(reply.code, 201, "{}", reply.body);
+    let warnings = reply.warnings().join(" ");
+    for field in [
+        "spec.template.spec.domain.clock",
+        "spec.template.spec.domain.devices.blockMultiQueue",
+        "spec.template.spec.domain.devices.disks[0].io",
+    ] {
+        assert!(warnings.contains(field), "{field}: {warnings}");
+    }
+    // Who changes something else is not warned again.
+    let patch = json!({"metadata": {"labels": {"a": "b"}}});
+    let reply = world.merge(&editor, &format!("{VMS}/odd"), &patch).await;
+    assert_eq!((reply.code, reply.warnings()), (200, vec![]));
+}
+
+#[tokio::test]
+async fn settings_and_policies_are_judged_and_the_settings_count_a_moment_later() {
+    let world = World::new().await;
+    let kubevirts = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts";
+    let namespace = json!({
+        "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "kubevirt"},
+    });
+    world.create(&admin(), "/api/v1/namespaces", &namespace).await;
+    let mut settings = json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "KubeVirt", "metadata": {"name": "kubevirt"},
+        "spec": {"configuration": {
+            "machineType": "pc-q35-9.2", "evictionStrategy": "LiveMigrate",
+            "developerConfiguration": {"featureGates": ["HostDisk", "NoSuch"]},
+        }},
+    });
+    let reply = world.post(&admin(), kubevirts, &settings).await;
+    assert_eq!(reply.code, 201, "{}", reply.body);
+    assert!(reply.warnings().join(" ").contains("NoSuch"), "{:?}", reply.warnings());
+    set(&mut settings, "/metadata/name", r#""other""#);
+    set(&mut settings, "/spec/configuration/developerConfiguration/featureGates", r#""HostDisk""#);
+    assert_eq!(world.post(&admin(), kubevirts, &settings).await.code, 422);
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let mut vm = vm();
+    set(&mut vm, "/spec/dataVolumeTemplates", "[]");
+    let disk = r#"{"name": "root", "hostDisk": {"path": "/disk", "type": "Disk"}}"#;
+    set(&mut vm, "~/volumes/0", disk);
+    world.create(&user("editor"), VMS, &vm).await;
+    let made = world.create(&user("editor"), VMIS, &vmi()).await;
+    assert_eq!(made["spec"]["domain"]["machine"]["type"], "pc-q35-9.2");
+    assert_eq!(made["spec"]["evictionStrategy"], "LiveMigrate");
+    // A gate that closes keeps nobody from stopping what is there.
+    let gates = json!({"spec": {"configuration": {"developerConfiguration": null}}});
+    assert_eq!(world.merge(&admin(), &format!("{kubevirts}/kubevirt"), &gates).await.code, 200);
+    tokio::time::sleep(std::time::Duration::from_millis(1100)).await;
+    let path = format!("{VMS}/vm");
+    let start = json!({"spec": {"runStrategy": "Always"}});
+    assert_eq!(world.merge(&user("editor"), &path, &start).await.code, 200);
+    let worse = json!({"spec": {"template": {"spec": {"hostname": "My_Host"}}}});
+    assert_eq!(world.merge(&user("editor"), &path, &worse).await.code, 422);
+
+    let policies = "/apis/migrations.kubevirt.io/v1alpha1/migrationpolicies";
+    let policy = json!({
+        "apiVersion": "migrations.kubevirt.io/v1alpha1", "kind": "MigrationPolicy",
+        "metadata": {"name": "p"},
+        "spec": {"selectors": {}, "bandwidthPerMigration": "-1Mi", "completionTimeoutPerGiB": -1},
+    });
+    let reply = world.post(&admin(), policies, &policy).await;
+    assert_eq!(reply.code, 422, "{}", reply.body);
+    assert_eq!(reply.body["details"]["causes"].as_array().unwrap().len(), 2);
+}
+
+#[tokio::test]
+async fn an_instance_gets_what_it_does_not_say_and_the_same_address_each_time() {
+    let (world, editor) = (World::new().await, user("editor"));
+    let bare = json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
+        "metadata": {"name": "bare"},
+        "spec": {
+            "domain": {"memory": {"guest": "64Mi"}, "devices": {"disks": [
+                {"name": "a"}, {"name": "b", "cdrom": {}},
+            ]}},
+            "volumes": [
+                {"name": "a", "containerDisk": {"image": "i"}},
+                {"name": "b", "cloudInitNoCloud": {"userData": "x"}},
+            ],
+        },
+    });
+    let made = world.create(&editor, VMIS, &bare).await;
+    let spec = &made["spec"];
+    let devices = &spec["domain"]["devices"];
+    assert_eq!(made["metadata"]["finalizers"], json!(["foregroundDeleteVirtualMachine"]));
+    assert_eq!(spec["terminationGracePeriodSeconds"], 30);
+    assert_eq!(spec["domain"]["machine"]["type"], "q35");
+    assert_eq!(spec["networks"], json!([{"name": "default", "pod": {}}]));
+    assert_eq!(devices["interfaces"][0]["masquerade"], json!({}));
+    assert_eq!(devices["disks"][0]["disk"]["bus"], "virtio");
+    assert_eq!(devices["disks"][1]["cdrom"]["bus"], "sata");
+    let mac = devices["interfaces"][0]["macAddress"].as_str().unwrap();
+    assert!(mac.starts_with("02:") && mac.len() == 17, "{mac}");
+    let path = format!("{VMIS}/bare");
+    world.ask(&editor, Method::DELETE, &path, "", None).await;
+    let free = json!({"metadata": {"finalizers": null}});
+    world.merge(&admin(), &path, &free).await;
+    let again = world.create(&editor, VMIS, &bare).await;
+    assert_eq!(again["spec"]["domain"]["devices"]["interfaces"], devices["interfaces"]);
+
+    let mut own = vmi();
+    set(&mut own, "/metadata/name", r#""own""#);
+    let interfaces = r#"[{"name": "default", "macAddress": "02:00:00:00:00:07"}, {"name": "lan", "bridge": {}}]"#;
+    set(&mut own, "/spec/domain/devices/interfaces", interfaces);
+    set(&mut own, "/spec/networks/1", r#"{"name": "lan", "multus": {"networkName": "br0"}}"#);
+    let made = world.create(&editor, VMIS, &own).await;
+    let interfaces = &made["spec"]["domain"]["devices"]["interfaces"];
+    assert_eq!(interfaces[0]["macAddress"], "02:00:00:00:00:07");
+    assert_eq!(interfaces[0]["masquerade"], json!({}));
+    assert_eq!(interfaces[1]["masquerade"], Value::Null);
+    assert_ne!(interfaces[1]["macAddress"], interfaces[0]["macAddress"]);
+
+    let mut alone = vmi();
+    set(&mut alone, "/metadata/name", r#""alone""#);
+    set(&mut alone, "/spec/networks", "[]");
+    set(&mut alone, "/spec/domain/devices/interfaces", "[]");
+    set(&mut alone, "/spec/domain/devices/autoattachPodInterface", "false");
+    let made = world.create(&editor, VMIS, &alone).await;
+    assert_eq!(made["spec"]["networks"], json!([]));
+}
+
+#[tokio::test]
+async fn a_shape_that_is_no_instance_is_refused_and_breaks_nothing() {
+    let (world, editor) = (World::new().await, user("editor"));
+    for (at, value) in [
+        ("/spec", "7"),
+        ("/spec/domain", r#""big""#),
+        ("/spec/domain/devices", "[]"),
+        ("/spec/domain/devices/disks", "{}"),
+        ("/spec/domain/devices/disks/0", "null"),
+        ("/spec/domain/devices/disks/0/disk", "true"),
+        ("/spec/domain/devices/interfaces/0", r#""default""#),
+        ("/spec/networks", "7"),
+        ("/spec/domain/machine", "7"),
+    ] {
+        let mut bad = vmi();
+        set(&mut bad, at, value);
+        let reply = world.post(&editor, VMIS, &bad).await;
+        assert_eq!(reply.code, 422, "{at} = {value}: {}", reply.body);
+    }
+}
+
+#[tokio::test]
+async fn a_disk_or_a_move_that_is_made_is_not_changed_into_another() {
+    let (world, editor, mover) = (World::new().await, user("editor"), user("mover"));
+    world.create(&editor, VOLUMES, &volume()).await;
+    let larger = json!({"spec": {"storage": {"resources": {"requests": {"storage": "4Gi"}}}}});
+    let reply = world.merge(&editor, &format!("{VOLUMES}/disk"), &larger).await;
+    assert_eq!(reply.code, 422, "{}", reply.body);
+    assert!(reply.message().contains("cannot be changed"), "{}", reply.message());
+    world.instance("a", "Running").await;
+    let made = world.create(&mover, MOVES, &migration("m", "a")).await;
+    assert_eq!(made["metadata"]["labels"]["kubevirt.io/vmi-name"], "a");
+    assert_eq!(made["metadata"]["finalizers"], json!(["kubevirt.io/migrationJobFinalize"]));
+    for patch in [
+        json!({"spec": {"vmiName": "b"}}),
+        json!({"metadata": {"labels": {"kubevirt.io/vmi-name": "b"}}}),
+    ] {
+        let reply = world.merge(&mover, &format!("{MOVES}/m"), &patch).await;
+        assert_eq!(reply.code, 422, "{patch}: {}", reply.body);
+    }
+}
+
+#[tokio::test]
+async fn only_an_instance_that_can_move_is_moved_and_once_at_a_time() {
+    let (world, mover) = (World::new().await, user("mover"));
+    for (name, phase) in [("runs", "Running"), ("over", "Succeeded"), ("stays", "Running")] {
+        world.instance(name, phase).await;
+    }
+    let condition = json!({"status": {"conditions": [{
+        "type": "LiveMigratable", "status": "False",
+        "reason": "DisksNotLiveMigratable", "message": "disk 'root' is on its node alone",
+    }]}});
+    let path = format!("{VMIS}/stays/status");
+    assert_eq!(world.merge(&crate::world::own(), &path, &condition).await.code, 200);
+    world.create(&mover, MOVES, &migration("first", "runs")).await;
+    for (vmi, words) in [
+        ("", "name the virtual machine instance"),
+        ("nobody", "there is no virtual machine instance 'nobody'"),
+        ("over", "has ended"),
+        ("stays", "disk 'root' is on its node alone"),
+        ("runs", "migration 'first'"),
+    ] {
+        let reply = world.post(&mover, MOVES, &migration("m", vmi)).await;
+        assert_eq!(reply.code, 422, "{vmi}: {}", reply.body);
+        assert!(reply.message().contains(words), "{vmi}: {}", reply.message());
+        assert!(reply.message().contains("spec.vmiName"), "{vmi}: {}", reply.message());
+    }
+    let mut far = migration("far", "runs");
+    far["spec"]["receive"] = json!({"migrationID": "x"});
+    let reply = world.post(&mover, MOVES, &far).await;
+    assert!(
+        reply.message().contains("spec.receive: migration to another cluster"),
+        "{}",
+        reply.message()
+    );
+    // Once that one is over, another may begin.
+    let over = json!({"status": {"phase": "Failed"}});
+    let path = format!("{MOVES}/first/status");
+    assert_eq!(world.merge(&crate::world::own(), &path, &over).await.code, 200);
+    world.create(&mover, MOVES, &migration("second", "runs")).await;
+}
