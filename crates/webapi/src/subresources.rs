@@ -91,8 +91,14 @@ impl Options {
                 "the body is none that is expected, like {example}: {why}"
             ))
         };
-        let options: Option<Self> = serde_json::from_slice(sent).map_err(|error| wrong(&error))?;
-        let options = options.unwrap_or_default();
+        let options = match serde_json::from_slice(sent).map_err(|error| wrong(&error))? {
+            Value::Null => Self::default(),
+            // A list would be taken for the fields in their order.
+            Value::Object(fields) => {
+                serde_json::from_value(Value::Object(fields)).map_err(|error| wrong(&error))?
+            }
+            _ => return Err(wrong(&"it is no object")),
+        };
         if options.dry_run.iter().flatten().any(|word| word != "All") {
             return Err(wrong(&"dryRun is [\"All\"], or is left out"));
         }

@@ -42,7 +42,7 @@ pub fn create(object: &Value, facts: &Facts) -> Report {
             spec
         }
         Err(why) => {
-            report.fault("spec", why);
+            report.misfit("spec", &why);
             return report;
         }
     };

@@ -78,10 +78,11 @@ async fn an_instance_is_changed_by_godwit_alone_and_by_the_handler_of_its_node()
     let handler =
         |node: &str| User::new(&format!("system:godwit:handler:{node}"), &["system:masters"]);
     let status = json!({"status": {"reason": "seen"}});
-    for (path, patch) in [(&format!("{path}/status"), &status), (&path, &plain)] {
-        let other = world.merge(&handler("n2"), path, patch).await;
-        assert_eq!(other.code, 403, "{}", other.body);
-        assert!(other.message().contains("'n2'"), "{}", other.message());
+    let other = json!({"metadata": {"annotations": {"a": "c"}}});
+    for (path, patch) in [(&format!("{path}/status"), &status), (&path, &other)] {
+        let reply = world.merge(&handler("n2"), path, patch).await;
+        assert_eq!(reply.code, 403, "{}", reply.body);
+        assert!(reply.message().contains("'n2'"), "{}", reply.message());
         assert_eq!(world.merge(&handler("n1"), path, patch).await.code, 200);
     }
 }

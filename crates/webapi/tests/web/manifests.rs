@@ -30,7 +30,12 @@ const VM: &[(&str, &str, &str, &str)] = &[
     ("~/domain/cpu/cores", r#""two""#, "spec.template.spec.domain.cpu.cores", "integer"),
     ("~/domain/cpu/cores", "-1", "spec.template.spec.domain.cpu.cores", "0"),
     ("~/domain/cpu/cores", "1000", "spec.template.spec.domain.cpu", "512"),
-    ("~/domain/cpu/maxSockets", "1", "spec.template.spec.domain.cpu.sockets", "maxSockets"),
+    (
+        "~/domain/cpu",
+        r#"{"sockets": 4, "maxSockets": 2}"#,
+        "spec.template.spec.domain.cpu.sockets",
+        "maxSockets",
+    ),
     ("~/domain/cpu/model", r#""a,b""#, "spec.template.spec.domain.cpu.model", "host-model"),
     ("~/domain/cpu/features", r#"[{"name": "aes"}]"#, "domain.cpu.features", "one by one"),
     ("~/domain/cpu/numa", r#"{"guestMappingPassthrough": {}}"#, "domain.cpu.numa", "NUMA"),
@@ -170,7 +175,7 @@ const VM: &[(&str, &str, &str, &str)] = &[
     ("~/domain/devices/interfaces/0/macAddress", r#""01:00:00:00:00:01""#, "macAddress", "unicast"),
     ("~/domain/devices/interfaces/0/macAddress", r#""00:11""#, "macAddress", "02:00:00:00:00:01"),
     ("~/domain/devices/interfaces/0/ports", r#"[{"port": 0}]"#, "ports[0].port", "65535"),
-    ("~/domain/devices/interfaces/0/ports", r#"[{"port": 70000}]"#, "spec.template.spec", "70000"),
+    ("~/domain/devices/interfaces/0/ports", r#"[{"port": 70000}]"#, "ports[0].port", "65535"),
     (
         "~/domain/devices/interfaces/0/ports",
         r#"[{"port": 22, "protocol": "SCTP"}]"#,
