@@ -85,7 +85,9 @@ async fn what_is_typed_reaches_the_guest_and_what_it_says_comes_back_until_one_e
         received,
         reads.read_exact(&mut typed),
     );
-    (sent.unwrap(), said.unwrap(), read.unwrap());
+    sent.unwrap();
+    said.unwrap();
+    read.unwrap();
     assert!(typed == many && received == many);
     to.send(Message::Ping("there?".into())).await.unwrap();
     assert_eq!(from.next().await.unwrap().unwrap(), Message::Pong("there?".into()));
