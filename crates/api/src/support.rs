@@ -63,7 +63,7 @@ fn readable(path: &str) -> String {
     text
 }
 
-/// What is at a path of [`readable`]'s kind.
+/// What is at a path as `parse` tells it.
 pub fn at<'a>(value: &'a Value, path: &str) -> Option<&'a Value> {
     path.split(['.', '[']).filter(|part| !part.is_empty()).try_fold(value, |value, part| match part
         .strip_suffix(']')
