@@ -10,7 +10,7 @@ mod networks;
 pub mod unsupported;
 
 use crate::kubevirt;
-use crate::support;
+use crate::support::{self, Misfit};
 use crate::vm::{RunStrategy, Spec as VmSpec};
 use crate::vmi::Spec as VmiSpec;
 use serde_json::Value;
@@ -47,6 +47,21 @@ impl Report {
         if !holds {
             self.fault(field, message());
         }
+    }
+
+    /// Notes what cannot be read of what is at a field: in serde's words, without those that only
+    /// programmers understand.
+    pub fn misfit(&mut self, field: &str, misfit: &Misfit) {
+        let mut why = misfit.why.clone();
+        for (word, plain) in [
+            ("unknown variant", "unknown value"),
+            ("expected one of", "say one of"),
+            ("expected u32", "expected a whole number from 0 on"),
+            ("expected u16", "expected a whole number from 0 to 65535"),
+        ] {
+            why = why.replace(word, plain);
+        }
+        self.fault(misfit.field(field), why.replace('`', "'"));
     }
 
     /// Notes names that are empty or there twice.
@@ -99,7 +114,7 @@ pub fn virtual_machine(object: &Value, cluster: &kubevirt::Spec) -> Report {
     let (spec, unknown) = match support::parse::<VmSpec>(&object["spec"]) {
         Ok(parsed) => parsed,
         Err(why) => {
-            report.fault("spec", readable(&why));
+            report.misfit("spec", &why);
             return report;
         }
     };
@@ -187,7 +202,7 @@ fn spec_of(
     let (parsed, unknown) = match support::parse::<VmiSpec>(spec) {
         Ok(parsed) => parsed,
         Err(why) => {
-            report.fault(field, readable(&why));
+            report.misfit(field, &why);
             return None;
         }
     };
@@ -196,11 +211,6 @@ fn spec_of(
     disks::check(report, field, spec, &parsed, cluster);
     networks::check(report, field, &parsed);
     Some(parsed)
-}
-
-/// serde's words, without those that only programmers understand.
-fn readable(why: &str) -> String {
-    why.replace("unknown variant", "unknown value").replace("expected one of", "say one of")
 }
 
 /// The settings of a cluster.
@@ -219,7 +229,7 @@ pub fn settings(object: &Value) -> Report {
                 }
             }
         }
-        Err(why) => report.fault("spec", readable(&why)),
+        Err(why) => report.misfit("spec", &why),
     }
     report
 }

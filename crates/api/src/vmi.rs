@@ -29,7 +29,8 @@ impl VirtualMachineInstance {
     /// # Errors
     /// Where the spec is none.
     pub fn parse(&self) -> Result<Spec, String> {
-        support::parse(&self.spec.0).map(|(spec, _)| spec)
+        let parsed = support::parse(&self.spec.0);
+        parsed.map(|(spec, _)| spec).map_err(|misfit| misfit.to_string())
     }
 }
 

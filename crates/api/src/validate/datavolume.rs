@@ -1,6 +1,6 @@
 //! DataVolumes.
 
-use super::{Report, one_of, readable, unsupported};
+use super::{Report, one_of, unsupported};
 use crate::datavolume::{Http, Registry, Spec, requested};
 use crate::support;
 use serde_json::Value;
@@ -16,7 +16,7 @@ pub fn data_volume(object: &Value) -> Report {
 pub fn spec(report: &mut Report, field: &str, raw: &Value) {
     let (spec, unknown) = match support::parse::<Spec>(raw) {
         Ok(parsed) => parsed,
-        Err(why) => return report.fault(field, readable(&why)),
+        Err(why) => return report.misfit(field, &why),
     };
     unsupported::judge(report, field, raw, &unknown);
     one_of(report, field, &[("storage", spec.storage.is_some()), ("pvc", spec.pvc.is_some())]);

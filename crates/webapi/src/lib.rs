@@ -1,0 +1,153 @@
+//! What the API does with VMs besides keeping them: admission of their kinds, what can be done to
+//! them (`subresources.kubevirt.io`), and the roles that people have.
+//!
+//! ```text
+//! write of a VM -> admission: fill_in (defaults) -> judge (who, what) -> the API keeps it
+//! PUT .../start -> subresources -> a request in the VM's status, or a change of its spec
+//! PUT .../pause -> subresources -> Guests, at the node on which it runs
+//! ```
+//!
+//! Admission and the decisions of subresources are pure; [`WebApi`] reads what they need and writes
+//! what they decide, as a client of the API with rights of its own.
+
+pub mod admission;
+mod roles;
+mod settings;
+mod subresources;
+
+use admission::Facts;
+use api::migration::VirtualMachineInstanceMigration;
+use api::vmi::VirtualMachineInstance;
+use apiserver::body::Answer;
+use apiserver::extension::{Extension, Later, Request, Review};
+use apiserver::local::failure_of;
+use apiserver::status::Failure;
+use kube::api::ListParams;
+use kube::{Api, Client};
+use serde_json::Value;
+use settings::Settings;
+use std::sync::Arc;
+use tokio::io::{AsyncRead, AsyncWrite};
+
+pub use roles::{bindings, roles};
+
+/// What can be done to a guest that runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Act {
+    /// It stands still.
+    Pause,
+    /// It goes on.
+    Unpause,
+    /// As if its reset button were pressed.
+    Reset,
+    /// It is asked to start anew.
+    SoftReboot,
+}
+
+/// A guest's serial console.
+pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
+
+/// The way to guests, at the nodes on which they run.
+pub trait Guests: Send + Sync {
+    /// Does something to the guest of a VMI.
+    fn act<'a>(
+        &'a self,
+        node: &'a str,
+        namespace: &'a str,
+        name: &'a str,
+        what: Act,
+    ) -> Later<'a, ()>;
+
+    /// Opens the console of a VMI's guest.
+    fn console<'a>(
+        &'a self,
+        node: &'a str,
+        namespace: &'a str,
+        name: &'a str,
+    ) -> Later<'a, Box<dyn Stream>>;
+}
+
+/// What is added to the API.
+pub struct WebApi {
+    client: Client,
+    guests: Arc<dyn Guests>,
+    settings: Settings,
+    consoles: subresources::Consoles,
+}
+
+impl WebApi {
+    /// With a client that may read what admission needs (settings, VMIs, migrations) and write what
+    /// subresources decide; its user is one of [`admission::OWN`] or in `system:masters`.
+    pub fn new(client: Client, guests: Arc<dyn Guests>) -> Self {
+        let settings = Settings::new(client.clone());
+        Self { client, guests, settings, consoles: subresources::Consoles::default() }
+    }
+
+    async fn facts(&self, review: &Review<'_>, object: Option<&Value>) -> Result<Facts, Failure> {
+        let mut facts = Facts { cluster: self.settings.get().await?, ..Facts::default() };
+        let asks = review.resource == "virtualmachineinstancemigrations" && review.old.is_none();
+        if let Some(name) = object.and_then(|o| o["spec"]["vmiName"].as_str()).filter(|_| asks)
+            && is_name(name)
+        {
+            let vmis: Api<VirtualMachineInstance> =
+                Api::namespaced(self.client.clone(), review.namespace);
+            facts.vmi = vmis.get_opt(name).await.map_err(failure)?;
+            let migrations: Api<VirtualMachineInstanceMigration> =
+                Api::namespaced(self.client.clone(), review.namespace);
+            let all = migrations.list(&ListParams::default()).await.map_err(failure)?;
+            facts.migrations = all.items;
+        }
+        Ok(facts)
+    }
+}
+
+impl Extension for WebApi {
+    fn admits(&self, group: &str, resource: &str) -> bool {
+        admission::kind(group, resource).is_some()
+    }
+
+    fn fill_in<'a>(&'a self, review: Review<'a>, object: &'a mut Value) -> Later<'a, ()> {
+        Box::pin(async move {
+            admission::fill_in(&review, object, &*self.settings.get().await?);
+            Ok(())
+        })
+    }
+
+    fn judge<'a>(
+        &'a self,
+        review: Review<'a>,
+        object: Option<&'a Value>,
+    ) -> Later<'a, Vec<String>> {
+        Box::pin(async move {
+            let facts = self.facts(&review, object).await?;
+            admission::judge(&review, object, &facts)
+                .map_err(|denied| denied.failure(&review, object))
+        })
+    }
+
+    fn resources(&self, group: &str, version: &str) -> Option<Vec<Value>> {
+        subresources::resources(group, version)
+    }
+
+    fn serve(&self, request: Request) -> Later<'_, Answer> {
+        Box::pin(subresources::serve(self, request))
+    }
+}
+
+/// The API's failure, as it came back.
+fn failure(error: kube::Error) -> Failure {
+    match error {
+        kube::Error::Api(status) => {
+            failure_of(status.code, &serde_json::to_value(&status).unwrap_or_default())
+        }
+        other => Failure::internal(format!("the API does not answer: {other}")),
+    }
+}
+
+/// Whether a text can be the name of an object: other texts would lead elsewhere in a path.
+fn is_name(text: &str) -> bool {
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'-' || b == b'.';
+    (1..=253).contains(&text.len()) && text.bytes().all(plain) && !text.starts_with('.')
+}

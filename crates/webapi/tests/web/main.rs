@@ -1,0 +1,8 @@
+//! The API with what is added to it, as its clients meet it: a server of its own for each test.
+
+mod access;
+mod bad;
+mod console;
+mod lifecycle;
+mod manifests;
+mod world;
