@@ -1,6 +1,7 @@
 //! Embedded clusters: `godwit up`, `down`, `status` and `kubeconfig`.
 
 mod folder;
+mod guests;
 mod kubeconfig;
 mod kvm;
 mod nodes;

@@ -226,7 +226,12 @@ fn count_failures(snapshot: &Snapshot, status: &mut Status) {
             } else {
                 before.consecutive_fail_count
             };
-            let pause = FIRST_PAUSE.saturating_mul(1 << before.min(10)).min(LAST_PAUSE);
+            // One that has run is started again at once, the first time.
+            let turn = if began.is_some() { before } else { before + 1 };
+            let pause = match turn.checked_sub(1) {
+                None => 0,
+                Some(turn) => FIRST_PAUSE.saturating_mul(1 << turn.min(10)).min(LAST_PAUSE),
+            };
             let at = snapshot.now + SignedDuration::from_secs(pause);
             status.start_failure = Some(StartFailure {
                 consecutive_fail_count: before + 1,

@@ -38,7 +38,10 @@ impl Handlers {
         let nodes: Api<Node> = Api::all(self.client.clone());
         let found = nodes.get(node).await.map_err(|error| Failure::internal(why(&error)))?;
         let address = found.annotations().get(HANDLER).ok_or_else(|| {
-            Failure::unavailable(format!("node {node} has no handler that could be asked"))
+            failure(Told {
+                code: 503,
+                message: format!("node {node} has no handler that could be asked"),
+            })
         })?;
         let handler = SpiffeId::new(&self.cluster, Role::Handler, node)
             .map_err(|error| Failure::internal(error.to_string()))?;
@@ -48,14 +51,16 @@ impl Handlers {
     }
 }
 
+/// What a handler told, as the API tells it.
 fn failure(told: Told) -> Failure {
-    match told.code {
-        404 => Failure::not_found_because(told.message),
-        409 => Failure::conflict_because(told.message),
-        501 => Failure::not_implemented(told.message),
-        503 => Failure::unavailable(told.message),
-        _ => Failure::internal(told.message),
-    }
+    let reason = match told.code {
+        404 => "NotFound",
+        409 => "Conflict",
+        501 => "NotImplemented",
+        503 => "ServiceUnavailable",
+        _ => "InternalError",
+    };
+    Failure { code: told.code, reason, message: told.message, details: serde_json::Value::Null }
 }
 
 impl webapi::Guests for Handlers {

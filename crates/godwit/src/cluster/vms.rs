@@ -1,6 +1,7 @@
 //! What runs VMs in an embedded cluster: the kinds, the settings, controllers, and a handler for
 //! each node, each under its own identity.
 
+use super::guests::Handlers;
 use super::kvm;
 use super::nodes::{client, own_program};
 use anyhow::{Context, Result, anyhow};
@@ -12,6 +13,7 @@ use node::agent::volumes::HostPaths;
 use serde_json::{Value, json};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
 
@@ -61,6 +63,14 @@ impl Vms {
         for (path, object) in roles() {
             replace(&api, path, &object).await.map_err(failed).context("cannot make the roles")?;
         }
+        for role in webapi::roles() {
+            let path = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
+            replace(&api, path, &role).await.map_err(failed).context("cannot make the roles")?;
+        }
+        for binding in webapi::bindings() {
+            let path = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
+            replace(&api, path, &binding).await.map_err(failed).context("cannot make the roles")?;
+        }
         let place = folder.join("ca");
         let ca = match Ca::load(&place) {
             Ok(ca) => ca,
@@ -74,6 +84,10 @@ impl Vms {
         };
         let mut trust = Trust::new();
         trust.add_pem(ca.certificate_pem())?;
+        let id = SpiffeId::new(ca.cluster(), Role::Api, "api")?;
+        let own = account(server);
+        let handlers = Handlers::new(own.clone(), ca.issue(&id, VALIDITY)?, trust.clone());
+        server.api.extend(Arc::new(webapi::WebApi::new(own, Arc::new(handlers))));
         tokio::spawn(async move {
             if let Err(failure) = settings(&api).await {
                 tracing::error!("the cluster's settings cannot be made: {failure}");
