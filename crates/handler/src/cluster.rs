@@ -13,6 +13,7 @@
 pub mod doors;
 pub mod files;
 pub mod guests;
+pub mod network;
 pub mod node;
 pub mod records;
 pub mod serve;

@@ -95,6 +95,9 @@ pub struct Disk {
     /// Show only so many bytes of it: a larger target keeps the source's size while it moves.
     #[serde(default)]
     pub size: Option<u64>,
+    /// Grow its file to so many bytes before it starts, if it is smaller.
+    #[serde(default)]
+    pub grow_to: Option<u64>,
     /// It is a CD-ROM: on SCSI or SATA, and read-only.
     #[serde(default)]
     pub cdrom: bool,
@@ -420,7 +423,10 @@ impl VmSpec {
             "a disk on flash holds the variables of UEFI firmware: name that under uefi".into()
         });
         let mut paths = BTreeSet::new();
-        for Disk { name, path, size, bus, read_only, cdrom, serial, .. } in &self.disks {
+        for Disk { name, path, size, bus, read_only, cdrom, serial, grow_to, .. } in &self.disks {
+            faults.demand(grow_to.is_none_or(|size| size % 512 == 0 && !read_only), || {
+                format!("disk {name}: growTo must be a multiple of 512, of a disk that is written")
+            });
             faults.demand(!cdrom || (*read_only && matches!(bus, Bus::Scsi | Bus::Sata)), || {
                 format!("disk {name}: a CD-ROM is on scsi or sata, and readOnly")
             });
@@ -510,7 +516,7 @@ impl VmSpec {
         found.compare("serials", serials, &other.serials);
         found.compare("disks", &names(disks, |d| &d.name), &names(&other.disks, |d| &d.name));
         for (disk, other) in disks.iter().zip(&other.disks).filter(|(a, b)| a.name == b.name) {
-            let Disk { name, path: _, bus, read_only, shared, size: _, cdrom, serial, boot_order } =
+            let Disk { name, path: _, bus, read_only, shared, cdrom, serial, boot_order, .. } =
                 disk;
             found.compare(&format!("disk {name}: cdrom"), cdrom, &other.cdrom);
             found.compare(&format!("disk {name}: serial"), serial, &other.serial);

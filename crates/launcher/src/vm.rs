@@ -13,7 +13,7 @@ use crate::status::{Phase, Status, Verdict, Wish, judge};
 use channel::client::GatewayClient;
 use handover::record::{HostId, InstanceId};
 use handover::start::Starter;
-use mover::disk::Disk;
+use mover::disk::{Disk, Medium};
 use qmp::commands::{Cont, Stop, SystemPowerdown, SystemReset};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -285,7 +285,14 @@ impl Launcher {
         let forced = begin.forced;
         let (mut facts, mut marked) = (Vec::new(), Vec::new());
         for disk in &spec.disks {
-            let opened = Disk::source(&disk.path)?;
+            let mut opened = Disk::source(&disk.path)?;
+            if let Some(size) = disk.grow_to.filter(|size| opened.size() < *size)
+                && opened.medium() == Medium::File
+                && opened.is_free()?
+            {
+                Disk::grow(&disk.path, size)?;
+                opened = Disk::source(&disk.path)?;
+            }
             facts.push(Facts { medium: opened.medium(), direct: opened.is_direct() });
             if !disk.shared && !disk.read_only {
                 wait_until_free(&opened).await?;

@@ -155,6 +155,16 @@ impl Disk {
         Ok((disk, created))
     }
 
+    /// Makes a file that nobody uses larger: what it gains reads as zeros.
+    ///
+    /// # Errors
+    /// [`Error::Open`], [`Error::Io`].
+    pub fn grow(path: &Path, size: u64) -> Result<(), Error> {
+        let disk = Self::open(path, OFlags::RDWR)?;
+        let grown = disk.cached.set_len(size).and_then(|()| disk.cached.sync_all());
+        grown.map_err(|source| disk.fail("grow by", disk.size, size - disk.size, source))
+    }
+
     fn create(path: &Path, size: u64) -> Result<bool, Error> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = match rustix::fs::open(path, flags, Mode::from_raw_mode(0o600)) {

@@ -57,8 +57,8 @@ const OF_INTERFACES: [(&str, &str); 6] = [
     ("sriov", "SR-IOV is not built: use masquerade or bridge"),
     ("macvtap", "macvtap is gone: use masquerade or bridge"),
     ("slirp", "slirp is gone: use masquerade"),
-    ("passt", "say masquerade: it is done by passt where that is installed"),
-    ("passtBinding", "say masquerade: it is done by passt where that is installed"),
+    ("passt", "passt is not built: say masquerade"),
+    ("passtBinding", "passt is not built: say masquerade"),
     ("binding", "network binding plugins are not built: use masquerade or bridge"),
 ];
 

@@ -69,6 +69,12 @@ impl Wanted<'_> {
         let (mut mounts, mut devices) =
             (vec![json!({"name": "godwit", "mountPath": FOLDER})], vec![]);
         for volume in &spec.volumes {
+            if let Some(disk) = &volume.host_disk {
+                let folder = disk.path.rsplit_once('/').map_or("/", |(folder, _)| folder);
+                volumes.push(json!({"name": volume.name, "hostPath": {"path": folder}}));
+                let place = format!("/host/{}", volume.name);
+                mounts.push(json!({"name": volume.name, "mountPath": place}));
+            }
             let Some((claim, object)) =
                 volume.claim().and_then(|name| self.claims.iter().find(|(n, _)| *n == name))
             else {

@@ -1,7 +1,7 @@
 //! Each launcher's door to its handler: a folder of its pod's, with a socket that is nobody else's.
 
 use super::records::Door;
-use super::{Shared, guests};
+use super::{Shared, guests, network};
 use channel::gateway::{self, Gateway};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
@@ -51,7 +51,7 @@ pub async fn run(shared: Shared, gateway: Arc<Gateway>) {
         }
         open.retain(|folder, _| folders.contains(folder));
         told.retain(|folder, _| folders.contains(folder));
-        sweep(&shared.config.pods(), &folders);
+        sweep(&shared.config.pods(), &folders).await;
         tokio::time::sleep(LOOK).await;
     }
 }
@@ -86,14 +86,14 @@ fn door(
 /// Removes folders of pods that are gone, unless a launcher still lives in one.
 ///
 /// N.B. only those that have had a door: another may belong to a pod that is not seen yet.
-fn sweep(pods: &Path, known: &[PathBuf]) {
+async fn sweep(pods: &Path, known: &[PathBuf]) {
     let entries = std::fs::read_dir(pods).into_iter().flatten().flatten();
     for folder in entries.map(|entry| entry.path()).filter(|folder| !known.contains(folder)) {
-        if folder.join("gateway.json").exists()
-            && !is_held(&folder)
-            && let Err(error) = std::fs::remove_dir_all(&folder)
-        {
-            tracing::warn!(folder = %folder.display(), %error, "a pod's folder cannot be removed");
+        if folder.join("gateway.json").exists() && !is_held(&folder) {
+            network::remove(&folder).await;
+            if let Err(error) = std::fs::remove_dir_all(&folder) {
+                tracing::warn!(folder = %folder.display(), %error, "a pod's folder cannot be removed");
+            }
         }
     }
 }

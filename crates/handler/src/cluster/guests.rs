@@ -1,14 +1,14 @@
 //! The guests of a node's VMIs: started through their launchers, watched, and told of.
 
 use super::translate::{self, Facts};
-use super::{Shared, doors, files};
+use super::{Shared, doors, files, network};
 use api::conditions::{self, Condition, types};
 use api::kubevirt::KubeVirt;
 use api::vmi::{
     InterfaceStatus, Machine, MemoryStatus, Phase, Spec, Status, VirtualMachineInstance,
 };
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Resource, ResourceExt};
@@ -231,17 +231,24 @@ impl Guest<'_> {
     async fn try_begin(&self, cluster: &KubeVirt) -> Result<(), Refusal> {
         let last = |message: String| Refusal { reason: "SyncFailed", message, is_final: true };
         let spec = self.vmi.parse().map_err(last)?;
-        let (blocks, shared) = self.claims(&spec);
+        let (blocks, shared, sizes) = self.claims(&spec, cluster);
+        let pod = doors::folder(&self.shared.config.pods(), &self.pod);
+        let taps = network::prepare(&spec, &pod).await.map_err(|message| Refusal {
+            reason: "FailedNetwork",
+            message,
+            is_final: false,
+        })?;
         let facts = Facts {
             vm: self.vm.clone(),
             cluster,
             blocks,
             shared,
             address: self.address().and_then(|ip| ip.parse().ok()),
-            taps: BTreeMap::new(),
+            sizes,
+            taps,
         };
         let vm = translate::spec(&spec, &facts).map_err(last)?;
-        let folder = doors::folder(&self.shared.config.pods(), &self.pod).join("prepared");
+        let folder = pod.join("prepared");
         files::prepare(self.shared, &self.vmi, &spec, &folder).await.map_err(|unprepared| {
             let files::Unprepared { reason, message } = unprepared;
             Refusal { reason, message, is_final: false }
@@ -257,21 +264,26 @@ impl Guest<'_> {
         })
     }
 
-    /// Which claims are devices, and which can be used on several nodes at once.
-    fn claims(&self, spec: &Spec) -> (BTreeMap<String, bool>, BTreeMap<String, bool>) {
-        let names = spec.volumes.iter().filter_map(|volume| volume.claim());
-        let found = names.filter_map(|name| {
-            let claim = get(&self.shared.claims, &(self.key.0.clone(), name.to_owned()))?;
-            Some((name.to_owned(), claim))
-        });
-        let of = |claim: &PersistentVolumeClaim| claim.spec.clone().unwrap_or_default();
-        found.fold(Default::default(), |(mut blocks, mut shared), (name, claim)| {
-            let spec = of(&claim);
-            let modes = spec.access_modes.unwrap_or_default();
-            blocks.insert(name.clone(), spec.volume_mode.as_deref() == Some("Block"));
-            shared.insert(name, modes.iter().any(|mode| mode == "ReadWriteMany"));
-            (blocks, shared)
-        })
+    /// Which claims are devices, which can be used on several nodes at once, and to how many bytes
+    /// the disks in those that are folders may grow.
+    fn claims(&self, spec: &Spec, cluster: &KubeVirt) -> Claims {
+        let grows = cluster.spec.gate("ExpandDisks");
+        let (mut blocks, mut shared, mut sizes) = Claims::default();
+        for name in spec.volumes.iter().filter_map(|volume| volume.claim()) {
+            let key = (self.key.0.clone(), name.to_owned());
+            let Some(claim) = get(&self.shared.claims, &key) else { continue };
+            let wanted = claim.spec.clone().unwrap_or_default();
+            let is_block = wanted.volume_mode.as_deref() == Some("Block");
+            let modes = wanted.access_modes.unwrap_or_default();
+            let capacity = claim.status.as_ref().and_then(|s| s.capacity.as_ref()?.get("storage"));
+            let capacity = capacity.and_then(|size| api::quantity::bytes(&size.0));
+            blocks.insert(name.to_owned(), is_block);
+            shared.insert(name.to_owned(), modes.iter().any(|mode| mode == "ReadWriteMany"));
+            if let Some(size) = capacity.filter(|_| grows && !is_block).and_then(room) {
+                sizes.insert(name.to_owned(), size);
+            }
+        }
+        (blocks, shared, sizes)
     }
 
     fn address(&self) -> Option<String> {
@@ -395,6 +407,17 @@ impl Guest<'_> {
             other => other.map(|_| ()),
         }
     }
+}
+
+/// Facts of claims, by their names.
+type Claims = (BTreeMap<String, bool>, BTreeMap<String, bool>, BTreeMap<String, u64>);
+
+/// What a disk may take of a file system of that size: as CDI has it, all but 6 % of the disk, and
+/// whole MiB.
+fn room(capacity: i128) -> Option<u64> {
+    const PERCENT: i128 = 106;
+    let bytes = u64::try_from(capacity.checked_mul(100)? / PERCENT).ok()?;
+    Some(bytes >> 20 << 20)
 }
 
 /// Why a guest is not started.

@@ -29,6 +29,8 @@ pub struct Facts<'a> {
     pub blocks: BTreeMap<String, bool>,
     /// Whether a claim can be used on several nodes at once, by its name.
     pub shared: BTreeMap<String, bool>,
+    /// To how many bytes a claim's disk may grow, by its name.
+    pub sizes: BTreeMap<String, u64>,
     /// The pod's address.
     pub address: Option<IpAddr>,
     /// Taps of network cards that are bridged, by their names.
@@ -54,6 +56,11 @@ pub fn place(volume: &Volume, blocks: &BTreeMap<String, bool>) -> PathBuf {
             Path::new("/dev/disks").join(&volume.name)
         }
         Some(_) => Path::new("/disks").join(&volume.name).join(DISK),
+        None if volume.host_disk.is_some() => {
+            let path = volume.host_disk.as_ref().map(|disk| Path::new(&disk.path));
+            let name = path.and_then(Path::file_name).unwrap_or_default();
+            Path::new("/host").join(&volume.name).join(name)
+        }
         None => Path::new(PREPARED).join(&volume.name),
     }
 }
@@ -127,6 +134,7 @@ fn disks(vmi: &Spec, facts: &Facts<'_>) -> Result<Vec<VmDisk>, String> {
             || target.is_some_and(|target| target.readonly == Some(true))
             || claim.is_some_and(|claim| claim.read_only == Some(true));
         let shared = volume.claim().and_then(|claim| facts.shared.get(claim)).copied();
+        let grow_to = volume.claim().and_then(|claim| facts.sizes.get(claim)).copied();
         Ok(VmDisk {
             name: id("disk", index, &disk.name),
             path: place(volume, &facts.blocks),
@@ -134,6 +142,7 @@ fn disks(vmi: &Spec, facts: &Facts<'_>) -> Result<Vec<VmDisk>, String> {
             read_only,
             shared: shared.unwrap_or(false),
             size: None,
+            grow_to: grow_to.filter(|_| !read_only),
             cdrom,
             serial: disk.serial.clone(),
             boot_order: disk.boot_order,
