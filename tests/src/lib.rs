@@ -2,9 +2,12 @@
 
 pub mod bench;
 pub mod chaos;
+pub mod cluster;
 pub mod guest;
 pub mod media;
+pub mod registry;
 pub mod scene;
+pub mod terminal;
 pub mod witness;
 pub mod world;
 

@@ -1,136 +1,17 @@
 //! Embedded clusters as their users have them: `godwit up`, and pods that are processes.
 
 use anyhow::{Context, Result, bail, ensure};
-use kube::Client;
+use e2e::cluster::{self, Cluster, SOON};
 use serde_json::{Value, json};
-use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-/// Whatever a cluster does is done within this time, on a busy machine too.
-const SOON: Duration = Duration::from_secs(60);
+const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const PODS: &str = "/api/v1/namespaces/default/pods";
 const CLAIMS: &str = "/api/v1/namespaces/default/persistentvolumeclaims";
 const IMAGE: &str = "example.org/shell";
-
-/// A cluster in a folder of its own; it ends with the test.
-struct Cluster {
-    dir: tempfile::TempDir,
-    client: Client,
-}
-
-fn godwit(dir: &Path, arguments: &[&str]) -> Result<Output> {
-    let (command, more) = arguments.split_first().context("no command")?;
-    let program = env!("CARGO_BIN_EXE_godwit-under-test");
-    let mut run = Command::new(program);
-    run.arg(command).arg("--dir").arg(dir).args(more);
-    Ok(run.stdin(Stdio::null()).output()?)
-}
-
-fn up(dir: &Path) -> Result<()> {
-    let shell = format!("{IMAGE}=/bin/sh");
-    let done =
-        godwit(dir, &["up", "--detach", "--nodes", "2", "--storage", "1Gi", "--image", &shell])?;
-    ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
-    Ok(())
-}
-
-async fn client(dir: &Path) -> Result<Client> {
-    let config = kube::config::Kubeconfig::read_from(dir.join("local/kubeconfig"))?;
-    let config = kube::Config::from_custom_kubeconfig(config, &Default::default()).await?;
-    Ok(Client::try_from(config)?)
-}
-
-impl Cluster {
-    async fn new() -> Result<Self> {
-        let dir = tempfile::Builder::new().prefix("godwit-").tempdir()?;
-        up(dir.path())?;
-        let client = client(dir.path()).await?;
-        let cluster = Self { dir, client };
-        cluster.until("/api/v1/namespaces/default/serviceaccounts/default", |_| true).await?;
-        Ok(cluster)
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join("local").join(name)
-    }
-
-    /// Ends it as a crash does.
-    fn kill(&self) -> Result<()> {
-        let record: Value = serde_json::from_slice(&std::fs::read(self.path("cluster.json"))?)?;
-        let pid = i32::try_from(record["pid"].as_i64().context("no pid")?)?;
-        let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
-        Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
-    }
-
-    /// The processes that were started for its pods.
-    fn processes(&self) -> Result<Vec<i32>> {
-        let folder = self.path("machine");
-        let folder = folder.to_str().context("no text")?;
-        let mut found = Vec::new();
-        for entry in std::fs::read_dir("/proc")?.flatten() {
-            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
-                continue;
-            };
-            let read = |file: &str| std::fs::read(entry.path().join(file)).unwrap_or_default();
-            let all = [read("cmdline"), read("environ")].concat();
-            if String::from_utf8_lossy(&all).contains(folder) {
-                found.push(pid);
-            }
-        }
-        Ok(found)
-    }
-
-    async fn send(&self, method: &str, path: &str, body: Option<Value>) -> Result<Value> {
-        let media = match method {
-            "PATCH" => "application/merge-patch+json",
-            _ => "application/json",
-        };
-        let body = body.map_or_else(Vec::new, |body| body.to_string().into_bytes());
-        let request =
-            http::Request::builder().method(method).uri(path).header("Content-Type", media);
-        Ok(self.client.request(request.body(body)?).await?)
-    }
-
-    async fn create(&self, path: &str, object: Value) -> Result<Value> {
-        self.send("POST", path, Some(object)).await
-    }
-
-    async fn until(&self, path: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
-        let began = Instant::now();
-        loop {
-            let found = self.send("GET", path, None).await;
-            match found {
-                Ok(object) if holds(&object) => return Ok(object),
-                found if began.elapsed() > SOON => {
-                    let log = std::fs::read_to_string(self.path("log")).unwrap_or_default();
-                    bail!("{path} is not as awaited: {found:?}\n{log}");
-                }
-                _ => tokio::time::sleep(Duration::from_millis(20)).await,
-            }
-        }
-    }
-
-    async fn until_gone(&self, path: &str) -> Result<()> {
-        let began = Instant::now();
-        while let Ok(found) = self.send("GET", path, None).await {
-            ensure!(began.elapsed() < SOON, "{path} is still there: {found}");
-            tokio::time::sleep(Duration::from_millis(20)).await;
-        }
-        Ok(())
-    }
-
-    async fn log(&self, pod: &str, query: &str) -> Result<String> {
-        let request = http::Request::get(format!("{PODS}/{pod}/log?{query}")).body(Vec::new())?;
-        Ok(self.client.request_text(request).await?)
-    }
-}
-
-impl Drop for Cluster {
-    fn drop(&mut self) {
-        let _ = godwit(self.dir.path(), &["down"]);
-    }
-}
+const UP: [&str; 6] = ["--nodes", "2", "--storage", "1Gi", "--image", "example.org/shell=/bin/sh"];
 
 fn pod(name: &str, spec: Value) -> Value {
     json!({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": name}, "spec": spec})
@@ -153,7 +34,7 @@ fn waits(pod: &Value) -> &str {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is_ended()
 -> Result<()> {
-    let mut cluster = Cluster::new().await?;
+    let mut cluster = Cluster::new(PROGRAM, &UP).await?;
     let claim = json!({
         "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": "data"},
         "spec": {"accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "1Mi"}}},
@@ -198,9 +79,9 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
     let before = ticks();
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(ticks() > before, "the pod ended with the cluster that was killed");
-    up(cluster.dir.path())?;
+    cluster.up(&UP)?;
     // An older connection is no use.
-    cluster.client = client(cluster.dir.path()).await?;
+    cluster.client = cluster::client(cluster.dir()).await?;
     let id = |pod: &Value| pod["status"]["containerStatuses"][0]["containerID"].clone();
     let again = cluster.until(&path, is_ready).await?;
     assert_eq!(id(&again), id(&first), "it was started anew");
@@ -266,10 +147,10 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
         if crashes {
             cluster.kill()?;
         }
-        assert!(godwit(cluster.dir.path(), &["down"])?.status.success());
+        assert!(cluster.godwit(&["down"])?.status.success());
         assert_eq!(cluster.processes()?, Vec::<i32>::new(), "something is left after its end");
-        up(cluster.dir.path())?;
-        cluster.client = client(cluster.dir.path()).await?;
+        cluster.up(&UP)?;
+        cluster.client = cluster::client(cluster.dir()).await?;
         // What was told last is what is read first.
         let again = |p: &Value| is_ready(p) && restarts(p) > before;
         cluster.until(&format!("{PODS}/q"), again).await?;
@@ -279,7 +160,7 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_becomes_of_a_pod_is_told_as_a_kubelet_tells_it() -> Result<()> {
-    let cluster = Cluster::new().await?;
+    let cluster = Cluster::new(PROGRAM, &UP).await?;
     let make = async |name: &str, spec: Value| cluster.create(PODS, pod(name, spec)).await;
     let side = "trap 'echo ends; exit 0' TERM; while true; do sleep 0.1; done";
     let mut sidecar = shell(side);
@@ -343,7 +224,7 @@ async fn what_becomes_of_a_pod_is_told_as_a_kubelet_tells_it() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn claims_are_served_within_their_pools_and_grow() -> Result<()> {
-    let cluster = Cluster::new().await?;
+    let cluster = Cluster::new(PROGRAM, &UP).await?;
     let claim = |name: &str, class: &str, size: &str| {
         let block = class.ends_with("-block");
         json!({
@@ -415,7 +296,7 @@ fn kubectl(cluster: &Cluster, arguments: &[&str]) -> Option<(bool, String)> {
     }
     let mut command = Command::new("kubectl");
     command.arg("--kubeconfig").arg(cluster.path("kubeconfig")).args(arguments);
-    command.env("HOME", cluster.dir.path()).env_remove("KUBECONFIG").stdin(Stdio::null());
+    command.env("HOME", cluster.dir()).env_remove("KUBECONFIG").stdin(Stdio::null());
     let output = command.output().ok()?;
     let said = [output.stdout, output.stderr].concat();
     Some((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
@@ -423,7 +304,7 @@ fn kubectl(cluster: &Cluster, arguments: &[&str]) -> Option<(bool, String)> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn kubectl_reads_logs_and_empties_a_node() -> Result<()> {
-    let cluster = Cluster::new().await?;
+    let cluster = Cluster::new(PROGRAM, &UP).await?;
     let run = |arguments: &[&str]| match kubectl(&cluster, arguments) {
         Some((true, said)) => Ok(said),
         Some((false, said)) => bail!("kubectl {arguments:?}: {said}"),
@@ -489,9 +370,9 @@ async fn kubectl_reads_logs_and_empties_a_node() -> Result<()> {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_cannot_be_is_said_at_once() -> Result<()> {
-    let cluster = Cluster::new().await?;
+    let cluster = Cluster::new(PROGRAM, &UP).await?;
     let fails = |arguments: &[&str], why: &str| -> Result<()> {
-        let done = godwit(cluster.dir.path(), arguments)?;
+        let done = cluster.godwit(arguments)?;
         let said = String::from_utf8_lossy(&done.stderr).into_owned();
         ensure!(!done.status.success() && said.contains(why), "{arguments:?}: {said}");
         Ok(())

@@ -1,0 +1,192 @@
+//! Embedded clusters as their users have them: `godwit up`, in a folder of their own.
+
+use anyhow::{Context, Result, bail, ensure};
+use kube::Client;
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+/// Whatever a cluster does is done within this time, on a busy machine too.
+pub const SOON: Duration = Duration::from_secs(60);
+
+/// A cluster in a folder of its own; it ends with the test.
+pub struct Cluster {
+    /// The program that runs it.
+    program: PathBuf,
+    dir: tempfile::TempDir,
+    /// As its administrator.
+    pub client: Client,
+}
+
+/// Runs a command of the program on the clusters of a folder.
+///
+/// # Errors
+/// When it cannot be run.
+pub fn godwit(program: &Path, dir: &Path, arguments: &[&str]) -> Result<Output> {
+    let (command, more) = arguments.split_first().context("no command")?;
+    let mut run = Command::new(program);
+    run.arg(command).arg("--dir").arg(dir).args(more);
+    Ok(run.stdin(Stdio::null()).output()?)
+}
+
+/// The client of a cluster's administrator.
+///
+/// # Errors
+/// When its kubeconfig cannot be read.
+pub async fn client(dir: &Path) -> Result<Client> {
+    let config = kube::config::Kubeconfig::read_from(dir.join("local/kubeconfig"))?;
+    let config = kube::Config::from_custom_kubeconfig(config, &Default::default()).await?;
+    Ok(Client::try_from(config)?)
+}
+
+fn up(program: &Path, dir: &Path, more: &[&str]) -> Result<()> {
+    let done = godwit(program, dir, &[&["up", "--detach"], more].concat())?;
+    ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    Ok(())
+}
+
+impl Cluster {
+    /// Starts one; `more` goes to `godwit up`.
+    ///
+    /// # Errors
+    /// What it said.
+    pub async fn new(program: &str, more: &[&str]) -> Result<Self> {
+        let dir = tempfile::Builder::new().prefix("godwit-").tempdir()?;
+        up(Path::new(program), dir.path(), more)?;
+        let client = client(dir.path()).await?;
+        let cluster = Self { program: program.into(), dir, client };
+        cluster.until("/api/v1/namespaces/default/serviceaccounts/default", |_| true).await?;
+        Ok(cluster)
+    }
+
+    /// The folder of the clusters' folders.
+    pub fn dir(&self) -> &Path {
+        self.dir.path()
+    }
+
+    /// Starts it again.
+    ///
+    /// # Errors
+    /// What it said.
+    pub fn up(&self, more: &[&str]) -> Result<()> {
+        up(&self.program, self.dir(), more)
+    }
+
+    /// Runs a command of the program on it.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub fn godwit(&self, arguments: &[&str]) -> Result<Output> {
+        godwit(&self.program, self.dir(), arguments)
+    }
+
+    /// What is in its folder.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join("local").join(name)
+    }
+
+    /// Ends it as a crash does.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn kill(&self) -> Result<()> {
+        let record: Value = serde_json::from_slice(&std::fs::read(self.path("cluster.json"))?)?;
+        let pid = i32::try_from(record["pid"].as_i64().context("no pid")?)?;
+        let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
+        Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
+    }
+
+    /// The processes that were started for its pods.
+    ///
+    /// # Errors
+    /// Why not.
+    pub fn processes(&self) -> Result<Vec<i32>> {
+        let folder = self.path("machine");
+        let folder = folder.to_str().context("no text")?;
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir("/proc")?.flatten() {
+            let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
+                continue;
+            };
+            let read = |file: &str| std::fs::read(entry.path().join(file)).unwrap_or_default();
+            let all = [read("cmdline"), read("environ")].concat();
+            if String::from_utf8_lossy(&all).contains(folder) {
+                found.push(pid);
+            }
+        }
+        Ok(found)
+    }
+
+    /// Sends a request.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn send(&self, method: &str, path: &str, body: Option<Value>) -> Result<Value> {
+        let media = match method {
+            "PATCH" => "application/merge-patch+json",
+            _ => "application/json",
+        };
+        let body = body.map_or_else(Vec::new, |body| body.to_string().into_bytes());
+        let request =
+            http::Request::builder().method(method).uri(path).header("Content-Type", media);
+        Ok(self.client.request(request.body(body)?).await?)
+    }
+
+    /// Creates an object.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn create(&self, path: &str, object: Value) -> Result<Value> {
+        self.send("POST", path, Some(object)).await
+    }
+
+    /// Waits until an object is as awaited.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn until(&self, path: &str, holds: impl Fn(&Value) -> bool) -> Result<Value> {
+        let began = Instant::now();
+        loop {
+            let found = self.send("GET", path, None).await;
+            match found {
+                Ok(object) if holds(&object) => return Ok(object),
+                found if began.elapsed() > SOON => {
+                    let log = std::fs::read_to_string(self.path("log")).unwrap_or_default();
+                    bail!("{path} is not as awaited: {found:?}\n{log}");
+                }
+                _ => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    /// Waits until an object is gone.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn until_gone(&self, path: &str) -> Result<()> {
+        let began = Instant::now();
+        while let Ok(found) = self.send("GET", path, None).await {
+            ensure!(began.elapsed() < SOON, "{path} is still there: {found}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        Ok(())
+    }
+
+    /// Reads a pod's log.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn log(&self, pod: &str, query: &str) -> Result<String> {
+        let request =
+            http::Request::get(format!("/api/v1/namespaces/default/pods/{pod}/log?{query}"))
+                .body(Vec::new())?;
+        Ok(self.client.request_text(request).await?)
+    }
+}
+
+impl Drop for Cluster {
+    fn drop(&mut self) {
+        let _ = self.godwit(&["down"]);
+    }
+}

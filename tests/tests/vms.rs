@@ -1,0 +1,208 @@
+//! VMs as their users have them: a manifest, a real guest, and what becomes of it.
+
+use anyhow::{Context, Result, ensure};
+use e2e::cluster::Cluster;
+use e2e::guest;
+use e2e::registry::Registry;
+use e2e::terminal::Terminal;
+use serde_json::{Value, json};
+use std::process::Command;
+use std::time::Duration;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
+const VMS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachines";
+const VMIS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstances";
+const PODS: &str = "/api/v1/namespaces/default/pods";
+const OWNERS: &str = "/apis/godwit.dev/v1alpha1/namespaces/default/ownerrecords";
+
+/// A VM with these volumes, each on a virtio disk, the first its root.
+fn vm(name: &str, strategy: &str, volumes: Vec<Value>, templates: Vec<Value>) -> Value {
+    let disk = |volume: &Value| json!({"name": volume["name"], "disk": {"bus": "virtio"}});
+    json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": name},
+        "spec": {
+            "runStrategy": strategy,
+            "dataVolumeTemplates": templates,
+            "template": {"spec": {
+                "terminationGracePeriodSeconds": 20,
+                "domain": {
+                    "memory": {"guest": "128Mi"},
+                    "devices": {"disks": volumes.iter().map(disk).collect::<Vec<_>>()},
+                },
+                "volumes": volumes,
+            }},
+        },
+    })
+}
+
+fn is_running(vm: &Value) -> bool {
+    vm["status"]["printableStatus"] == "Running"
+}
+
+fn terminal(cluster: &Cluster, vm: &str) -> Result<Terminal> {
+    let mut terminal = Terminal::open(PROGRAM, &cluster.path("kubeconfig"), vm)?;
+    terminal.wait_for_shell()?;
+    Ok(terminal)
+}
+
+/// What a person does with `godwit vm`.
+fn does(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
+    let run = Command::new(PROGRAM)
+        .arg("vm")
+        .args(arguments)
+        .arg("--kubeconfig")
+        .arg(cluster.path("kubeconfig"))
+        .output()?;
+    let said = String::from_utf8_lossy(&run.stderr).into_owned();
+    ensure!(run.status.success(), "{arguments:?}: {said}");
+    Ok(String::from_utf8_lossy(&run.stdout).into_owned())
+}
+
+/// QEMUs that run for a cluster.
+fn qemus(cluster: &Cluster) -> Result<Vec<i32>> {
+    let is_qemu = |pid: &i32| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.starts_with("qemu-system")
+    };
+    Ok(cluster.processes()?.into_iter().filter(is_qemu).collect())
+}
+
+fn kill(pid: i32) -> Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
+    Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_vm_boots_from_an_imported_disk_and_what_its_guest_writes_survives() -> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let cluster = Cluster::new(PROGRAM, &["--storage", "1Gi"]).await?;
+    let template = json!({
+        "metadata": {"name": "web-root"},
+        "spec": {
+            "source": {"registry": {"url": format!("docker://{image}")}},
+            "storage": {"resources": {"requests": {"storage": "100Mi"}}},
+        },
+    });
+    let root = json!({"name": "root", "dataVolume": {"name": "web-root"}});
+    cluster.create(VMS, vm("web", "Always", vec![root], vec![template])).await?;
+    let path = format!("{VMS}/web");
+    cluster.until(&path, is_running).await?;
+    let mut console = terminal(&cluster, "web")?;
+    console.run("echo kept > /data/file; sync")?;
+    ensure!(console.run("grep -c ttyS0 /proc/cmdline")?.trim() == "1");
+    drop(console);
+
+    does(&cluster, &["stop", "web"])?;
+    cluster.until(&path, |vm| vm["status"]["printableStatus"] == "Stopped").await?;
+    ensure!(qemus(&cluster)?.is_empty(), "a guest that was stopped runs");
+    does(&cluster, &["start", "web"])?;
+    cluster.until(&path, is_running).await?;
+    let mut console = terminal(&cluster, "web")?;
+    ensure!(console.run("cat /data/file")?.trim() == "kept");
+    let record = cluster.send("GET", &format!("{OWNERS}/web"), None).await?;
+    ensure!(record["status"]["epoch"] == 2, "{record}");
+
+    does(&cluster, &["delete", "web"])?;
+    cluster.until_gone(&format!("{OWNERS}/web")).await?;
+    ensure!(qemus(&cluster)?.is_empty(), "a guest that was deleted runs");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn every_run_strategy_acts_on_a_guest_that_ends() -> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let cluster = Cluster::new(PROGRAM, &["--storage", "1Gi"]).await?;
+    let root = json!({"name": "root", "containerDisk": {"image": image}});
+    let began = |vmi: &Value| vmi["metadata"]["uid"].as_str().unwrap_or_default().to_owned();
+    // Whether a guest that shuts down, and one that is killed, is followed by another.
+    for (strategy, after_end, after_crash) in
+        [("Always", true, true), ("RerunOnFailure", false, true), ("Once", false, false)]
+    {
+        for (crash, again) in [(false, after_end), (true, after_crash)] {
+            let name = format!("{}-{crash}", strategy.to_lowercase());
+            let what = format!("{strategy}, {}", if crash { "killed" } else { "shut down" });
+            cluster.create(VMS, vm(&name, strategy, vec![root.clone()], vec![])).await?;
+            cluster.until(&format!("{VMS}/{name}"), is_running).await.context(what.clone())?;
+            let path = format!("{VMIS}/{name}");
+            let first = began(&cluster.send("GET", &path, None).await?);
+            match crash {
+                true => qemus(&cluster)?.into_iter().try_for_each(kill)?,
+                false => {
+                    let mut console = terminal(&cluster, &name)?;
+                    // It ends before it could answer.
+                    let _ = console.run("poweroff -f");
+                }
+            }
+            if again {
+                cluster
+                    .until(&path, |vmi| began(vmi) != first && vmi["status"]["phase"] == "Running")
+                    .await
+                    .context(what)?;
+            } else {
+                let phase = if crash { "Failed" } else { "Succeeded" };
+                cluster
+                    .until(&path, |vmi| vmi["status"]["phase"] == phase)
+                    .await
+                    .context(what.clone())?;
+                tokio::time::sleep(Duration::from_secs(1)).await;
+                let vmi = cluster.send("GET", &path, None).await?;
+                ensure!(began(&vmi) == first, "{what}: it was started again");
+            }
+            does(&cluster, &["delete", &name])?;
+        }
+    }
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_that_is_cut_off_keeps_its_guest_and_nobody_else_starts_it() -> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let mut cluster = Cluster::new(PROGRAM, &["--nodes", "2", "--storage", "1Gi"]).await?;
+    let root = json!({"name": "root", "containerDisk": {"image": image}});
+    let mut lonely = vm("lonely", "Always", vec![root], vec![]);
+    let far = json!({"kubernetes.io/hostname": "local-2"});
+    lonely["spec"]["template"]["spec"]["nodeSelector"] = far;
+    cluster.create(VMS, lonely).await?;
+    let path = format!("{VMS}/lonely");
+    cluster.until(&path, is_running).await?;
+    let guest = qemus(&cluster)?;
+    ensure!(guest.len() == 1, "{guest:?}");
+
+    // The second node's agent and handler are gone; its guest is not.
+    ensure!(cluster.godwit(&["down", "--keep-pods"])?.status.success());
+    cluster.up(&["--nodes", "1", "--storage", "1Gi"])?;
+    cluster.client = e2e::cluster::client(cluster.dir()).await?;
+    let anywhere = json!({"spec": {"template": {"spec": {"nodeSelector": null}}}});
+    cluster.send("PATCH", &path, Some(anywhere)).await?;
+    let pods = cluster.send("GET", PODS, None).await?;
+    let pod = pods["items"][0]["metadata"]["name"].as_str().context("a pod")?.to_owned();
+    // All that a hurried person or a controller may do: the pod is forced away, the VMI deleted.
+    let forced = json!({"gracePeriodSeconds": 0});
+    cluster.send("DELETE", &format!("{PODS}/{pod}"), Some(forced)).await?;
+    cluster.send("DELETE", &format!("{VMIS}/lonely"), None).await?;
+    let doubts = |vmi: &Value| {
+        let conditions = vmi["status"]["conditions"].as_array();
+        conditions
+            .is_some_and(|all| all.iter().any(|c| c["type"] == "InDoubt" && c["status"] == "True"))
+    };
+    cluster.until(&format!("{VMIS}/lonely"), doubts).await?;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    ensure!(qemus(&cluster)? == guest, "another guest runs, or the first does not");
+
+    // The machine is off, and a person says so.
+    kill(guest[0])?;
+    let taint = json!({"spec": {"taints": [{
+        "key": "node.kubernetes.io/out-of-service", "value": "nodeshutdown", "effect": "NoExecute",
+    }]}});
+    cluster.send("PATCH", "/api/v1/nodes/local-2", Some(taint)).await?;
+    let elsewhere =
+        |vmi: &Value| vmi["status"]["phase"] == "Running" && vmi["status"]["nodeName"] == "local-1";
+    cluster.until(&format!("{VMIS}/lonely"), elsewhere).await?;
+    ensure!(qemus(&cluster)?.len() == 1);
+    let record = cluster.send("GET", &format!("{OWNERS}/lonely"), None).await?;
+    ensure!(record["status"]["epoch"] == 2, "{record}");
+    Ok(())
+}
