@@ -24,10 +24,14 @@ pub struct Cluster {
 /// # Errors
 /// When it cannot be run.
 pub fn godwit(program: &Path, dir: &Path, arguments: &[&str]) -> Result<Output> {
+    Ok(command(program, dir, arguments)?.output()?)
+}
+
+fn command(program: &Path, dir: &Path, arguments: &[&str]) -> Result<Command> {
     let (command, more) = arguments.split_first().context("no command")?;
     let mut run = Command::new(program);
-    run.arg(command).arg("--dir").arg(dir).args(more);
-    Ok(run.stdin(Stdio::null()).output()?)
+    run.arg(command).arg("--dir").arg(dir).args(more).stdin(Stdio::null());
+    Ok(run)
 }
 
 /// The client of a cluster's administrator.
@@ -40,8 +44,9 @@ pub async fn client(dir: &Path) -> Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
-fn up(program: &Path, dir: &Path, more: &[&str]) -> Result<()> {
-    let done = godwit(program, dir, &[&["up", "--detach"], more].concat())?;
+fn up(program: &Path, dir: &Path, more: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+    let mut run = command(program, dir, &[&["up", "--detach"], more].concat())?;
+    let done = run.envs(environment.iter().copied()).output()?;
     ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     Ok(())
 }
@@ -52,8 +57,16 @@ impl Cluster {
     /// # Errors
     /// What it said.
     pub async fn new(program: &str, more: &[&str]) -> Result<Self> {
+        Self::with(program, more, &[]).await
+    }
+
+    /// Starts one with variables in its environment.
+    ///
+    /// # Errors
+    /// What it said.
+    pub async fn with(program: &str, more: &[&str], environment: &[(&str, &str)]) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("godwit-").tempdir()?;
-        up(Path::new(program), dir.path(), more)?;
+        up(Path::new(program), dir.path(), more, environment)?;
         let client = client(dir.path()).await?;
         let cluster = Self { program: program.into(), dir, client };
         cluster.until("/api/v1/namespaces/default/serviceaccounts/default", |_| true).await?;
@@ -70,7 +83,7 @@ impl Cluster {
     /// # Errors
     /// What it said.
     pub fn up(&self, more: &[&str]) -> Result<()> {
-        up(&self.program, self.dir(), more)
+        up(&self.program, self.dir(), more, &[])
     }
 
     /// Runs a command of the program on it.

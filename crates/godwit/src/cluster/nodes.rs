@@ -120,11 +120,15 @@ pub fn own_program() -> Result<PathBuf> {
 /// How programs in pods find the API.
 fn environment(server: &Server) -> Vec<(String, String)> {
     let pair = |name: &str, value: String| (name.to_owned(), value);
-    vec![
+    // Which QEMU this program was told to take, launchers take too.
+    let qemu = std::env::var("GODWIT_QEMU").ok().map(|qemu| pair("GODWIT_QEMU", qemu));
+    let mut all = vec![
         pair("KUBERNETES_SERVICE_HOST", server.address.ip().to_string()),
         pair("KUBERNETES_SERVICE_PORT", server.address.port().to_string()),
         pair("KUBERNETES_SERVICE_PORT_HTTPS", server.address.port().to_string()),
-    ]
+    ];
+    all.extend(qemu);
+    all
 }
 
 /// How many bytes volumes may take.
