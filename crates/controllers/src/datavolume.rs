@@ -3,6 +3,7 @@
 mod claim;
 mod plan;
 mod pod;
+mod show;
 
 use crate::AT_ONCE;
 use crate::vm::ignore_gone;
