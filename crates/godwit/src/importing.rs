@@ -56,8 +56,6 @@ async fn import() -> Result<()> {
     let text = std::env::var(ORDER).with_context(|| format!("{ORDER} does not say what to do"))?;
     let order: Order =
         serde_json::from_str(&text).with_context(|| format!("{ORDER} is not understood"))?;
-    // An error means that there is one already.
-    let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let work = place(&order.work);
     let target = target(&order)?;
     let disk = match &target {

@@ -40,6 +40,7 @@ pub struct Cluster {
 impl Cluster {
     pub async fn start() -> Self {
         // Another test may have installed it.
+        #[expect(clippy::disallowed_methods, reason = "reqwest and oci-client take no other")]
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         let folder = tempfile::tempdir().unwrap();
         let disks = Disks::new(folder.path().join("machine"));
