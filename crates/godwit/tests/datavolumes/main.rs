@@ -211,7 +211,7 @@ async fn an_image_comes_from_a_registry_with_the_secrets_that_are_named() {
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "authority"},
         "data": {"ca.pem": registry.ca()},
     });
-    cluster.create::<Secret>(secret).await;
+    cluster.create::<ConfigMap>(authority).await;
     let url = registry.registry("some/disk:1").url;
     let source = json!({"registry": {
         "url": url, "secretRef": "who", "certConfigMap": "authority",
@@ -219,14 +219,14 @@ async fn an_image_comes_from_a_registry_with_the_secrets_that_are_named() {
     cluster.volume("image", "local", source).await;
     // It waits for what is not there yet, and says so.
     let waits = cluster.until("image", |volume| {
-        condition(volume, "Running", false).is_some_and(|(_, why)| why.contains("authority"))
+        condition(volume, "Running", false).is_some_and(|(_, why)| why.contains("who"))
     });
     assert_eq!(phase(&waits.await), Phase::ImportScheduled);
     let pod = cluster.api::<Pod>().get("importer-image").await.unwrap();
     let environment = pod.spec.unwrap().containers.remove(0).env.unwrap();
     let order = environment.iter().find(|variable| variable.name == ORDER).unwrap();
     assert!(!order.value.as_ref().unwrap().contains(PASSWORD));
-    cluster.create::<ConfigMap>(authority).await;
+    cluster.create::<Secret>(secret).await;
     cluster.succeeded("image").await;
     assert_disk(&cluster.data("image").await, &disk);
     cluster.end().await;
