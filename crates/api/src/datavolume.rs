@@ -198,6 +198,46 @@ pub struct ClaimProperties {
     pub volume_mode: Option<String>,
 }
 
+/// How disks are imported, for the whole cluster.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, CustomResource)]
+#[kube(
+    group = "cdi.kubevirt.io",
+    version = "v1beta1",
+    kind = "CDIConfig",
+    plural = "cdiconfigs",
+    status = "ConfigStatus",
+    schema = "disabled"
+)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ConfigSpec {
+    /// What file systems take of a claim.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filesystem_overhead: Option<Overhead>,
+    /// Hosts, with ports or without, whose registries may be asked over plain HTTP.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub insecure_registries: Vec<String>,
+}
+
+/// What is in force.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct ConfigStatus {
+    /// What file systems take of a claim.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub filesystem_overhead: Option<Overhead>,
+}
+
+/// What file systems take of a claim: a part of it, as `0.06`.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Overhead {
+    /// Of all classes that are not named.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub global: Option<String>,
+    /// Of classes, by name.
+    pub storage_class: BTreeMap<String, String>,
+}
+
 /// What was asked for in bytes.
 pub fn requested(claim: &PersistentVolumeClaimSpec) -> Option<&Quantity> {
     let requests: Option<&BTreeMap<String, Quantity>> =

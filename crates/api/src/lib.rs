@@ -8,6 +8,7 @@
 
 pub mod conditions;
 pub mod datavolume;
+pub mod import;
 pub mod kubevirt;
 pub mod migration;
 pub mod owner;
@@ -60,6 +61,10 @@ pub mod keys {
     pub const POD_PHASE: &str = "cdi.kubevirt.io/storage.pod.phase";
     /// Annotation of a claim: its content, `kubevirt` for a disk.
     pub const CONTENT: &str = "cdi.kubevirt.io/storage.contentType";
+    /// Annotation of a DataVolume: its claim of that name has its content already.
+    pub const PRE_POPULATED: &str = "cdi.kubevirt.io/storage.prePopulated";
+    /// Annotation of a claim: the name of the DataVolume whose content it has already.
+    pub const POPULATED_FOR: &str = "cdi.kubevirt.io/storage.populatedFor";
     /// Annotation of a DataVolume or claim: bind at once, whatever the class says.
     pub const IMMEDIATE: &str = "cdi.kubevirt.io/storage.bind.immediate.requested";
 }

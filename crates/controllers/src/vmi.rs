@@ -3,8 +3,9 @@
 //! The node's handler runs the guest; who may run it says the owner record, which is made here
 //! before the first pod is. A VMI goes only when nobody runs its guest for certain.
 
-mod plan;
+pub(crate) mod plan;
 mod pod;
+pub(crate) use pod::is_block;
 
 use crate::AT_ONCE;
 use crate::vm::ignore_gone;

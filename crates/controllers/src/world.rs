@@ -1,6 +1,6 @@
 //! All that reconcilers look at, kept by watches; and who is rung for what.
 
-use api::datavolume::{DataVolume, StorageProfile};
+use api::datavolume::{CDIConfig, DataVolume, StorageProfile};
 use api::keys;
 use api::kubevirt::KubeVirt;
 use api::owner::OwnerRecord;
@@ -49,6 +49,8 @@ pub struct World {
     pub classes: Store<StorageClass>,
     /// What they can do.
     pub profiles: Store<StorageProfile>,
+    /// How disks are imported.
+    pub imports: Store<CDIConfig>,
     /// The cluster's settings.
     pub settings: Store<KubeVirt>,
     /// VMs to be looked at.
@@ -144,6 +146,7 @@ impl World {
         });
         let nodes = keeper.keep(Api::all(client.clone()), all());
         let profiles = keeper.keep(Api::all(client.clone()), all());
+        let imports = keeper.keep(Api::all(client.clone()), all());
         let world = Self {
             events: Recorder::new(client.clone(), "virt-controller", None),
             client,
@@ -156,6 +159,7 @@ impl World {
             nodes,
             classes,
             profiles,
+            imports,
             settings,
             vm_queue,
             vmi_queue,
@@ -168,9 +172,9 @@ impl World {
     /// Waits until a first list of each kind is there.
     pub async fn wait(&self) {
         let Self { vms, vmis, volumes, claims, pods, owners, .. } = self;
-        let Self { nodes, classes, profiles, settings, .. } = self;
+        let Self { nodes, classes, profiles, imports, settings, .. } = self;
         reconcile::ready!(
-            vms, vmis, volumes, claims, pods, owners, nodes, classes, profiles, settings
+            vms, vmis, volumes, claims, pods, owners, nodes, classes, profiles, imports, settings
         );
     }
 

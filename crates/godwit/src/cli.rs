@@ -1,7 +1,7 @@
 //! What can be said on the command line.
 
 use crate::view::Output;
-use crate::{cluster, host, moving, roles};
+use crate::{cluster, host, importing, moving, roles};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mover::codec::Compression;
@@ -52,6 +52,16 @@ pub enum Command {
         /// The parent's process id.
         #[arg(long)]
         parent: u32,
+        /// The program and its arguments.
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+    /// Bring a disk to where a pod's environment says.
+    #[command(hide = true)]
+    Import,
+    /// Become another program that may use little, and gain nothing.
+    #[command(hide = true)]
+    Confine {
         /// The program and its arguments.
         #[arg(last = true, required = true)]
         command: Vec<OsString>,
@@ -476,8 +486,11 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         }
         Command::Status(arguments) => cluster::list(arguments.dir.as_deref(), arguments.output),
         Command::Shutdown(arguments) => host::shutdown(&arguments).await,
+        Command::Import => importing::run().await,
         // Handled before there is a runtime.
-        Command::Exec { .. } | Command::PodProcess { .. } => Ok(ExitCode::FAILURE),
+        Command::Exec { .. } | Command::Confine { .. } | Command::PodProcess { .. } => {
+            Ok(ExitCode::FAILURE)
+        }
     }
 }
 

@@ -3,6 +3,7 @@
 pub mod cli;
 mod cluster;
 mod host;
+mod importing;
 mod moving;
 mod roles;
 pub mod view;
@@ -18,6 +19,11 @@ pub fn main() -> ExitCode {
     // N.B. before any thread: the child that becomes QEMU must be of this very thread.
     if let cli::Command::Exec { parent, command } = &arguments.command {
         let error = launcher::qemu::shim(*parent, command);
+        eprintln!("godwit: cannot run {}: {error}", command[0].display());
+        return ExitCode::from(127);
+    }
+    if let cli::Command::Confine { command } = &arguments.command {
+        let error = images::confine(command.iter().cloned());
         eprintln!("godwit: cannot run {}: {error}", command[0].display());
         return ExitCode::from(127);
     }

@@ -106,7 +106,7 @@ fn publish(host: &Path, here: &Here) -> Result<()> {
 }
 
 /// The folder that stands for `/` in a container without a file system of its own.
-fn root() -> Option<PathBuf> {
+pub(crate) fn root() -> Option<PathBuf> {
     std::env::var_os("GODWIT_ROOT").map(PathBuf::from)
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::ffi::{OsStr, OsString};
+use std::os::unix::fs::FileTypeExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::Arc;
@@ -94,7 +95,8 @@ pub(crate) async fn convert(
     let mut command = command(shim, disk.size);
     command.args(["convert", "-p", "-n", "-f", "qcow2", "-O", "raw"]);
     // The open file is handed over, so that its path cannot lead elsewhere meanwhile.
-    let driver = if disk.zero { "file" } else { "host_device" };
+    let is_device = disk.file.metadata().is_ok_and(|it| it.file_type().is_block_device());
+    let driver = if is_device { "host_device" } else { "file" };
     if disk.zero {
         command.arg("--target-is-zero");
     }

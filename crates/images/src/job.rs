@@ -51,6 +51,12 @@ pub enum Target {
         /// Its path, which must not be a link.
         path: PathBuf,
     },
+    /// A regular file that stands for a block device: it exists, keeps its size, and all of it is
+    /// overwritten.
+    Allotted {
+        /// Its path, which must not be a link.
+        path: PathBuf,
+    },
 }
 
 /// What an import may use.

@@ -16,6 +16,7 @@ use crate::{Error, Target};
 
 /// Zeros are asked for in steps of this, so that an import can be given up between them.
 const ZERO_STEP: u64 = 1 << 30;
+const HOLES: FallocateFlags = FallocateFlags::PUNCH_HOLE.union(FallocateFlags::KEEP_SIZE);
 
 /// The inode that a job made, so that it knows it again.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +33,8 @@ pub(crate) struct Disk {
     pub size: u64,
     /// Whether it reads as zeros where nothing was written.
     pub zero: bool,
+    /// How a range is made zeros: a device keeps its room, a file gives it back.
+    zeros: FallocateFlags,
 }
 
 impl Target {
@@ -42,6 +45,7 @@ impl Target {
         match self {
             Self::File { path, size } => existing(path, &options, state).map(|_| *size),
             Self::Block { path } => block(path, &options, OFlags::empty())?.length(),
+            Self::Allotted { path } => allotted(path, &options)?.length(),
         }
     }
 
@@ -55,19 +59,28 @@ impl Target {
                 file.set_len(0)
                     .and_then(|()| file.set_len(*size))
                     .map_err(Error::io("resize", path))?;
-                Ok(Disk { file, path: path.clone(), size: *size, zero: true })
+                let path = path.clone();
+                Ok(Disk { file, path, size: *size, zero: true, zeros: HOLES })
             }
             Self::Block { path } => {
                 // Exclusively, since a mounted device must not be overwritten.
                 let opened = block(path, &options, OFlags::EXCL)?;
                 let size = opened.length()?;
                 let (Opened::File(file, _) | Opened::Block(file, _)) = opened;
-                Ok(Disk { file, path: path.clone(), size, zero: false })
+                let path = path.clone();
+                Ok(Disk { file, path, size, zero: false, zeros: FallocateFlags::ZERO_RANGE })
+            }
+            Self::Allotted { path } => {
+                let opened = allotted(path, &options)?;
+                let size = opened.length()?;
+                let (Opened::File(file, _) | Opened::Block(file, _)) = opened;
+                let path = path.clone();
+                Ok(Disk { file, path, size, zero: false, zeros: HOLES })
             }
         }
     }
 
-    /// Whether a file is there which this job made. A device always is.
+    /// Whether a file is there which this job made. What is not made by jobs always is.
     pub(crate) fn is_made(&self, state: &Path) -> Result<bool, Error> {
         let Self::File { path, .. } = self else { return Ok(true) };
         let Ok(metadata) = path.symlink_metadata() else { return Ok(false) };
@@ -119,6 +132,13 @@ fn block(path: &Path, options: &OpenOptions, flags: OFlags) -> Result<Opened, Er
     match open(path, &mut options.clone(), flags.bits())? {
         opened @ Opened::Block(..) => Ok(opened),
         Opened::File(..) => Err(Error::Kind { path: path.to_owned(), expected: "a block device" }),
+    }
+}
+
+fn allotted(path: &Path, options: &OpenOptions) -> Result<Opened, Error> {
+    match open(path, &mut options.clone(), 0)? {
+        opened @ Opened::File(..) => Ok(opened),
+        Opened::Block(..) => Err(Error::Kind { path: path.to_owned(), expected: "a regular file" }),
     }
 }
 
@@ -180,7 +200,7 @@ impl Disk {
     pub fn create(path: &Path, size: u64) -> Result<Self, Error> {
         let file = work::create(path)?;
         file.set_len(size).map_err(Error::io("resize", path))?;
-        Ok(Self { file, path: path.to_owned(), size, zero: true })
+        Ok(Self { file, path: path.to_owned(), size, zero: true, zeros: HOLES })
     }
 
     /// Writes a piece; its zeros become holes where that is possible.
@@ -204,7 +224,7 @@ impl Disk {
         let (first, last) = (offset.next_multiple_of(block).min(end), end / block * block);
         self.put_zeros(offset, first)?;
         if last > first {
-            match fallocate(&self.file, FallocateFlags::ZERO_RANGE, first, last - first) {
+            match fallocate(&self.file, self.zeros, first, last - first) {
                 Ok(()) => {}
                 Err(Errno::OPNOTSUPP | Errno::INVAL | Errno::NODEV) => {
                     self.put_zeros(first, last)?;

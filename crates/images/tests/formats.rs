@@ -288,3 +288,19 @@ async fn a_device_keeps_nothing_of_what_was_before() {
     import(&bench.job(file(&device.0), "clone", size)).await.unwrap();
     assert_same(&bench.path("clone"), &std::fs::read(&device.0).unwrap());
 }
+
+#[tokio::test]
+async fn a_file_that_stands_for_a_device_keeps_its_size_and_nothing_of_what_was_before() {
+    let (bench, disk) = (Bench::new(), disk());
+    let raw = bench.file("raw", &disk);
+    let size = 20 * MIB;
+    for image in [&raw, &qcow2(&bench, &raw)] {
+        let path = bench.file("allotted", &vec![0xaa; size]);
+        let target = Target::Allotted { path: path.clone() };
+        let job = Job { target, ..bench.job(file(image), "work", 0) };
+        import(&job).await.unwrap();
+        assert_same(&path, &padded(&disk, size));
+        assert!(allocated(&path) < 2 * MIB as u64, "it is sparse");
+        std::fs::remove_dir_all(&job.work).unwrap();
+    }
+}

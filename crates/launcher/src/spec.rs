@@ -273,8 +273,9 @@ fn is_place(path: &Path) -> bool {
     path.is_absolute() && path.to_str().is_some_and(|text| !text.chars().any(char::is_control))
 }
 
-/// A path beneath a folder, through the first link on its way.
-fn beneath(root: &Path, path: &Path) -> PathBuf {
+/// A path beneath a folder in which others have put links for what is mounted in it: through the
+/// first link on its way. What lies behind that may be in a guest's hands: no link there is followed.
+pub fn beneath(root: &Path, path: &Path) -> PathBuf {
     let mut place = root.to_owned();
     let mut mounted = false;
     for part in path.components() {

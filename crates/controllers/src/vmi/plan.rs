@@ -390,7 +390,7 @@ fn schedule(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status 
 }
 
 /// Why a pod does not start.
-fn trouble(pod: &Pod) -> Option<(String, String)> {
+pub(crate) fn trouble(pod: &Pod) -> Option<(String, String)> {
     let status = pod.status.as_ref()?;
     let scheduled = status.conditions.iter().flatten().find(|c| c.type_ == "PodScheduled");
     if let Some(c) = scheduled.filter(|c| c.status == "False") {

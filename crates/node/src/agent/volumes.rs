@@ -267,6 +267,10 @@ impl Volumes {
         links.sort();
         for (place, volume, below) in links {
             let mut target = self.folder.join("volumes").join(volume);
+            // N.B. one link leads to a claim: who opens a disk follows no second one.
+            if let Ok(claimed) = fs::read_link(&target) {
+                target = claimed;
+            }
             let place = place.trim_start_matches('/');
             let below = below.filter(|path| !path.is_empty());
             if !stays_below(place) || below.is_some_and(|path| !stays_below(path)) {

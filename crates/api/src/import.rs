@@ -1,0 +1,125 @@
+//! What an importer's pod is told by the controller, and what it says of how far it is.
+
+use serde::{Deserialize, Serialize};
+
+/// The variable of the pod's environment in which its [`Order`] is, as JSON.
+pub const ORDER: &str = "GODWIT_IMPORT";
+/// The variable with the user's name for the source's server.
+pub const USER: &str = "GODWIT_IMPORT_USER";
+/// The variable with the password for the source's server.
+pub const PASSWORD: &str = "GODWIT_IMPORT_PASSWORD";
+/// Where certificates of authorities are mounted.
+pub const CERTIFICATES: &str = "/certs";
+
+/// What is to be brought where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Order {
+    /// Tells it from all others, those for disks of the same name as well.
+    pub id: String,
+    /// From where.
+    pub source: Source,
+    /// Where to.
+    pub target: Target,
+    /// A folder that outlives the container.
+    pub work: String,
+    /// Whether all of the disk is allocated at once.
+    #[serde(default)]
+    pub preallocate: bool,
+}
+
+/// From where.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Source {
+    /// From nowhere: the disk is empty.
+    Blank,
+    /// From a web server.
+    Http {
+        /// Its address.
+        url: String,
+        /// What it must be.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        checksum: Option<String>,
+        /// Each `Name: value`.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        headers: Vec<String>,
+    },
+    /// From a registry.
+    Registry {
+        /// `docker://host/name:tag`.
+        url: String,
+        /// Over plain HTTP.
+        #[serde(default)]
+        insecure: bool,
+    },
+    /// From a raw disk that is mounted: a file or a device.
+    Disk {
+        /// Its path.
+        path: String,
+    },
+}
+
+/// Where to.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Target {
+    /// A file that is made.
+    File {
+        /// Its path.
+        path: String,
+        /// In bytes; None makes it as large as the source.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        size: Option<u64>,
+    },
+    /// A device, or the file that stands for one.
+    Device {
+        /// Its path.
+        path: String,
+    },
+}
+
+/// How far it is: a line of its standard output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Progress {
+    /// Bytes of this step that are done.
+    pub done: u64,
+    /// Of so many, if that is known.
+    #[serde(default)]
+    pub total: Option<u64>,
+    /// Which step it is: see [`Step`].
+    pub what: Step,
+}
+
+/// A step of an import.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[expect(missing_docs, reason = "as their names say")]
+pub enum Step {
+    Waiting,
+    Downloading,
+    Verifying,
+    Unpacking,
+    Converting,
+    Writing,
+}
+
+impl Progress {
+    /// How far a whole import is, in hundredths of a percent: below 10000 until it is over. None
+    /// when that cannot be said.
+    pub fn share(&self, source: &Source) -> Option<u64> {
+        const ALL: u64 = 9999;
+        // The network is what takes long.
+        let (from, to) = match (source, self.what) {
+            (_, Step::Waiting) => return None,
+            (Source::Blank | Source::Disk { .. }, _) => (0, ALL),
+            (_, Step::Downloading) => (0, 9000),
+            (_, Step::Verifying) => (9000, 9200),
+            (_, Step::Unpacking) => (9200, 9500),
+            (_, Step::Converting | Step::Writing) => (9500, ALL),
+        };
+        let total = self.total.filter(|total| *total > 0)?;
+        let done = u128::from(self.done.min(total)) * u128::from(to - from) / u128::from(total);
+        Some(from + u64::try_from(done).unwrap_or(to - from))
+    }
+}
