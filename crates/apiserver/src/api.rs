@@ -148,6 +148,10 @@ impl Api {
         let user = self.impersonate(&head.headers, user)?;
         let query = crate::request::query(head.uri.query().unwrap_or_default())?;
         match Info::parse(head.uri.path())? {
+            Info::Other(path) if path == "/metrics" => {
+                let answer = self.page(&head, &path, &user)?;
+                self.with_metrics(answer).await
+            }
             Info::Other(path) => self.page(&head, &path, &user),
             Info::Resource(path) if self.shared.extends(&path) => {
                 self.pass_on(head, path, query, user, sent).await
@@ -162,6 +166,14 @@ impl Api {
                 Ok(answer)
             }
         }
+    }
+
+    /// The server's own metrics, and the extension's.
+    async fn with_metrics(&self, own: Answer) -> Result<Answer, Failure> {
+        let Some(extension) = self.shared.extension.get() else { return Ok(own) };
+        let more = extension.metrics().await?;
+        let text = format!("{}{more}", self.shared.metrics());
+        Ok(body::answer(StatusCode::OK, "text/plain; version=0.0.4", text))
     }
 
     /// Has the extension answer.

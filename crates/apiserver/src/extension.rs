@@ -64,6 +64,9 @@ pub trait Extension: Send + Sync {
     /// The resources of a group and version that it serves, as `APIResourceList` has them.
     fn resources(&self, group: &str, version: &str) -> Option<Vec<Value>>;
 
+    /// What it adds to the server's metrics.
+    fn metrics(&self) -> Later<'_, String>;
+
     /// Answers a request to such a group.
     fn serve(&self, request: Request) -> Later<'_, Answer>;
 }

@@ -1,5 +1,6 @@
 //! Embedded clusters: `godwit up`, `down`, `status` and `kubeconfig`.
 
+mod components;
 mod folder;
 mod guests;
 mod kubeconfig;

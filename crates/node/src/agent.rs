@@ -25,7 +25,7 @@ use images::Images;
 use jiff::SignedDuration;
 use k8s_openapi::api::core::v1::{Node, Pod, Taint};
 use kube::runtime::watcher;
-use kube::{Api, Client};
+use kube::{Api, Client, ResourceExt};
 use reconcile::events::Recorder;
 use reconcile::kept::Keeper;
 use std::collections::{BTreeMap, HashMap};
@@ -39,6 +39,8 @@ use uuid::Uuid;
 use volumes::HostPaths;
 use worker::{Shared, Wish};
 
+/// Annotation of a pod that only tells of something that runs elsewhere, as static pods have it.
+const MIRROR: &str = "kubernetes.io/config.mirror";
 /// What has not ended this long after it was killed is stuck in the kernel, and is left.
 const STUCK: Duration = Duration::from_secs(10);
 
@@ -206,7 +208,10 @@ impl Agent {
     fn give_out(&mut self, pods: &[Arc<Pod>]) {
         self.workers.retain(|_, worker| !worker.is_closed());
         let uid = |pod: &Pod| pod.metadata.uid.clone().unwrap_or_default();
-        let known: HashMap<String, &Arc<Pod>> = pods.iter().map(|pod| (uid(pod), pod)).collect();
+        // Records of what runs elsewhere are nobody's to run.
+        let runs = |pod: &&Arc<Pod>| !pod.annotations().contains_key(MIRROR);
+        let known: HashMap<String, &Arc<Pod>> =
+            pods.iter().filter(runs).map(|pod| (uid(pod), pod)).collect();
         for (uid, worker) in &self.workers {
             let wish = known.get(uid).map_or(Wish::Gone, |pod| Wish::Pod(Arc::clone(pod)));
             worker.send_if_modified(|now| {

@@ -11,6 +11,7 @@
 //! what they decide, as a client of the API with rights of its own.
 
 pub mod admission;
+pub mod metrics;
 mod roles;
 mod settings;
 mod subresources;
@@ -129,6 +130,16 @@ impl Extension for WebApi {
 
     fn resources(&self, group: &str, version: &str) -> Option<Vec<Value>> {
         subresources::resources(group, version)
+    }
+
+    fn metrics(&self) -> Later<'_, String> {
+        Box::pin(async move {
+            let all = ListParams::default();
+            let vms = Api::all(self.client.clone()).list(&all).await.map_err(failure)?;
+            let vmis = Api::all(self.client.clone()).list(&all).await.map_err(failure)?;
+            let migrations = Api::all(self.client.clone()).list(&all).await.map_err(failure)?;
+            Ok(metrics::text(&vms.items, &vmis.items, &migrations.items))
+        })
     }
 
     fn serve(&self, request: Request) -> Later<'_, Answer> {

@@ -102,6 +102,14 @@ impl Nodes {
             agents.spawn(agent::run(client, config, node, ends.clone()));
             vms.start_handler(server, &name, &disks.node(&name), &mut controllers)?;
         }
+        let names: Vec<String> =
+            (1..=arguments.nodes).map(|number| format!("{}-{number}", arguments.name)).collect();
+        let api = server.api.as_user(User::new("system:apiserver", &[apiserver::auth::MASTERS]));
+        controllers.spawn(async move {
+            if let Err(failure) = super::components::publish(&api, &names).await {
+                tracing::warn!("the roles cannot be shown as pods: {failure}");
+            }
+        });
         Ok(Self { ending, agents, _controllers: controllers })
     }
 
