@@ -1,5 +1,7 @@
 //! VirtualMachine: makes its disks, and its VMI when that is to run.
 
+#[cfg(test)]
+mod laws;
 mod plan;
 
 use crate::AT_ONCE;

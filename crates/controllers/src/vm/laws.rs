@@ -1,0 +1,162 @@
+//! What holds of every plan for a VM.
+
+use super::plan::{Action, Snapshot, plan};
+use api::keys;
+use api::kubevirt::KubeVirt;
+use api::vm::{Printable, RunStrategy, Status, VirtualMachine};
+use api::vmi::{Phase, VirtualMachineInstance};
+use jiff::{SignedDuration, Timestamp};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+const STRATEGIES: [RunStrategy; 6] = [
+    RunStrategy::Always,
+    RunStrategy::Halted,
+    RunStrategy::Manual,
+    RunStrategy::RerunOnFailure,
+    RunStrategy::Once,
+    RunStrategy::WaitAsReceiver,
+];
+
+#[derive(Debug, Clone)]
+struct Case {
+    strategy: RunStrategy,
+    vmi: Option<(Phase, bool)>,
+    start: bool,
+    stop: bool,
+    failures: u32,
+    deleted: bool,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let phases =
+        vec![Phase::Pending, Phase::Scheduling, Phase::Running, Phase::Succeeded, Phase::Failed];
+    let vmi = prop::option::of((prop::sample::select(phases), any::<bool>()));
+    let strategy = prop::sample::select(STRATEGIES.to_vec());
+    (strategy, vmi, any::<bool>(), any::<bool>(), 0..4_u32, any::<bool>()).prop_map(
+        |(strategy, vmi, start, stop, failures, deleted)| Case {
+            strategy,
+            vmi,
+            start,
+            stop,
+            failures,
+            deleted,
+        },
+    )
+}
+
+fn made<T: serde::de::DeserializeOwned>(value: Value) -> Arc<T> {
+    Arc::new(serde_json::from_value(value).expect("a whole object"))
+}
+
+fn snapshot(case: &Case) -> Snapshot {
+    let mut requests = Vec::new();
+    if case.stop {
+        requests.push(json!({"action": "Stop", "uid": "1"}));
+    }
+    if case.start {
+        requests.push(json!({"action": "Start"}));
+    }
+    let mut metadata = json!({
+        "name": "web", "namespace": "default", "uid": "0", "resourceVersion": "1",
+        "finalizers": [keys::VM_FINALIZER],
+    });
+    if case.deleted {
+        metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+    }
+    let mut status = json!({"stateChangeRequests": requests});
+    if case.failures > 0 {
+        let later = Timestamp::UNIX_EPOCH + SignedDuration::from_secs(60);
+        status["startFailure"] = json!({
+            "consecutiveFailCount": case.failures, "lastFailedVMIUID": "1",
+            "retryAfterTimestamp": later.to_string(),
+        });
+    }
+    let vm: Arc<VirtualMachine> = made(json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": metadata,
+        "spec": {
+            "runStrategy": case.strategy,
+            "template": {"spec": {"domain": {"memory": {"guest": "64Mi"}}}},
+        },
+        "status": status,
+    }));
+    let vmi = case.vmi.map(|(phase, leaves)| {
+        let mut metadata = json!({"name": "web", "namespace": "default", "uid": "1"});
+        if leaves {
+            metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+        }
+        made::<VirtualMachineInstance>(json!({
+            "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
+            "metadata": metadata, "spec": vm.spec.template.spec, "status": {"phase": phase},
+        }))
+    });
+    let cluster =
+        made::<KubeVirt>(json!({"metadata": {"name": "k", "namespace": "kubevirt"}, "spec": {}}));
+    Snapshot {
+        vm,
+        vmi,
+        owner: None,
+        volumes: Vec::new(),
+        cluster: Some(cluster),
+        now: Timestamp::UNIX_EPOCH,
+    }
+}
+
+fn starts(actions: &[Action]) -> bool {
+    actions.iter().any(|action| matches!(action, Action::Start(_)))
+}
+
+fn stops(actions: &[Action]) -> bool {
+    actions.iter().any(|action| matches!(action, Action::Stop { .. }))
+}
+
+proptest! {
+    #[test]
+    fn a_vmi_is_made_only_where_there_is_none_and_somebody_wants_it(case in cases()) {
+        let actions = plan(&snapshot(&case)).actions;
+        let wanted = match case.strategy {
+            RunStrategy::Halted | RunStrategy::WaitAsReceiver => false,
+            RunStrategy::Manual => case.start,
+            // After failures nobody but a person hurries.
+            _ => case.start || case.failures == 0,
+        };
+        prop_assert_eq!(starts(&actions), case.vmi.is_none() && wanted && !case.deleted);
+    }
+
+    #[test]
+    fn a_guest_that_runs_is_stopped_by_a_wish_alone(case in cases()) {
+        let actions = plan(&snapshot(&case)).actions;
+        if let Some((Phase::Pending | Phase::Scheduling | Phase::Running, leaves)) = case.vmi {
+            let wished = case.deleted || case.stop || case.strategy == RunStrategy::Halted;
+            prop_assert_eq!(stops(&actions), wished && !leaves);
+        }
+    }
+
+    #[test]
+    fn what_is_written_is_what_is_read_the_next_time(case in cases()) {
+        let mut snapshot = snapshot(&case);
+        let first = plan(&snapshot);
+        let Some(Action::PatchStatus(status)) =
+            first.actions.iter().rfind(|action| matches!(action, Action::PatchStatus(_)))
+        else {
+            return Ok(());
+        };
+        let mut vm = (*snapshot.vm).clone();
+        vm.status = Some(serde_json::from_value::<Status>(status.clone()).expect("a status"));
+        snapshot.vm = Arc::new(vm);
+        let again = plan(&snapshot).actions;
+        prop_assert!(!again.iter().any(|action| matches!(action, Action::PatchStatus(_))), "{:?}", again);
+    }
+
+    #[test]
+    fn a_vm_without_a_vmi_is_not_shown_as_running(case in cases()) {
+        let plan = plan(&snapshot(&case));
+        for action in &plan.actions {
+            if let (Action::PatchStatus(status), None) = (action, case.vmi) {
+                let status: Status = serde_json::from_value(status.clone()).expect("a status");
+                prop_assert!(!status.ready && status.printable_status != Printable::Running);
+            }
+        }
+    }
+}

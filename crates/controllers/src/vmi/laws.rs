@@ -1,0 +1,151 @@
+//! What holds of every plan for a VMI.
+
+use super::plan::{Action, Snapshot, plan};
+use api::keys;
+use api::kubevirt::KubeVirt;
+use api::owner::OwnerRecord;
+use api::vmi::{Phase, VirtualMachineInstance};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use proptest::prelude::*;
+use serde_json::{Value, json};
+use std::sync::Arc;
+
+const PHASES: [Phase; 8] = [
+    Phase::Unset,
+    Phase::Pending,
+    Phase::Scheduling,
+    Phase::Scheduled,
+    Phase::Running,
+    Phase::Succeeded,
+    Phase::Failed,
+    Phase::Unknown,
+];
+
+/// How an owner record is.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Owner {
+    None,
+    Never,
+    Lives,
+    Ended,
+}
+
+#[derive(Debug, Clone)]
+struct Case {
+    phase: Phase,
+    deleted: bool,
+    owner: Owner,
+    /// The phase of the launcher's pod.
+    pod: Option<&'static str>,
+    out_of_service: bool,
+    settings: bool,
+}
+
+fn cases() -> impl Strategy<Value = Case> {
+    let owner = prop::sample::select(vec![Owner::None, Owner::Never, Owner::Lives, Owner::Ended]);
+    let pod = prop::sample::select(vec![None, Some("Pending"), Some("Running"), Some("Failed")]);
+    let phase = prop::sample::select(PHASES.to_vec());
+    (phase, any::<bool>(), owner, pod, any::<bool>(), any::<bool>()).prop_map(
+        |(phase, deleted, owner, pod, out_of_service, settings)| Case {
+            phase,
+            deleted,
+            owner,
+            pod,
+            out_of_service,
+            settings,
+        },
+    )
+}
+
+fn made<T: serde::de::DeserializeOwned>(value: Value) -> Arc<T> {
+    Arc::new(serde_json::from_value(value).expect("a whole object"))
+}
+
+fn snapshot(case: &Case) -> Snapshot {
+    let mut metadata = json!({
+        "name": "web", "namespace": "default", "uid": "1", "resourceVersion": "1",
+        "finalizers": [keys::VMI_FINALIZER],
+    });
+    if case.deleted {
+        metadata["deletionTimestamp"] = "2026-01-01T00:00:00Z".into();
+    }
+    let spec = json!({"domain": {"memory": {"guest": "64Mi"}}});
+    let vmi: Arc<VirtualMachineInstance> = made(json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance", "metadata": metadata,
+        "spec": spec, "status": {"phase": case.phase},
+    }));
+    let status = match case.owner {
+        Owner::None | Owner::Never => Value::Null,
+        Owner::Lives => json!({"epoch": 1, "owner": "a", "state": "idle", "node": "n"}),
+        Owner::Ended => json!({
+            "epoch": 1, "owner": "a", "state": "idle", "node": "n", "ended": {"instance": "a"},
+        }),
+    };
+    let owner = (case.owner != Owner::None).then(|| {
+        made::<OwnerRecord>(json!({
+            "apiVersion": "godwit.dev/v1alpha1", "kind": "OwnerRecord",
+            "metadata": {"name": "web", "namespace": "default"}, "spec": {"vm": "default.web"},
+            "status": status,
+        }))
+    });
+    let pods = case.pod.map(|phase| {
+        made::<Pod>(json!({
+            "metadata": {"name": "p", "namespace": "default", "uid": "2"},
+            "spec": {"nodeName": "n", "containers": []},
+            "status": {"phase": phase, "conditions": [{
+                "type": "Ready", "status": if phase == "Running" { "True" } else { "False" },
+            }]},
+        }))
+    });
+    let taints = match case.out_of_service {
+        true => json!([{"key": keys::OUT_OF_SERVICE, "effect": "NoExecute"}]),
+        false => json!([]),
+    };
+    let settings = case.settings.then(|| {
+        made::<KubeVirt>(json!({"metadata": {"name": "k", "namespace": "kubevirt"}, "spec": {}}))
+    });
+    Snapshot {
+        spec: vmi.parse(),
+        vmi,
+        claims: Vec::new(),
+        pods: pods.into_iter().collect(),
+        owner,
+        node: Some(made::<Node>(json!({"metadata": {"name": "n"}, "spec": {"taints": taints}}))),
+        cluster: settings,
+        now: Timestamp::UNIX_EPOCH,
+    }
+}
+
+proptest! {
+    #[test]
+    fn no_pod_is_made_while_a_guest_may_run(case in cases()) {
+        let plan = plan(&snapshot(&case));
+        let makes = plan.actions.iter().any(|action| matches!(action, Action::CreatePod(_)));
+        prop_assert!(!makes || (case.owner != Owner::Lives && case.pod.is_none()));
+    }
+
+    #[test]
+    fn a_vmi_goes_only_when_nobody_runs_its_guest_for_certain(case in cases()) {
+        let plan = plan(&snapshot(&case));
+        let goes = plan.actions.iter().any(|action| {
+            matches!(action, Action::Patch(patch) if patch["metadata"]["finalizers"] == json!([]))
+        });
+        prop_assert!(!goes || (case.deleted && case.owner != Owner::Lives && case.pod.is_none()));
+    }
+
+    #[test]
+    fn an_owner_counts_as_ended_by_a_persons_word_only(case in cases()) {
+        let plan = plan(&snapshot(&case));
+        let fences = plan.actions.iter().any(|action| matches!(action, Action::Fence { .. }));
+        prop_assert_eq!(fences, case.out_of_service && case.owner == Owner::Lives);
+    }
+
+    #[test]
+    fn a_guest_that_runs_keeps_its_pod_until_it_has_ended(case in cases()) {
+        let plan = plan(&snapshot(&case));
+        let deletes = plan.actions.iter().any(|action| matches!(action, Action::DeletePod(_)));
+        let with_guest = matches!(case.phase, Phase::Scheduled | Phase::Running | Phase::Unknown);
+        prop_assert!(!deletes || !with_guest);
+    }
+}
