@@ -1,6 +1,8 @@
 //! DataVolume: its claim, and the pod that fills it.
 
 mod claim;
+#[cfg(test)]
+mod laws;
 mod plan;
 mod pod;
 mod show;
@@ -178,6 +180,10 @@ async fn act(world: &World, volume: &DataVolume, action: &Action) -> kube::Resul
             ignore_gone(claims.patch(&name, &PatchParams::default(), &patch).await)?;
         }
         Action::CreatePod(pod) => {
+            let live = claims.get_opt(&name).await?;
+            if !live.is_some_and(|claim| plan::may_fill(pod, &claim)) {
+                return Ok(());
+            }
             ignore_there(pods.create(&PostParams::default(), pod).await)?;
         }
         Action::DeletePod { name, uid } => {
