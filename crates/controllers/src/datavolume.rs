@@ -1,6 +1,8 @@
 //! DataVolume: its claim, and the pod that fills it.
 
 mod claim;
+#[cfg(test)]
+mod laws;
 mod plan;
 mod pod;
 mod show;
@@ -26,6 +28,8 @@ use std::time::Duration;
 
 /// Lines of an importer's log that are read for the last one that tells its progress.
 const LINES: i64 = 5;
+/// A log that takes longer is not waited for.
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Why a DataVolume waits.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -158,7 +162,8 @@ fn users(world: &World, namespace: &str, claim: &str) -> Vec<String> {
 async fn progress(world: &World, pod: &Pod) -> Option<Progress> {
     let pods = world.api::<Pod>(&pod.namespace().unwrap_or_default());
     let end = LogParams { tail_lines: Some(LINES), ..LogParams::default() };
-    let log = pods.logs(&pod.name_any(), &end).await.ok()?;
+    let name = pod.name_any();
+    let log = tokio::time::timeout(PATIENCE, pods.logs(&name, &end)).await.ok()?.ok()?;
     log.lines().rev().find_map(|line| serde_json::from_str(line).ok())
 }
 
@@ -178,6 +183,10 @@ async fn act(world: &World, volume: &DataVolume, action: &Action) -> kube::Resul
             ignore_gone(claims.patch(&name, &PatchParams::default(), &patch).await)?;
         }
         Action::CreatePod(pod) => {
+            let live = claims.get_opt(&name).await?;
+            if !live.is_some_and(|claim| plan::may_fill(pod, &claim)) {
+                return Ok(());
+            }
             ignore_there(pods.create(&PostParams::default(), pod).await)?;
         }
         Action::DeletePod { name, uid } => {

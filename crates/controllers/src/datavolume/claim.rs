@@ -149,7 +149,8 @@ pub fn build(
     let mut labels = volume.labels().clone();
     labels.insert("app".into(), "containerized-data-importer".into());
     let mut annotations = volume.annotations().clone();
-    annotations.remove(LAST_APPLIED);
+    // N.B. that a disk is complete is never taken over: nothing is on this claim yet.
+    annotations.retain(|name, _| ![LAST_APPLIED, keys::POD_PHASE].contains(&&**name));
     annotations.insert(keys::CONTENT.into(), "kubevirt".into());
     let object: Value = json!({
         "apiVersion": "v1", "kind": "PersistentVolumeClaim",

@@ -179,6 +179,7 @@ impl Way {
         let import = source.blank.is_some() || source.http.is_some() || source.registry.is_some();
         let (scheduled, under_way, word) = match () {
             () if source.pvc.is_some() => (Phase::CloneScheduled, Phase::CloneInProgress, "Clone"),
+            () if source.upload.is_some() => (Phase::UploadScheduled, Phase::UploadReady, "Upload"),
             () if import => (Phase::ImportScheduled, Phase::ImportInProgress, "Import"),
             () => return None,
         };
@@ -292,6 +293,11 @@ impl Snapshot {
             let why = Waits::new("WaitForFirstConsumer", message);
             return Stage::waits(Phase::WaitForFirstConsumer, why);
         }
+        if self.volume.spec.source.as_ref().is_some_and(|source| source.upload.is_some()) {
+            let message = "uploads are not built: serve the image from a web server, and name that in \
+                           spec.source.http of a new DataVolume";
+            return Stage::waits(way.scheduled, Waits::wrong("UploadNotBuilt", message.into()));
+        }
         if let Some(why) = self.origin.as_ref().and_then(|origin| origin.waits(&self.volume)) {
             plan.again = Some(SELDOM);
             return Stage::waits(way.scheduled, why);
@@ -397,6 +403,14 @@ fn due(pod: &Pod, count: u32) -> Timestamp {
     let made = pod.creation_timestamp().map_or(Timestamp::UNIX_EPOCH, |made| made.0);
     let pause = FIRST_PAUSE.saturating_mul(1 << count.min(10)).min(LAST_PAUSE);
     made + SignedDuration::from_secs(pause)
+}
+
+/// Whether a pod may be made for a claim, as the API itself shows it.
+///
+/// N.B. a watch may be late: it may show that an importer is gone, and not yet that it was done. A
+/// claim is marked before its importer goes.
+pub fn may_fill(pod: &Pod, claim: &PersistentVolumeClaim) -> bool {
+    pod::fills(pod, claim) && !is_marked(claim)
 }
 
 fn is_marked(claim: &PersistentVolumeClaim) -> bool {

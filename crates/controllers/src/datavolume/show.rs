@@ -97,7 +97,9 @@ fn words(volume: &DataVolume, phase: Phase) -> (String, String) {
     let name = volume.name_any();
     let word = Way::of(volume).map_or("Import", |way| way.word);
     let message = match phase {
-        Phase::ImportScheduled | Phase::CloneScheduled => format!("{word} into {name} scheduled"),
+        Phase::ImportScheduled | Phase::CloneScheduled | Phase::UploadScheduled => {
+            format!("{word} into {name} scheduled")
+        }
         Phase::ImportInProgress | Phase::CloneInProgress => {
             format!("{word} into {name} in progress")
         }

@@ -24,7 +24,6 @@ impl Bench {
     pub fn new() -> Self {
         // Another test may have installed it.
         #[expect(clippy::disallowed_methods, reason = "reqwest and oci-client take no other")]
-        #[expect(clippy::disallowed_methods, reason = "reqwest and oci-client take no other")]
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         Self { folder: tempfile::tempdir().unwrap() }
     }
