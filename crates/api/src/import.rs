@@ -8,6 +8,10 @@ pub const ORDER: &str = "GODWIT_IMPORT";
 pub const USER: &str = "GODWIT_IMPORT_USER";
 /// The variable with the password for the source's server.
 pub const PASSWORD: &str = "GODWIT_IMPORT_PASSWORD";
+/// The variable with the pod's address.
+pub const ADDRESS: &str = "GODWIT_IMPORT_ADDRESS";
+/// Annotation of a DataVolume that waits for an upload: an [`Upload`], as JSON.
+pub const UPLOAD: &str = "godwit.dev/upload";
 /// Where certificates of authorities are mounted.
 pub const CERTIFICATES: &str = "/certs";
 
@@ -53,6 +57,8 @@ pub enum Source {
         #[serde(default)]
         insecure: bool,
     },
+    /// From a person, over the network.
+    Upload,
     /// From a raw disk that is mounted: a file or a device.
     Disk {
         /// Its path.
@@ -91,6 +97,20 @@ pub struct Progress {
     pub what: Step,
 }
 
+/// Where an upload goes: a line of an importer's standard output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Upload {
+    /// The address.
+    pub upload: String,
+    /// The one certificate to believe there, in PEM.
+    pub certificate: String,
+}
+
+/// The Secret with the token of a DataVolume's upload.
+pub fn upload_secret(volume: &str) -> String {
+    format!("upload-{volume}")
+}
+
 /// A step of an import.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -112,7 +132,7 @@ impl Progress {
         // The network is what takes long.
         let (from, to) = match (source, self.what) {
             (_, Step::Waiting) => return None,
-            (Source::Blank | Source::Disk { .. }, _) => (0, ALL),
+            (Source::Blank | Source::Upload | Source::Disk { .. }, _) => (0, ALL),
             (_, Step::Downloading) => (0, 9000),
             (_, Step::Verifying) => (9000, 9200),
             (_, Step::Unpacking) => (9200, 9500),

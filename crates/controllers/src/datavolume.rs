@@ -11,13 +11,12 @@ use crate::AT_ONCE;
 use crate::vm::ignore_gone;
 use crate::world::{Key, World, get, key, label};
 use api::datavolume::{DataVolume, Phase};
-use api::import::Progress;
 use api::keys;
 use claim::Terms;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
-use kube::ResourceExt;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod, Secret};
 use kube::api::{DeleteParams, LogParams, Patch, PatchParams, PostParams, Preconditions};
+use kube::{Resource, ResourceExt};
 use plan::{Action, Origin, Snapshot};
 use reconcile::events::{Kind, why};
 use reconcile::kept::reference;
@@ -92,7 +91,14 @@ async fn reconcile(world: &World, key: &Key) -> Next {
 async fn look(world: &World, key: &Key, volume: Arc<DataVolume>) -> Snapshot {
     let pods = world.pods_of(&volume.uid().unwrap_or_default());
     let progress = match pods.first().filter(|pod| pod::see(pod) == pod::Seen::Runs) {
-        Some(pod) => progress(world, pod).await,
+        Some(pod) => said(world, pod).await,
+        None => None,
+    };
+    let offer = match pods
+        .first()
+        .filter(|_| volume.spec.source.as_ref().is_some_and(|s| s.upload.is_some()))
+    {
+        Some(pod) => said(world, pod).await,
         None => None,
     };
     let terms = Terms {
@@ -107,6 +113,7 @@ async fn look(world: &World, key: &Key, volume: Arc<DataVolume>) -> Snapshot {
         now: Timestamp::now(),
         pods,
         progress,
+        offer,
         volume,
     }
 }
@@ -158,8 +165,8 @@ fn users(world: &World, namespace: &str, claim: &str) -> Vec<String> {
     vmis.chain(pods.map(|pod| format!("pod {}", pod.name_any()))).collect()
 }
 
-/// What an importer said last of how far it is. Nothing depends on it.
-async fn progress(world: &World, pod: &Pod) -> Option<Progress> {
+/// What of a kind an importer said last: how far it is, or where an upload goes.
+async fn said<T: serde::de::DeserializeOwned>(world: &World, pod: &Pod) -> Option<T> {
     let pods = world.api::<Pod>(&pod.namespace().unwrap_or_default());
     let end = LogParams { tail_lines: Some(LINES), ..LogParams::default() };
     let name = pod.name_any();
@@ -181,6 +188,27 @@ async fn act(world: &World, volume: &DataVolume, action: &Action) -> kube::Resul
             }});
             let patch = Patch::Merge(&mark);
             ignore_gone(claims.patch(&name, &PatchParams::default(), &patch).await)?;
+        }
+        Action::CreateSecret => {
+            let token = [(); 2].map(|()| uuid::Uuid::new_v4().simple().to_string()).concat();
+            let secret = json!({
+                "apiVersion": "v1", "kind": "Secret",
+                "metadata": {
+                    "name": api::import::upload_secret(&name),
+                    "ownerReferences": [volume.controller_owner_ref(&())],
+                },
+                "stringData": {"token": token},
+            });
+            let secret: Secret = serde_json::from_value(secret).map_err(kube::Error::SerdeError)?;
+            ignore_there(
+                world.api::<Secret>(&namespace).create(&PostParams::default(), &secret).await,
+            )?;
+        }
+        Action::Offer(text) => {
+            let volumes = world.api::<DataVolume>(&namespace);
+            let patch = json!({"metadata": {"annotations": {api::import::UPLOAD: text}}});
+            let patch = Patch::Merge(&patch);
+            ignore_gone(volumes.patch(&name, &PatchParams::default(), &patch).await)?;
         }
         Action::CreatePod(pod) => {
             let live = claims.get_opt(&name).await?;

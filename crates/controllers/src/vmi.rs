@@ -3,6 +3,8 @@
 //! The node's handler runs the guest; who may run it says the owner record, which is made here
 //! before the first pod is. A VMI goes only when nobody runs its guest for certain.
 
+#[cfg(test)]
+mod laws;
 pub(crate) mod plan;
 mod pod;
 pub(crate) use pod::is_block;

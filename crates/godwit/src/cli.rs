@@ -34,6 +34,8 @@ pub enum Command {
     Verify(Verify),
     /// Virtual machines of a cluster.
     Vm(VmCommand),
+    /// Disk images of a cluster.
+    Image(ImageCommand),
     /// Connect to a VM's serial console. End with Ctrl-].
     Console(Console),
     /// Run a Kubernetes API of its own on this machine: an embedded cluster.
@@ -205,6 +207,40 @@ pub struct CreateVm {
     /// How it is printed.
     #[arg(short, value_enum, default_value = "yaml")]
     pub output: Format,
+}
+
+/// `godwit image`
+#[derive(Debug, Args)]
+pub struct ImageCommand {
+    /// What to do.
+    #[command(subcommand)]
+    pub act: ImageAct,
+}
+
+/// What to do with an image.
+#[derive(Debug, Subcommand)]
+pub enum ImageAct {
+    /// Make a DataVolume of a file of this machine. An upload that was cut is taken up.
+    Upload(UploadImage),
+}
+
+/// `godwit image upload`
+#[derive(Debug, Args)]
+pub struct UploadImage {
+    /// Where.
+    #[command(flatten)]
+    pub place: Place,
+    /// The DataVolume's name.
+    pub name: String,
+    /// The image: raw or qcow2, as it is or compressed by gzip, xz or zstd.
+    #[arg(long)]
+    pub file: PathBuf,
+    /// The size of the disk.
+    #[arg(long)]
+    pub size: String,
+    /// The class of storage; default: the cluster's.
+    #[arg(long)]
+    pub class: Option<String>,
 }
 
 /// How a manifest is printed.
@@ -476,6 +512,9 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Launcher(arguments) => roles::launcher(arguments).await,
         Command::Move(arguments) => moving::run(arguments).await,
         Command::Verify(arguments) => moving::verify(arguments).await,
+        Command::Image(ImageCommand { act: ImageAct::Upload(arguments) }) => {
+            crate::uploading::run(arguments).await
+        }
         Command::Vm(command) => crate::vms::run(command).await,
         Command::Console(arguments) => crate::vms::console_of(arguments).await,
         Command::Up(arguments) => cluster::up(arguments).await,

@@ -3,6 +3,8 @@
 //! It ends at once when it is asked to. What it has done is in its work folder, with which the next
 //! one goes on; that is removed once the disk is complete and says so itself.
 
+mod upload;
+
 use crate::roles::root;
 use anyhow::{Context, Result, bail};
 use api::import::{CERTIFICATES, ORDER, Order, PASSWORD, Source, Target, USER};
@@ -68,12 +70,23 @@ async fn import() -> Result<()> {
         return Ok(());
     }
     let own = std::env::current_exe().context("cannot find this program")?;
+    let limits = Limits::default();
+    let received = work.join("received");
+    // What is uploaded is kept beside what is made of it.
+    let (source, beside) = match &order.source {
+        Source::Upload => {
+            std::fs::create_dir_all(&work).context("cannot make the work folder")?;
+            upload::receive(&received, limits.max_bytes).await?;
+            (images::Source::File { path: received, format: None }, work.join("job"))
+        }
+        other => (source(other)?, work.clone()),
+    };
     let job = Job {
-        source: source(&order.source)?,
+        source,
         target,
-        work: work.clone(),
+        work: beside,
         shim: vec![own.into(), "confine".into(), "--".into()],
-        limits: Limits::default(),
+        limits,
     };
     let (reports, progress) = watch::channel(Progress::default());
     tokio::select! {
@@ -122,6 +135,8 @@ fn source(source: &Source) -> Result<images::Source> {
             ca: certificates()?,
             ..images::Registry::default()
         }),
+        // It is waited for elsewhere.
+        Source::Upload => images::Source::Blank,
         Source::Disk { path } => {
             images::Source::File { path: place(path), format: Some(Format::Raw) }
         }

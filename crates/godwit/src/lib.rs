@@ -6,6 +6,7 @@ mod host;
 mod importing;
 mod moving;
 mod roles;
+mod uploading;
 pub mod view;
 mod vms;
 

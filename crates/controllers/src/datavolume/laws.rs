@@ -108,6 +108,7 @@ impl World {
         let (volume, claim, pods) = self.seen.clone();
         let progress = Progress { done: self.progress, total: Some(100), what: Step::Downloading };
         Snapshot {
+            offer: None,
             volume: Arc::new(volume),
             claim: claim.map(Arc::new),
             pods: pods.into_iter().map(Arc::new).collect(),
@@ -131,6 +132,7 @@ impl World {
     /// Does a step as the API would: false if it refuses.
     fn carry_out(&mut self, snapshot: &Snapshot, action: Action) -> Result<bool, TestCaseError> {
         match action {
+            Action::CreateSecret | Action::Offer(_) => {}
             Action::CreateClaim(mut claim) if self.claim.is_none() => {
                 claim.metadata.uid = self.version().map(|version| format!("claim-{version}"));
                 claim.metadata.resource_version = self.version();

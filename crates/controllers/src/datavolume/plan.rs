@@ -14,6 +14,7 @@ use super::pod::{self, Seen};
 use super::show::{Stage, show, tell};
 use api::datavolume::{DataVolume, Phase, Status};
 use api::import::Progress;
+use api::import::{UPLOAD, Upload};
 use api::keys;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
@@ -51,6 +52,8 @@ pub struct Snapshot {
     pub terms: Arc<Terms>,
     /// Now.
     pub now: Timestamp,
+    /// Where its upload goes, if its importer has said so.
+    pub offer: Option<Upload>,
 }
 
 /// A claim that is cloned.
@@ -84,6 +87,10 @@ pub enum Action {
     CreateClaim(Box<PersistentVolumeClaim>),
     /// Write on the claim, as it was seen, that its disk is complete.
     MarkClaim(Option<String>),
+    /// Make the Secret with the token of its upload.
+    CreateSecret,
+    /// Say where its upload goes.
+    Offer(String),
     /// Make the importer's pod.
     CreatePod(Box<Pod>),
     /// Delete exactly this pod.
@@ -111,6 +118,8 @@ impl fmt::Display for Action {
         match self {
             Action::CreateClaim(claim) => write!(f, "create claim {}", claim.name_any()),
             Action::MarkClaim(_) => f.write_str("mark the claim as complete"),
+            Action::CreateSecret => f.write_str("create the Secret of the upload"),
+            Action::Offer(_) => f.write_str("say where the upload goes"),
             Action::CreatePod(pod) => write!(f, "create pod {}", pod.name_any()),
             Action::DeletePod { name, .. } => write!(f, "delete pod {name}"),
             Action::PatchStatus(_) => f.write_str("write the DataVolume's status"),
@@ -190,6 +199,21 @@ impl Way {
 impl Snapshot {
     fn name(&self) -> String {
         self.volume.name_any()
+    }
+
+    /// Whether a person uploads its image.
+    fn is_uploaded(&self) -> bool {
+        self.volume.spec.source.as_ref().is_some_and(|source| source.upload.is_some())
+    }
+
+    /// Whether an upload can begin; where it goes is said on the DataVolume.
+    fn offers(&self, plan: &mut Plan) -> bool {
+        let Some(offer) = &self.offer else { return false };
+        let text = serde_json::to_string(offer).unwrap_or_default();
+        if self.volume.annotations().get(UPLOAD) != Some(&text) {
+            plan.actions.push(Action::Offer(text));
+        }
+        true
     }
 
     /// The claim that is cloned, if it is there.
@@ -293,10 +317,8 @@ impl Snapshot {
             let why = Waits::new("WaitForFirstConsumer", message);
             return Stage::waits(Phase::WaitForFirstConsumer, why);
         }
-        if self.volume.spec.source.as_ref().is_some_and(|source| source.upload.is_some()) {
-            let message = "uploads are not built: serve the image from a web server, and name that in \
-                           spec.source.http of a new DataVolume";
-            return Stage::waits(way.scheduled, Waits::wrong("UploadNotBuilt", message.into()));
+        if self.is_uploaded() {
+            plan.actions.push(Action::CreateSecret);
         }
         if let Some(why) = self.origin.as_ref().and_then(|origin| origin.waits(&self.volume)) {
             plan.again = Some(SELDOM);
@@ -355,7 +377,10 @@ impl Snapshot {
             Seen::Runs => {
                 plan.again = Some(OFTEN);
                 self.measure(claim, status);
-                Stage::runs(way.under_way)
+                match self.is_uploaded() && !self.offers(plan) && begun != way.under_way {
+                    true => Stage::waits(begun, Waits::new("UploadStarts", String::new())),
+                    false => Stage::runs(way.under_way),
+                }
             }
             Seen::Restarts(reason, message) => {
                 Stage::waits(way.under_way, Waits::wrong(&reason, message))

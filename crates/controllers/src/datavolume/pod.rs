@@ -6,7 +6,9 @@ use crate::vmi::is_block;
 use crate::vmi::plan::trouble;
 use crate::world::IMPORTER;
 use api::datavolume::DataVolume;
-use api::import::{CERTIFICATES, ORDER, Order, PASSWORD, Source, Target, USER};
+use api::import::{
+    ADDRESS, CERTIFICATES, ORDER, Order, PASSWORD, Source, Target, USER, upload_secret,
+};
 use api::keys;
 use k8s_openapi::api::core::v1::{ContainerStatus, PersistentVolumeClaim, Pod};
 use kube::{Resource, ResourceExt};
@@ -72,6 +74,9 @@ fn source(
     let source = volume.spec.source.clone().unwrap_or_default();
     if source.blank.is_some() {
         return Ok(Source::Blank);
+    }
+    if source.upload.is_some() {
+        return Ok(Source::Upload);
     }
     if let Some(http) = source.http {
         let (scheme, _) = http.url.split_once("://").unwrap_or_default();
@@ -185,6 +190,13 @@ pub fn build(
             let key = json!({"secretKeyRef": {"name": secret, "key": key}});
             environment.push(json!({"name": variable, "valueFrom": key}));
         }
+    }
+    if order.source == Source::Upload {
+        let secret = upload_secret(&volume.name_any());
+        let key = json!({"secretKeyRef": {"name": secret, "key": "token"}});
+        environment.push(json!({"name": PASSWORD, "valueFrom": key}));
+        let address = json!({"fieldRef": {"fieldPath": "status.podIP"}});
+        environment.push(json!({"name": ADDRESS, "valueFrom": address}));
     }
     serde_json::from_value(json!({
         "apiVersion": "v1", "kind": "Pod",
