@@ -206,3 +206,74 @@ async fn a_node_that_is_cut_off_keeps_its_guest_and_nobody_else_starts_it() -> R
     ensure!(record["status"]["epoch"] == 2, "{record}");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_of_this_machine_becomes_a_disk_that_a_vm_boots_from() -> Result<()> {
+    let cluster = Cluster::new(PROGRAM, &["--storage", "1Gi"]).await?;
+    let folder = tempfile::tempdir()?;
+    let image = folder.path().join("guest.qcow2");
+    let raw = guest::image("disk.raw")?;
+    let made =
+        Command::new("qemu-img").args(["convert", "-O", "qcow2"]).args([&raw, &image]).output()?;
+    ensure!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    let upload = |name: &str| {
+        let mut run = Command::new(PROGRAM);
+        run.args(["image", "upload", name, "--size", "100Mi", "--file"]);
+        run.arg(&image).arg("--kubeconfig").arg(cluster.path("kubeconfig"));
+        run
+    };
+    let done = upload("uploaded").output()?;
+    ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let again = upload("uploaded").output()?;
+    ensure!(again.status.success(), "{}", String::from_utf8_lossy(&again.stderr));
+
+    let root = json!({"name": "root", "dataVolume": {"name": "uploaded"}});
+    cluster.create(VMS, vm("web", "Always", vec![root], vec![])).await?;
+    cluster.until(&format!("{VMS}/web"), is_running).await?;
+    terminal(&cluster, "web")?;
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn seeds_files_and_cards_are_what_the_guest_sees() -> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let cluster = Cluster::new(PROGRAM, &["--storage", "1Gi"]).await?;
+    let map = json!({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "settings"},
+        "data": {"colour": "green"},
+    });
+    cluster.create("/api/v1/namespaces/default/configmaps", map).await?;
+    let volumes = vec![
+        json!({"name": "root", "containerDisk": {"image": image}}),
+        json!({"name": "seed", "cloudInitNoCloud": {"userData": "#cloud-config\nfrom: a-seed\n"}}),
+        json!({"name": "settings", "configMap": {"name": "settings"}}),
+        json!({"name": "scratch", "emptyDisk": {"capacity": "16Mi"}}),
+    ];
+    let mut all = vm("all", "Always", volumes, vec![]);
+    let domain = &mut all["spec"]["template"]["spec"]["domain"];
+    domain["cpu"] = json!({"sockets": 2, "cores": 1, "threads": 1});
+    domain["devices"]["disks"][3] =
+        json!({"name": "scratch", "serial": "scratch-1", "disk": {"bus": "scsi"}});
+    let mac = "02:00:00:00:00:07";
+    domain["devices"]["interfaces"] =
+        json!([{"name": "default", "macAddress": mac, "masquerade": {}}]);
+    all["spec"]["template"]["spec"]["networks"] = json!([{"name": "default", "pod": {}}]);
+    cluster.create(VMS, all).await?;
+    cluster.until(&format!("{VMS}/all"), is_running).await?;
+    let mut console = terminal(&cluster, "all")?;
+    for (command, shown) in [
+        ("nproc", "2"),
+        // ISO 9660: names and contents are there as they are.
+        ("grep -c 'from: a-seed' /dev/vdb", "1"),
+        ("grep -c green /dev/vdc", "1"),
+        ("cat /sys/block/sda/size", "32768"),
+        ("cat /sys/class/net/*/address | grep -c 02:00:00:00:00:07", "1"),
+    ] {
+        let printed = console.run(command)?;
+        ensure!(printed.trim() == shown, "{command}: {printed:?}, not {shown:?}");
+    }
+    let vmi = cluster.send("GET", &format!("{VMIS}/all"), None).await?;
+    ensure!(vmi["status"]["interfaces"][0]["mac"] == mac, "{vmi}");
+    Ok(())
+}

@@ -111,6 +111,17 @@ pub fn upload_secret(volume: &str) -> String {
     format!("upload-{volume}")
 }
 
+/// Whether a registry, `host:port`, is on this very machine: then it may speak without TLS, since
+/// nobody is in between.
+pub fn is_own_machine(registry: &str) -> bool {
+    let host = match registry.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _)) => address,
+        None => registry.split(':').next().unwrap_or_default(),
+    };
+    host == "localhost"
+        || host.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback())
+}
+
 /// A step of an import.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]

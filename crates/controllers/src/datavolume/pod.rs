@@ -7,7 +7,8 @@ use crate::vmi::plan::trouble;
 use crate::world::IMPORTER;
 use api::datavolume::DataVolume;
 use api::import::{
-    ADDRESS, CERTIFICATES, ORDER, Order, PASSWORD, Source, Target, USER, upload_secret,
+    ADDRESS, CERTIFICATES, ORDER, Order, PASSWORD, Source, Target, USER, is_own_machine,
+    upload_secret,
 };
 use api::keys;
 use k8s_openapi::api::core::v1::{ContainerStatus, PersistentVolumeClaim, Pod};
@@ -110,12 +111,8 @@ fn source(
 /// Whether a registry may be asked over plain HTTP: one of this machine, or that a person named.
 fn may_be_plain(host: &str, terms: &Terms) -> bool {
     let named = terms.config.iter().flat_map(|config| &config.spec.insecure_registries);
-    let alone = match host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
-        Some((address, _)) => address,
-        None => host.split(':').next().unwrap_or_default(),
-    };
-    let loops = alone.parse::<std::net::IpAddr>().is_ok_and(|address| address.is_loopback());
-    loops || alone == "localhost" || named.into_iter().any(|name| name == host || name == alone)
+    let alone = host.rsplit_once(':').map_or(host, |(alone, _)| alone);
+    is_own_machine(host) || named.into_iter().any(|name| name == host || name == alone)
 }
 
 /// The Secret and the ConfigMap that a source names.

@@ -2,6 +2,7 @@
 
 use super::Shared;
 use super::translate::DISK;
+use api::import::is_own_machine;
 use api::vmi::{CloudInit, Spec, VirtualMachineInstance, Volume};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -233,7 +234,7 @@ impl Image<'_> {
         let registry = Registry {
             url: format!("docker://{}", self.image),
             credentials,
-            insecure: is_own_machine(self.image),
+            insecure: is_own_machine(self.image.split('/').next().unwrap_or_default()),
             disk_path: self.path.clone(),
             ..Registry::default()
         };
@@ -267,13 +268,6 @@ impl Image<'_> {
 fn names_version(image: &str) -> bool {
     let last = image.rsplit('/').next().unwrap_or_default();
     last.contains(':') || image.contains('@')
-}
-
-/// A registry on this very machine may speak without TLS: nobody is in between.
-pub fn is_own_machine(image: &str) -> bool {
-    let host = image.split('/').next().unwrap_or_default();
-    let host = host.rsplit_once(':').map_or(host, |(host, _)| host);
-    host == "localhost" || host.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 /// A registry's credentials from a Secret of docker's kind, or with `accessKeyId` and `secretKey`.

@@ -341,7 +341,7 @@ impl Guest<'_> {
                 name: interface.name.clone(),
                 ip_addresses: address.clone().into_iter().collect(),
                 ip_address: address,
-                mac: Some(translate::mac(interface, &self.vm)),
+                mac: Some(translate::mac(interface)),
                 info_source: Some("domain".into()),
             }
         });

@@ -163,26 +163,14 @@ fn nics(vmi: &Spec, facts: &Facts<'_>) -> Vec<Nic> {
             Backend::User => interface.ports.iter().filter_map(forward).collect(),
             Backend::Tap(_) => Vec::new(),
         };
-        Nic {
-            name: id("nic", index, &interface.name),
-            mac: mac(interface, &facts.vm),
-            backend,
-            forwards,
-        }
+        Nic { name: id("nic", index, &interface.name), mac: mac(interface), backend, forwards }
     };
     vmi.domain.devices.interfaces.iter().enumerate().map(one).collect()
 }
 
-/// A card's address: as it was said, or one that is the same at each start.
-pub fn mac(interface: &Interface, vm: &str) -> String {
-    if let Some(mac) = &interface.mac_address {
-        return mac.replace('-', ":").to_lowercase();
-    }
-    let name = format!("{vm} {}", interface.name);
-    let hash = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, name.as_bytes());
-    let [a, b, c, d, e, ..] = *hash.as_bytes();
-    // Locally administered (IEEE 802).
-    format!("02:{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}")
+/// A card's address: admission gives each one that has none.
+pub fn mac(interface: &Interface) -> String {
+    interface.mac_address.clone().unwrap_or_default().replace('-', ":").to_lowercase()
 }
 
 /// What guests call disks, in their order: `vda`, `sda`.
