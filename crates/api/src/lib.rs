@@ -9,6 +9,7 @@
 pub mod conditions;
 pub mod datavolume;
 pub mod import;
+pub mod duration;
 pub mod kubevirt;
 pub mod migration;
 pub mod owner;
