@@ -8,8 +8,8 @@
 
 pub mod conditions;
 pub mod datavolume;
-pub mod import;
 pub mod duration;
+pub mod import;
 pub mod kubevirt;
 pub mod migration;
 pub mod owner;
