@@ -1,8 +1,10 @@
 //! KubeVirt: the settings of a cluster.
 
 use crate::conditions::Condition;
+use crate::duration;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
+use std::time::Duration;
 
 /// What is wanted.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, CustomResource)]
@@ -19,6 +21,50 @@ use serde::{Deserialize, Serialize};
 pub struct Spec {
     /// How VMs are run.
     pub configuration: Configuration,
+    /// How long certificates last.
+    pub certificate_rotate_strategy: CertificateRotateStrategy,
+}
+
+/// How long certificates last.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct CertificateRotateStrategy {
+    /// Those of the cluster's own CA.
+    pub self_signed: SelfSigned,
+}
+
+/// How long the certificates of a cluster's own CA last.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct SelfSigned {
+    /// The CA's; default: a week.
+    pub ca: Certificate,
+    /// Those that it vouches for; default: a day.
+    pub server: Certificate,
+}
+
+/// How long a certificate lasts.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Certificate {
+    /// From its making to its end: `24h`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub duration: Option<String>,
+    /// It is renewed so long before its end; default: 20 % of its life.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub renew_before: Option<String>,
+}
+
+impl Certificate {
+    /// From its making to its end, where it is said.
+    pub fn duration(&self) -> Option<Duration> {
+        duration::parse(self.duration.as_deref()?)
+    }
+
+    /// How long before its end it is renewed, where it is said.
+    pub fn renew_before(&self) -> Option<Duration> {
+        duration::parse(self.renew_before.as_deref()?)
+    }
 }
 
 /// How VMs are run.

@@ -8,6 +8,7 @@
 
 pub mod conditions;
 pub mod datavolume;
+pub mod duration;
 pub mod import;
 pub mod kubevirt;
 pub mod migration;

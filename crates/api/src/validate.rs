@@ -219,6 +219,7 @@ pub fn settings(object: &Value) -> Report {
     match support::parse::<kubevirt::Spec>(&object["spec"]) {
         Ok((spec, unknown)) => {
             unsupported::warn(&mut report, "spec", &unknown);
+            certificates(&mut report, &spec);
             let developer = &spec.configuration.developer_configuration;
             for gate in developer.feature_gates.iter().chain(&developer.disabled_feature_gates) {
                 if !kubevirt::KNOWN_GATES.contains(&&**gate) {
@@ -232,6 +233,29 @@ pub fn settings(object: &Value) -> Report {
         Err(why) => report.misfit("spec", &why),
     }
     report
+}
+
+/// The terms of certificates, as KubeVirt's operator checks them.
+fn certificates(report: &mut Report, spec: &kubevirt::Spec) {
+    let field = "spec.certificateRotateStrategy.selfSigned";
+    let asked = &spec.certificate_rotate_strategy.self_signed;
+    for (name, one) in [("ca", &asked.ca), ("server", &asked.server)] {
+        for (what, text) in [("duration", &one.duration), ("renewBefore", &one.renew_before)] {
+            let fits = text.as_deref().is_none_or(|text| crate::duration::parse(text).is_some());
+            report.demand(fits, &format!("{field}.{name}.{what}"), || {
+                "is no duration: say 168h, or 30m".into()
+            });
+        }
+        let late = one.duration().zip(one.renew_before()).is_some_and(|(all, end)| end >= all);
+        report.demand(!late, &format!("{field}.{name}.renewBefore"), || {
+            format!("must be less than {name}.duration")
+        });
+    }
+    let (ca, server) = (asked.ca.duration(), asked.server.duration());
+    let outlives = ca.zip(server).is_some_and(|(ca, server)| server > ca);
+    report.demand(!outlives, &format!("{field}.server.duration"), || {
+        "must not be longer than ca.duration".into()
+    });
 }
 
 /// A migration policy.

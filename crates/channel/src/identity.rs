@@ -4,6 +4,7 @@
 //! CA's carries `spiffe://<cluster>`, and it vouches for ids of that cluster only.
 
 mod ca;
+mod credentials;
 mod files;
 mod trust;
 
@@ -13,7 +14,8 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-pub use ca::{Ca, Identity};
+pub use ca::{Ca, Identity, Validity};
+pub use credentials::Credentials;
 pub use trust::Trust;
 pub(crate) use trust::id_of;
 

@@ -9,6 +9,7 @@
 //! All are clients of the API: in an embedded cluster they are in its process, on another they are
 //! a Deployment.
 
+pub mod certificates;
 pub mod datavolume;
 pub mod settings;
 pub mod vm;

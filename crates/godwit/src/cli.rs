@@ -28,6 +28,10 @@ pub enum Command {
     Gateway(Gateway),
     /// Run one VM, or wait for one that moves in.
     Launcher(Launcher),
+    /// Run the controllers of a cluster: what VMs, their disks and the settings ask for is done.
+    Controller(Controller),
+    /// Run a node's handler: what runs VMs there.
+    Handler(Handler),
     /// Move a running VM from one host to another.
     Move(Move),
     /// Compare the disks that a VM left with those that it runs on now.
@@ -308,6 +312,38 @@ pub struct Launcher {
     pub inject: Option<launcher::migration::Fault>,
 }
 
+/// `godwit controller`
+#[derive(Debug, Args)]
+pub struct Controller {
+    /// The kubeconfig; default: the service account of the pod that this is run in.
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Its name among replicas, of which one does the work; default: a new one.
+    #[arg(long)]
+    pub name: Option<String>,
+}
+
+/// `godwit handler`
+#[derive(Debug, Args)]
+pub struct Handler {
+    /// Its node.
+    #[arg(long)]
+    pub node: String,
+    /// Its folder: disks of images, and a folder for each launcher's pod.
+    #[arg(long)]
+    pub folder: PathBuf,
+    /// The address to listen on, and on no other. Port 0 takes a free one.
+    #[arg(long)]
+    pub listen: SocketAddr,
+    /// The folder of its credentials: tls.crt, tls.key and trust.pem. It takes new ones as they
+    /// come.
+    #[arg(long)]
+    pub identity: PathBuf,
+    /// The kubeconfig; default: the service account of the pod that this is run in.
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+}
+
 /// Which way.
 #[derive(Debug, Args)]
 pub struct Way {
@@ -452,6 +488,10 @@ pub struct Up {
     /// An image that its nodes have: a program of this machine that is run in its stead.
     #[arg(long, value_name = "NAME=PROGRAM")]
     pub image: Vec<String>,
+    /// Run controllers and handlers as processes of their own; their logs are in the cluster's
+    /// folder.
+    #[arg(long)]
+    pub separate: bool,
     /// Let it run on its own.
     #[arg(long)]
     pub detach: bool,
@@ -510,6 +550,8 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Host(arguments) => host::init(&arguments),
         Command::Gateway(arguments) => roles::gateway(arguments).await,
         Command::Launcher(arguments) => roles::launcher(arguments).await,
+        Command::Controller(arguments) => roles::controller(arguments).await,
+        Command::Handler(arguments) => roles::handler(arguments).await,
         Command::Move(arguments) => moving::run(arguments).await,
         Command::Verify(arguments) => moving::verify(arguments).await,
         Command::Image(ImageCommand { act: ImageAct::Upload(arguments) }) => {

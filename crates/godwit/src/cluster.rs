@@ -1,5 +1,7 @@
 //! Embedded clusters: `godwit up`, `down`, `status` and `kubeconfig`.
 
+mod certificates;
+mod children;
 mod components;
 mod folder;
 mod guests;
@@ -12,8 +14,7 @@ use crate::cli;
 use crate::view::Output;
 use anyhow::{Context, Result, bail};
 use apiserver::embedded::{Config, Server};
-use base64::Engine;
-use base64::engine::general_purpose::STANDARD;
+use children::Places;
 use folder::{Folder, Running};
 use kubeconfig::Access;
 use node::agent::Ending;
@@ -111,14 +112,7 @@ async fn start(folder: &Folder, port: Option<u16>) -> Result<Server> {
 }
 
 fn access<'a>(name: &'a str, server: &Server) -> Result<Access<'a>> {
-    let administrator = server.administrator()?;
-    Ok(Access {
-        cluster: name,
-        server: format!("https://{}", server.address),
-        authority: STANDARD.encode(server.pki.authority()),
-        certificate: STANDARD.encode(administrator.certificate),
-        key: STANDARD.encode(administrator.key),
-    })
+    Ok(Access::new(name, "admin", server, &server.administrator()?))
 }
 
 /// Starts this program once more, on its own, and waits until it is ready.
@@ -140,6 +134,9 @@ fn detach(folder: &Folder, arguments: &cli::Up) -> Result<ExitCode> {
     }
     for image in &arguments.image {
         command.arg("--image").arg(image);
+    }
+    if arguments.separate {
+        command.arg("--separate");
     }
     command.stdin(Stdio::null()).stdout(log.try_clone()?).stderr(log);
     // A terminal's Ctrl-C is not for it.
@@ -181,6 +178,7 @@ pub async fn down(arguments: &cli::Down) -> Result<ExitCode> {
     // It may have been killed, or have given up on what does not end, and that goes on.
     if folder.path().is_dir() && !arguments.keep_pods {
         let _lock = folder.lock()?;
+        Places::of(folder.path()).end_left_over().await?;
         let left = nodes::end_left_over(folder.path()).await?;
         if left > 0 {
             eprintln!("{left} containers that it had left running have been ended");
@@ -230,11 +228,14 @@ pub fn list(dir: Option<&std::path::Path>, output: Output) -> Result<ExitCode> {
     let row = |folder: &Folder| {
         let running = folder.running();
         let last = running.clone().or_else(|| folder.last());
+        let roles = Places::of(folder.path()).running();
+        let role = |(name, process): (String, Process)| json!({"name": name, "pid": process.pid});
         json!({
             "name": folder.name(),
             "state": if running.is_some() { "running" } else { "stopped" },
             "server": last.map(|l| format!("https://{}", l.address)),
             "pid": running.map(|r| r.process.pid),
+            "roles": roles.into_iter().map(role).collect::<Vec<_>>(),
             "kubeconfig": folder.kubeconfig(),
         })
     };

@@ -1,16 +1,20 @@
-//! The long-running roles: a host's gateway, a VM's launcher.
+//! The long-running roles: a host's gateway, a VM's launcher, a cluster's controllers and handlers.
 
 use crate::cli;
 use crate::host::IDENTITY;
 use anyhow::{Context, Result};
-use channel::gateway::{Answer, Config, Gateway, Limits, Service};
-use channel::identity::{Identity, SpiffeId, Trust};
+use channel::gateway::{self, Answer, Gateway, Limits, Service};
+use channel::identity::{Credentials, Identity, SpiffeId, Trust};
 use handler::Handler;
 use handover::ledger::{Request, Response};
 use handover::record::HostId;
+use kube::config::Kubeconfig;
+use kube::{Client, Config};
 use launcher::migration::ticket::{Here, Peer};
 use launcher::spec::VmSpec;
+use reconcile::lease::Candidate;
 use serde_json::Value;
+use std::ffi::OsString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -78,7 +82,7 @@ pub async fn gateway(arguments: cli::Gateway) -> Result<ExitCode> {
     let trust = Trust::load([folder.join("trust.pem")])?;
     let id = identity.id().clone();
     let service = Arc::new(Agent(Handler::open(&host).context("cannot open the host's ledger")?));
-    let gateway = Gateway::start(Config {
+    let gateway = Gateway::start(gateway::Config {
         listen: arguments.listen,
         host_dir: host.clone(),
         identity,
@@ -90,11 +94,7 @@ pub async fn gateway(arguments: cli::Gateway) -> Result<ExitCode> {
     let here = Here { peer: Peer { address: address.clone(), id: id.clone() } };
     publish(&host, &here)?;
     tracing::info!(%address, %id, "gateway is ready");
-    let mut terminate = signal(SignalKind::terminate())?;
-    tokio::select! {
-        _ = terminate.recv() => {}
-        _ = tokio::signal::ctrl_c() => {}
-    }
+    asked_to_end().await?;
     gateway.shutdown().await;
     Ok(ExitCode::SUCCESS)
 }
@@ -103,6 +103,88 @@ fn publish(host: &Path, here: &Here) -> Result<()> {
     let draft = host.join("gateway.json.new");
     std::fs::write(&draft, serde_json::to_vec_pretty(here)?)?;
     std::fs::rename(&draft, host.join("gateway.json")).context("cannot say where the gateway is")
+}
+
+/// SIGTERM, or SIGINT.
+async fn asked_to_end() -> Result<()> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = tokio::signal::ctrl_c() => {}
+    }
+    Ok(())
+}
+
+/// The API, as a kubeconfig says, or as the pod that this is run in may.
+async fn client(kubeconfig: Option<&Path>) -> Result<Client> {
+    let config = match kubeconfig {
+        Some(path) => {
+            let found = Kubeconfig::read_from(path)
+                .with_context(|| format!("cannot read the kubeconfig {}", path.display()))?;
+            Config::from_custom_kubeconfig(found, &Default::default()).await?
+        }
+        None => Config::incluster()
+            .context("this runs in no pod that may use the API; say --kubeconfig")?,
+    };
+    Client::try_from(config).context("the API cannot be used")
+}
+
+/// The lease of those controllers that do the work, as KubeVirt's.
+const LEASE: &str = "virt-controller";
+
+/// Runs the controllers until SIGTERM or SIGINT, whenever no other replica does.
+///
+/// # Errors
+/// When there is no way to the API.
+pub async fn controller(arguments: cli::Controller) -> Result<ExitCode> {
+    let client = client(arguments.kubeconfig.as_deref()).await?;
+    let name = arguments.name.unwrap_or_else(|| {
+        let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
+        format!("{}_{}", host.trim(), uuid::Uuid::new_v4())
+    });
+    let end = asked_to_end();
+    let candidate = Candidate::new(client.clone(), api::NAMESPACE, LEASE, &name);
+    let ended = async {
+        if let Err(error) = end.await {
+            tracing::error!("signals cannot be heard: {error:#}");
+        }
+    };
+    candidate.run(|| controllers::run(client.clone()), ended).await;
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Stands before commands that read what is not trusted.
+///
+/// # Errors
+/// When this program cannot be found.
+pub fn confine() -> Result<Vec<OsString>> {
+    let own = std::env::current_exe().context("cannot find this program")?;
+    Ok(vec![own.into(), "confine".into(), "--".into()])
+}
+
+/// New credentials are looked for this often.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Runs a node's handler until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When it cannot begin.
+pub async fn handler(arguments: cli::Handler) -> Result<ExitCode> {
+    let client = client(arguments.kubeconfig.as_deref()).await?;
+    let credentials = Credentials::follow(&arguments.identity, LOOK)
+        .with_context(|| format!("there are no credentials in {}", arguments.identity.display()))?;
+    let config = handler::cluster::Config {
+        node: arguments.node,
+        folder: std::path::absolute(&arguments.folder)?,
+        listen: arguments.listen,
+        credentials,
+        confine: confine()?,
+    };
+    tokio::select! {
+        ended = handler::cluster::run(client, config) => ended?,
+        asked = asked_to_end() => asked?,
+    }
+    Ok(ExitCode::SUCCESS)
 }
 
 /// The folder that stands for `/` in a container without a file system of its own.

@@ -24,7 +24,7 @@ use api::kubevirt::KubeVirt;
 use api::owner::OwnerRecord;
 use api::vmi::VirtualMachineInstance;
 use channel::gateway::{Config as GatewayConfig, Gateway, Limits};
-use channel::identity::{Identity, Trust};
+use channel::identity::Credentials;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::runtime::reflector::Store;
 use kube::runtime::watcher;
@@ -36,6 +36,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 /// How a handler is run.
@@ -47,10 +48,8 @@ pub struct Config {
     pub folder: PathBuf,
     /// Where the gateway and the API role's way in listen; port 0 takes a free one.
     pub listen: SocketAddr,
-    /// Who it is.
-    pub identity: Identity,
-    /// Whom it believes.
-    pub trust: Trust,
+    /// Who it is and whom it believes, as they are renewed.
+    pub credentials: watch::Receiver<Credentials>,
     /// A program that calls `images::confine`, and its arguments.
     pub confine: Vec<OsString>,
 }
@@ -136,13 +135,13 @@ pub async fn run(client: Client, config: Config) -> Result<(), Error> {
     std::fs::create_dir_all(config.pods()).map_err(folder)?;
     let watch = Arc::new(Watch::open(&config.folder).map_err(folder)?);
     let (shared, _keeper) = keep(&client, &config, watch);
-    let closed = records::Closed;
+    let credentials = config.credentials.borrow().clone();
     let gateway = Gateway::start(GatewayConfig {
         listen: config.listen,
         host_dir: config.folder.clone(),
-        identity: config.identity.clone(),
-        trust: config.trust.clone(),
-        service: Arc::new(closed),
+        identity: credentials.identity,
+        trust: credentials.trust,
+        service: Arc::new(records::Closed),
         limits: Limits::default(),
     });
     let gateway = gateway.map_err(|source| Error::Gateway { node: config.node.clone(), source })?;
@@ -152,12 +151,25 @@ pub async fn run(client: Client, config: Config) -> Result<(), Error> {
     let mut tasks = JoinSet::new();
     tasks.spawn(node::run(shared.clone(), addresses));
     tasks.spawn(served.run(shared.clone()));
+    tasks.spawn(renew(Arc::clone(&gateway), config.credentials.clone()));
     reconcile_ready(&shared).await;
     tasks.spawn(doors::run(shared.clone(), gateway));
     tasks.spawn(records::report(shared.clone()));
     tasks.spawn(guests::run(shared));
     while tasks.join_next().await.is_some() {}
     Ok(())
+}
+
+/// Hands the gateway its new credentials. What stands goes on.
+async fn renew(gateway: Arc<Gateway>, mut credentials: watch::Receiver<Credentials>) {
+    // What has come since the gateway was started.
+    credentials.mark_changed();
+    while credentials.changed().await.is_ok() {
+        let Credentials { identity, trust, .. } = credentials.borrow_and_update().clone();
+        if let Err(error) = gateway.renew(identity, trust) {
+            tracing::warn!("the gateway keeps its old credentials: {}", launcher::chain(&error));
+        }
+    }
 }
 
 async fn reconcile_ready(shared: &Shared) {

@@ -3,6 +3,7 @@
 
 pub mod events;
 pub mod kept;
+pub mod lease;
 pub mod queue;
 
 pub use events::why;

@@ -155,8 +155,11 @@ impl<K: Clone + Eq + Hash + Send + 'static> Queue<K> {
                 Ok(key) => {
                     let (queue, looking) = (self.clone(), look(key.clone()));
                     tasks.spawn(async move {
-                        // N.B. a look that panics counts as failed: its key must not stay busy.
-                        let next = tokio::spawn(looking).await.unwrap_or(Next::Failed);
+                        // N.B. a look that panics counts as failed: its key must not stay busy. It
+                        // is a set, so that a look ends when all of this is dropped.
+                        let mut one = JoinSet::from_iter([looking]);
+                        let looked = one.join_next().await;
+                        let next = looked.and_then(Result::ok).unwrap_or(Next::Failed);
                         queue.lock().done(key, next, Instant::now());
                         queue.shared.bell.notify_one();
                     });

@@ -10,6 +10,7 @@ use rcgen::{
 };
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
 
 use super::{Error, SpiffeId, check_cluster, files, trust};
 
@@ -20,25 +21,53 @@ const KEY: &str = "tls.key";
 
 /// Clocks of two hosts differ: a new certificate is valid from a little earlier.
 const SKEW: Duration = Duration::from_secs(5 * 60);
+/// Of the CA of hosts that no cluster looks after.
 const CA_VALIDITY: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
 /// A cluster's CA: vouches for the ids of its own cluster, and for no others.
 pub struct Ca {
     cluster: String,
     pem: String,
+    validity: Validity,
     issuer: Issuer<'static, KeyPair>,
+}
+
+/// When a certificate is believed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Validity {
+    /// When it was made: it holds from a little earlier, since clocks differ.
+    pub made: SystemTime,
+    /// Its last moment.
+    pub until: SystemTime,
+}
+
+impl Validity {
+    fn of(certificate: &CertificateDer<'_>) -> Result<Self, Error> {
+        let (from, until) = trust::validity_of(certificate)?;
+        Ok(Self { made: from + SKEW, until })
+    }
+
+    /// How long it was made for.
+    pub fn life(&self) -> Duration {
+        self.until.duration_since(self.made).unwrap_or_default()
+    }
 }
 
 impl Ca {
     /// Makes a new CA (ECDSA P-256, ten years) for a cluster.
     pub fn create(cluster: &str) -> Result<Self, Error> {
+        Self::create_for(cluster, CA_VALIDITY)
+    }
+
+    /// Makes one that is valid for so long from now.
+    pub fn create_for(cluster: &str, validity: Duration) -> Result<Self, Error> {
         check_cluster(cluster)?;
         let key = KeyPair::generate().map_err(Error::Generate)?;
         let mut params = params(
             &format!("spiffe://{cluster}"),
             &format!("godwit CA of {cluster}"),
             SystemTime::now() - SKEW,
-            CA_VALIDITY,
+            validity + SKEW,
         )?;
         params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
@@ -46,6 +75,7 @@ impl Ca {
         Ok(Self {
             cluster: cluster.into(),
             pem: certificate.pem(),
+            validity: Validity::of(certificate.der())?,
             issuer: Issuer::new(params, key),
         })
     }
@@ -58,7 +88,7 @@ impl Ca {
         let key = KeyPair::from_pem(key).map_err(|e| encoding("the CA's key", e))?;
         let issuer =
             Issuer::from_ca_cert_der(&der, key).map_err(|e| encoding("the CA's certificate", e))?;
-        Ok(Self { cluster, pem: certificate.into(), issuer })
+        Ok(Self { cluster, pem: certificate.into(), validity: Validity::of(&der)?, issuer })
     }
 
     /// Writes `ca.crt` and `ca.key` (0600) into a folder.
@@ -81,6 +111,11 @@ impl Ca {
     /// Its certificate, which peers put into their [`super::Trust`].
     pub fn certificate_pem(&self) -> &str {
         &self.pem
+    }
+
+    /// When it is believed.
+    pub fn validity(&self) -> Validity {
+        self.validity
     }
 
     /// A new key and a certificate for `id`, valid from five minutes ago (clocks differ)
@@ -169,10 +204,15 @@ impl Identity {
         files::write(dir, CERT, self.chain_pem.as_bytes())
     }
 
-    /// Reads what [`Identity::save`] wrote; refuses links and keys that others may read.
+    /// Reads what [`Identity::save`] wrote; refuses links, keys that others may read, and a key
+    /// of another certificate, as there is while the two are renewed.
     pub fn load(dir: &Path) -> Result<Self, Error> {
         let key = files::read_text(&dir.join(KEY), true)?;
-        Self::from_pem(&files::read_text(&dir.join(CERT), false)?, &key)
+        let identity = Self::from_pem(&files::read_text(&dir.join(CERT), false)?, &key)?;
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        CertifiedKey::from_der(identity.chain(), identity.key(), &provider)
+            .map_err(|e| encoding("the pair of certificate and key", e))?;
+        Ok(identity)
     }
 
     /// Who this is.
@@ -182,7 +222,16 @@ impl Identity {
 
     /// When the leaf ends, so that it can be renewed before.
     pub fn expires(&self) -> Result<SystemTime, Error> {
-        trust::expiry_of(&self.chain[0])
+        Ok(self.validity()?.until)
+    }
+
+    /// When the leaf is believed.
+    pub fn validity(&self) -> Result<Validity, Error> {
+        Validity::of(&self.chain[0])
+    }
+
+    pub(super) fn is(&self, other: &Self) -> bool {
+        self.chain_pem == other.chain_pem && self.key_pem == other.key_pem
     }
 
     pub(crate) fn chain(&self) -> Vec<CertificateDer<'static>> {

@@ -100,9 +100,14 @@ pub(super) fn cluster_of_ca(der: &CertificateDer<'_>) -> Result<String, Error> {
     Ok(cluster.into())
 }
 
-pub(super) fn expiry_of(der: &CertificateDer<'_>) -> Result<SystemTime, Error> {
-    let seconds = parse(der)?.validity().not_after.timestamp();
-    Ok(UNIX_EPOCH + Duration::from_secs(u64::try_from(seconds).unwrap_or(0)))
+/// The first and the last moment of a certificate.
+pub(super) fn validity_of(der: &CertificateDer<'_>) -> Result<(SystemTime, SystemTime), Error> {
+    let certificate = parse(der)?;
+    let moment = |time: x509_parser::time::ASN1Time| {
+        UNIX_EPOCH + Duration::from_secs(u64::try_from(time.timestamp()).unwrap_or(0))
+    };
+    let validity = certificate.validity();
+    Ok((moment(validity.not_before), moment(validity.not_after)))
 }
 
 fn parse<'a>(der: &'a CertificateDer<'_>) -> Result<X509Certificate<'a>, Error> {

@@ -2,7 +2,7 @@
 
 use apiserver::extension::Later;
 use apiserver::status::Failure;
-use channel::identity::{Identity, Role, SpiffeId, Trust};
+use channel::identity::{Credentials, Role, SpiffeId};
 use channel::tls;
 use handler::cluster::node::HANDLER;
 use handler::cluster::serve::{self, Act, Ask, Told};
@@ -10,24 +10,17 @@ use k8s_openapi::api::core::v1::Node;
 use kube::{Api, Client, ResourceExt};
 use reconcile::why;
 use tokio::io::AsyncWriteExt;
+use tokio::sync::watch;
 
 /// Asks handlers.
 pub struct Handlers {
     /// For the nodes' addresses.
     pub client: Client,
-    /// The way.
-    pub tls: tls::Client,
-    /// The cluster, as certificates name it.
-    pub cluster: String,
+    /// The API role's, as they are renewed.
+    pub credentials: watch::Receiver<Credentials>,
 }
 
 impl Handlers {
-    /// With the API role's identity.
-    pub fn new(client: Client, identity: Identity, trust: Trust) -> Self {
-        let cluster = identity.id().cluster().to_owned();
-        Self { client, tls: tls::Client::new(identity, trust), cluster }
-    }
-
     async fn ask(
         &self,
         node: &str,
@@ -43,10 +36,12 @@ impl Handlers {
                 message: format!("node {node} has no handler that could be asked"),
             })
         })?;
-        let handler = SpiffeId::new(&self.cluster, Role::Handler, node)
+        let Credentials { identity, trust, .. } = self.credentials.borrow().clone();
+        let handler = SpiffeId::new(identity.id().cluster(), Role::Handler, node)
             .map_err(|error| Failure::internal(error.to_string()))?;
         let ask = Ask { act, namespace: namespace.into(), name: name.into() };
-        let stream = serve::ask(&self.tls, address, &handler, &ask).await.map_err(failure)?;
+        let tls = tls::Client::new(identity, trust);
+        let stream = serve::ask(&tls, address, &handler, &ask).await.map_err(failure)?;
         Ok(Box::new(stream))
     }
 }

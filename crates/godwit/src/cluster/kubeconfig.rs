@@ -1,6 +1,10 @@
 //! Kubeconfigs: one for each cluster, and merged into another that there is.
 
 use anyhow::{Context, Result, bail};
+use apiserver::auth::pki::Credential;
+use apiserver::embedded::Server;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
@@ -9,11 +13,13 @@ use std::path::Path;
 /// A kubeconfig is a few pages of text.
 const MOST: u64 = 4 << 20;
 
-/// How to reach a cluster as its administrator.
+/// How to reach a cluster as one of its users.
 #[derive(Debug, Clone)]
 pub struct Access<'a> {
     /// Name of the cluster, and of its context.
     pub cluster: &'a str,
+    /// What the user is called here.
+    pub user: &'a str,
     /// Such as `https://127.0.0.1:6443`.
     pub server: String,
     /// PEM, base64.
@@ -24,14 +30,26 @@ pub struct Access<'a> {
     pub key: String,
 }
 
-impl Access<'_> {
+impl<'a> Access<'a> {
+    /// To a server, with a credential of its own.
+    pub fn new(cluster: &'a str, user: &'a str, server: &Server, credential: &Credential) -> Self {
+        Self {
+            cluster,
+            user,
+            server: format!("https://{}", server.address),
+            authority: STANDARD.encode(server.pki.authority()),
+            certificate: STANDARD.encode(&credential.certificate),
+            key: STANDARD.encode(&credential.key),
+        }
+    }
+
     fn context(&self) -> String {
         format!("godwit-{}", self.cluster)
     }
 
     /// The kubeconfig of this cluster alone.
     pub fn config(&self) -> Value {
-        let (context, user) = (self.context(), format!("godwit-{}-admin", self.cluster));
+        let (context, user) = (self.context(), format!("godwit-{}-{}", self.cluster, self.user));
         let cluster = json!({"server": self.server, "certificate-authority-data": self.authority});
         let credentials = json!({
             "client-certificate-data": self.certificate, "client-key-data": self.key,

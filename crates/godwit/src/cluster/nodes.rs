@@ -1,5 +1,6 @@
 //! What runs pods in an embedded cluster: each part in this process, under its own identity.
 
+use super::children::Children;
 use super::vms::{self, Vms};
 use crate::cli;
 use anyhow::{Context, Result, anyhow, bail};
@@ -30,6 +31,8 @@ pub struct Nodes {
     agents: JoinSet<()>,
     /// They end when they are dropped.
     _controllers: JoinSet<()>,
+    /// Those that are processes of their own.
+    children: Option<Children>,
 }
 
 /// A part's client: the API in this process, as a user.
@@ -74,8 +77,8 @@ impl Nodes {
             controllers.spawn(scheduler::run(client(server, "system:kube-scheduler", &[])));
             controllers.spawn(lifecycle::run(client(server, "system:node-controller", &[])));
         }
-        let vms = Vms::prepare(server, folder).await?;
-        vms.start_controllers(server, &mut controllers);
+        let mut vms = Vms::prepare(server, folder, arguments.separate).await?;
+        vms.start_controllers(server, &mut controllers)?;
         let (ending, ends) = watch::channel(Ending::Not);
         let mut agents = JoinSet::new();
         for number in 1..=arguments.nodes {
@@ -110,7 +113,8 @@ impl Nodes {
                 tracing::warn!("the roles cannot be shown as pods: {failure}");
             }
         });
-        Ok(Self { ending, agents, _controllers: controllers })
+        let children = vms.go_on(server, &mut controllers);
+        Ok(Self { ending, agents, _controllers: controllers, children })
     }
 
     /// Ends them, and what runs on them or not.
@@ -118,6 +122,9 @@ impl Nodes {
         self.ending.send_replace(how);
         // Each has a limit of its own.
         while self.agents.join_next().await.is_some() {}
+        if let Some(children) = self.children.take() {
+            children.end().await;
+        }
     }
 }
 

@@ -1,16 +1,20 @@
 //! What runs VMs in an embedded cluster: the kinds, the settings, controllers, and a handler for
-//! each node, each under its own identity.
+//! each node, each under its own identity, in this process or in one of its own.
 
+use super::certificates::Certificates;
+use super::children::Children;
 use super::guests::Handlers;
+use super::kubeconfig::{self, Access};
 use super::kvm;
-use super::nodes::{client, own_program};
+use super::nodes::client;
 use anyhow::{Context, Result, anyhow};
 use apiserver::embedded::Server;
-use channel::identity::{Ca, Role, SpiffeId, Trust};
+use channel::identity::{Credentials, Role, SpiffeId};
 use http::Method;
 use kube::Client;
 use node::agent::volumes::HostPaths;
 use serde_json::{Value, json};
+use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,13 +23,15 @@ use tokio::task::JoinSet;
 
 /// The controllers' account.
 const CONTROLLER: &str = "system:serviceaccount:kubevirt:godwit-controller";
+/// The groups of that account.
+const ACCOUNTS: [&str; 2] = ["system:serviceaccounts", "system:serviceaccounts:kubevirt"];
 /// The group of all handlers.
 const HANDLERS: &str = "system:godwit:handlers";
-/// Handlers' and the API role's certificates.
-const VALIDITY: Duration = Duration::from_secs(365 * 24 * 3600);
 /// New kinds are served within this time.
 const ESTABLISHED: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(10);
+/// What could not be written is written again after this.
+const AGAIN: Duration = Duration::from_millis(200);
 
 /// Where pods' folders of a node are on the machine.
 pub fn host_paths(node: &Path) -> HostPaths {
@@ -38,8 +44,10 @@ fn handler_folder(node: &Path) -> PathBuf {
 
 /// What all of them share.
 pub struct Vms {
-    ca: Ca,
-    trust: Trust,
+    cluster: String,
+    certificates: Certificates,
+    /// Of those that run as processes of their own.
+    children: Option<Children>,
 }
 
 impl Vms {
@@ -47,7 +55,9 @@ impl Vms {
     ///
     /// # Errors
     /// When the API refuses.
-    pub async fn prepare(server: &Server, folder: &Path) -> Result<Self> {
+    pub async fn prepare(server: &Server, folder: &Path, separate: bool) -> Result<Self> {
+        // What is left of an earlier run is ended whether or not others take its place.
+        let children = Children::open(folder).await?;
         let api = server
             .api
             .as_user(apiserver::auth::User::new("system:apiserver", &[apiserver::auth::MASTERS]));
@@ -71,34 +81,38 @@ impl Vms {
             let path = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
             replace(&api, path, &binding).await.map_err(failed).context("cannot make the roles")?;
         }
-        let place = folder.join("ca");
-        let ca = match Ca::load(&place) {
-            Ok(ca) => ca,
-            Err(_) if !place.exists() => {
-                let name = folder.file_name().and_then(|n| n.to_str()).unwrap_or("local");
-                let ca = Ca::create(name)?;
-                ca.save(&place)?;
-                ca
-            }
-            Err(error) => return Err(error.into()),
-        };
-        let mut trust = Trust::new();
-        trust.add_pem(ca.certificate_pem())?;
-        let id = SpiffeId::new(ca.cluster(), Role::Api, "api")?;
+        let cluster = folder.file_name().and_then(|n| n.to_str()).unwrap_or("local").to_owned();
+        let mut certificates = Certificates::open(&folder.join("ca"), &cluster)?;
+        let credentials = certificates.add(SpiffeId::new(&cluster, Role::Api, "api")?)?;
         let own = account(server);
-        let handlers = Handlers::new(own.clone(), ca.issue(&id, VALIDITY)?, trust.clone());
+        let handlers = Handlers { client: own.clone(), credentials };
         server.api.extend(Arc::new(webapi::WebApi::new(own, Arc::new(handlers))));
         tokio::spawn(async move {
             if let Err(failure) = settings(&api).await {
                 tracing::error!("the cluster's settings cannot be made: {failure}");
             }
         });
-        Ok(Self { ca, trust })
+        Ok(Self { cluster, certificates, children: separate.then_some(children) })
     }
 
     /// Starts the controllers.
-    pub fn start_controllers(&self, server: &Server, tasks: &mut JoinSet<()>) {
-        tasks.spawn(controllers::run(account(server)));
+    ///
+    /// # Errors
+    /// When they can have no identity.
+    pub fn start_controllers(&mut self, server: &Server, tasks: &mut JoinSet<()>) -> Result<()> {
+        let Some(children) = &mut self.children else {
+            tasks.spawn(controllers::run(account(server)));
+            return Ok(());
+        };
+        let name = "controller";
+        let place = children.place(name)?;
+        let config = Login { cluster: &self.cluster, name, user: CONTROLLER, groups: &ACCOUNTS };
+        let mut arguments: Vec<OsString> = vec![name.into(), "--kubeconfig".into()];
+        arguments.push(config.write(server, &place)?.into());
+        // N.B. there is one at a time: the next need not wait until the lease of the last is free.
+        arguments.extend(["--name".into(), self.cluster.clone().into()]);
+        children.start(name, arguments);
+        Ok(())
     }
 
     /// Starts the handler of a node.
@@ -106,22 +120,40 @@ impl Vms {
     /// # Errors
     /// When it can have no identity.
     pub fn start_handler(
-        &self,
+        &mut self,
         server: &Server,
         node: &str,
         folder: &Path,
         tasks: &mut JoinSet<()>,
     ) -> Result<()> {
-        let id = SpiffeId::new(self.ca.cluster(), Role::Handler, node)?;
+        let credentials =
+            self.certificates.add(SpiffeId::new(&self.cluster, Role::Handler, node)?)?;
+        let listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
+        let (user, groups) = (format!("system:godwit:handler:{node}"), [HANDLERS]);
+        if let Some(children) = &mut self.children {
+            let name = format!("handler-{node}");
+            let place = children.place(&name)?;
+            let config =
+                Login { cluster: &self.cluster, name: &name, user: &user, groups: &groups };
+            let identity = place.join("identity");
+            credentials.borrow().save(&identity)?;
+            tasks.spawn(Credentials::keep(credentials, identity.clone(), AGAIN));
+            let mut arguments: Vec<OsString> = vec!["handler".into(), "--node".into(), node.into()];
+            arguments.extend(["--folder".into(), handler_folder(folder).into()]);
+            arguments.extend(["--listen".into(), listen.to_string().into()]);
+            arguments.extend(["--identity".into(), identity.into()]);
+            arguments.extend(["--kubeconfig".into(), config.write(server, &place)?.into()]);
+            children.start(&name, arguments);
+            return Ok(());
+        }
         let config = handler::cluster::Config {
             node: node.to_owned(),
             folder: handler_folder(folder),
-            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 0)),
-            identity: self.ca.issue(&id, VALIDITY)?,
-            trust: self.trust.clone(),
-            confine: vec![own_program()?.into(), "confine".into(), "--".into()],
+            listen,
+            credentials,
+            confine: crate::roles::confine()?,
         };
-        let client = client(server, &format!("system:godwit:handler:{node}"), &[HANDLERS]);
+        let client = client(server, &user, &groups);
         let node = node.to_owned();
         tasks.spawn(async move {
             if let Err(error) = handler::cluster::run(client, config).await {
@@ -130,11 +162,36 @@ impl Vms {
         });
         Ok(())
     }
+
+    /// Keeps certificates fresh, once all parts are there; returns the processes.
+    pub fn go_on(self, server: &Server, tasks: &mut JoinSet<()>) -> Option<Children> {
+        tasks.spawn(self.certificates.run(account(server)));
+        self.children
+    }
+}
+
+/// How a role in a process of its own is known to the API.
+struct Login<'a> {
+    cluster: &'a str,
+    name: &'a str,
+    user: &'a str,
+    groups: &'a [&'a str],
+}
+
+impl Login<'_> {
+    /// Writes its kubeconfig.
+    fn write(&self, server: &Server, place: &Path) -> Result<PathBuf> {
+        let file = place.join("kubeconfig");
+        let kept = format!("role-{}", self.name);
+        let credential = server.pki.user(&kept, self.user, self.groups)?;
+        let access = Access::new(self.cluster, self.name, server, &credential);
+        kubeconfig::write(&file, &access.config())?;
+        Ok(file)
+    }
 }
 
 fn account(server: &Server) -> Client {
-    let groups = ["system:serviceaccounts", "system:serviceaccounts:kubevirt"];
-    client(server, CONTROLLER, &groups)
+    client(server, CONTROLLER, &ACCOUNTS)
 }
 
 type Api = apiserver::local::Local;
@@ -215,6 +272,7 @@ fn roles() -> Vec<(&'static str, Value)> {
         rule(&[""], &["nodes"], &READ),
         rule(&[""], &["secrets", "configmaps", "services"], &["get", "create", "patch", "delete"]),
         rule(&["storage.k8s.io"], &["storageclasses"], &READ),
+        rule(&["coordination.k8s.io"], &["leases"], &["get", "create", "update"]),
     ];
     let handler = vec![
         rule(&["kubevirt.io"], &["virtualmachineinstances", "kubevirts"], &READ),

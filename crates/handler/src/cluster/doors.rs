@@ -65,8 +65,8 @@ fn door(
     let Some((namespace, name)) = guests::owner(pod) else { return Ok(None) };
     let text = |error: io::Error| error.to_string();
     std::fs::create_dir_all(folder).map_err(text)?;
-    let peer =
-        Peer { address: gateway.local_addr().to_string(), id: shared.config.identity.id().clone() };
+    let id = shared.config.credentials.borrow().identity.id().clone();
+    let peer = Peer { address: gateway.local_addr().to_string(), id };
     let draft = folder.join("gateway.json.new");
     let here = serde_json::to_vec(&Here { peer }).map_err(|error| error.to_string())?;
     std::fs::write(&draft, here).map_err(text)?;

@@ -4,7 +4,7 @@
 //! to a console's request its bytes follow, both ways.
 
 use super::{Error, Shared, doors, guests};
-use channel::identity::{Role, SpiffeId};
+use channel::identity::{Credentials, Role, SpiffeId};
 use channel::tls;
 use kube::ResourceExt;
 use launcher::client::Client as Launcher;
@@ -14,7 +14,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 
 /// For a handshake, and for a request.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -67,6 +67,7 @@ pub struct Served {
     pub address: SocketAddr,
     listener: TcpListener,
     tls: tls::Server,
+    credentials: watch::Receiver<Credentials>,
 }
 
 impl Served {
@@ -80,12 +81,26 @@ impl Served {
         let failed = |source| Error::Listen { node: config.node.clone(), address: listen, source };
         let listener = TcpListener::bind(listen).await.map_err(failed)?;
         let address = listener.local_addr().map_err(failed)?;
-        let tls = tls::Server::new(&config.identity, config.trust.clone(), &[Role::Api]);
-        Ok(Self { address, listener, tls: tls.map_err(Error::Tls)? })
+        let mut credentials = config.credentials.clone();
+        let tls = server(&credentials.borrow_and_update()).map_err(Error::Tls)?;
+        Ok(Self { address, listener, tls, credentials })
+    }
+
+    /// Takes new credentials, if there are any. Connections that stand go on.
+    fn renew(&mut self) {
+        if !self.credentials.has_changed().unwrap_or(false) {
+            return;
+        }
+        match server(&self.credentials.borrow_and_update()) {
+            Ok(tls) => self.tls = tls,
+            Err(error) => {
+                tracing::warn!("new credentials cannot be used: {}", launcher::chain(&error));
+            }
+        }
     }
 
     /// Serves. Never ends by itself.
-    pub async fn run(self, shared: Shared) {
+    pub async fn run(mut self, shared: Shared) {
         let room = Arc::new(Semaphore::new(CONNECTIONS));
         loop {
             let Ok(place) = room.clone().acquire_owned().await else { return };
@@ -93,6 +108,7 @@ impl Served {
                 tokio::time::sleep(Duration::from_millis(50)).await;
                 continue;
             };
+            self.renew();
             let (shared, tls) = (shared.clone(), self.tls.clone());
             tokio::spawn(async move {
                 if let Err(error) = serve(&shared, &tls, stream).await {
@@ -102,6 +118,10 @@ impl Served {
             });
         }
     }
+}
+
+fn server(credentials: &Credentials) -> Result<tls::Server, tls::Error> {
+    tls::Server::new(&credentials.identity, credentials.trust.clone(), &[Role::Api])
 }
 
 async fn serve(shared: &Shared, tls: &tls::Server, stream: TcpStream) -> Result<(), String> {

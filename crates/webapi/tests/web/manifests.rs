@@ -132,6 +132,14 @@ async fn settings_and_policies_are_judged_and_the_settings_count_a_moment_later(
     let made = world.create(&user("editor"), VMIS, &vmi()).await;
     assert_eq!(made["spec"]["domain"]["machine"]["type"], "pc-q35-9.2");
     assert_eq!(made["spec"]["evictionStrategy"], "LiveMigrate");
+    // What certificates could not live by is told, field by field.
+    let odd = json!({"spec": {"certificateRotateStrategy": {"selfSigned": {
+        "ca": {"duration": "1h", "renewBefore": "1h"}, "server": {"duration": "2h", "renewBefore": "x"},
+    }}}});
+    let reply = world.merge(&admin(), &format!("{kubevirts}/kubevirt"), &odd).await;
+    let fields = ["ca.renewBefore", "server.renewBefore", "server.duration"];
+    let told = reply.body.to_string();
+    assert!(reply.code == 422 && fields.iter().all(|field| told.contains(field)), "{told}");
     // A gate that closes keeps nobody from stopping what is there.
     let gates = json!({"spec": {"configuration": {"developerConfiguration": null}}});
     assert_eq!(world.merge(&admin(), &format!("{kubevirts}/kubevirt"), &gates).await.code, 200);

@@ -1,0 +1,216 @@
+//! Roles as processes of their own: whichever dies, guests go on; and certificates are renewed
+//! while they are in use.
+
+use anyhow::{Context, Result, bail, ensure};
+use e2e::cluster::{Cluster, SOON};
+use e2e::guest;
+use e2e::registry::Registry;
+use e2e::terminal::Terminal;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
+const VMS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachines";
+const OWNER: &str = "/apis/godwit.dev/v1alpha1/namespaces/default/ownerrecords/web";
+const SETTINGS: &str = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts/kubevirt";
+const BUNDLE: &str = "/api/v1/namespaces/kubevirt/configmaps/kubevirt-ca";
+const EXTERNAL: &str = "/api/v1/namespaces/kubevirt/configmaps/kubevirt-external-ca";
+const LEASE: &str = "/apis/coordination.k8s.io/v1/namespaces/kubevirt/leases/virt-controller";
+const UP: [&str; 3] = ["--separate", "--storage", "1Gi"];
+
+fn vm(name: &str, strategy: &str, image: &str) -> Value {
+    json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": name},
+        "spec": {
+            "runStrategy": strategy,
+            "template": {"spec": {
+                "terminationGracePeriodSeconds": 20,
+                "domain": {
+                    "memory": {"guest": "128Mi"},
+                    "devices": {"disks": [{"name": "root", "disk": {"bus": "virtio"}}]},
+                },
+                "volumes": [{"name": "root", "containerDisk": {"image": image}}],
+            }},
+        },
+    })
+}
+
+fn shows(status: &'static str) -> impl Fn(&Value) -> bool {
+    move |vm| vm["status"]["printableStatus"] == status
+}
+
+/// What a person does with `godwit vm`.
+fn does(cluster: &Cluster, arguments: &[&str]) -> Result<()> {
+    let mut run = Command::new(PROGRAM);
+    run.arg("vm").args(arguments).arg("--kubeconfig").arg(cluster.path("kubeconfig"));
+    let run = run.output()?;
+    ensure!(run.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&run.stderr));
+    Ok(())
+}
+
+/// The same, until it works.
+fn does_soon(cluster: &Cluster, arguments: &[&str]) -> Result<()> {
+    let began = Instant::now();
+    while let Err(error) = does(cluster, arguments) {
+        if began.elapsed() > SOON {
+            return Err(error);
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    Ok(())
+}
+
+fn is_alive(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+fn kill(pid: i32) -> Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
+    Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
+}
+
+/// QEMUs that run for a cluster.
+fn qemus(cluster: &Cluster) -> Result<Vec<i32>> {
+    let is_qemu = |pid: &i32| {
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+        name.starts_with("qemu-system")
+    };
+    Ok(cluster.processes()?.into_iter().filter(is_qemu).collect())
+}
+
+/// The roles that run, as `godwit status` tells them.
+fn roles(cluster: &Cluster) -> Result<BTreeMap<String, i32>> {
+    let told = cluster.godwit(&["status", "-o", "json"])?;
+    let told: Value = serde_json::from_slice(&told.stdout)?;
+    let roles = told[0]["roles"].as_array().context("no roles")?.iter();
+    let role = |role: &Value| {
+        Some((role["name"].as_str()?.to_owned(), i32::try_from(role["pid"].as_i64()?).ok()?))
+    };
+    Ok(roles.filter_map(role).collect())
+}
+
+/// Waits until a role runs as another process.
+fn another(cluster: &Cluster, name: &str, than: Option<i32>) -> Result<i32> {
+    let began = Instant::now();
+    loop {
+        match roles(cluster)?.get(name) {
+            Some(pid) if Some(*pid) != than => return Ok(*pid),
+            _ if began.elapsed() > SOON => bail!("{name} is not started again"),
+            _ => std::thread::sleep(Duration::from_millis(50)),
+        }
+    }
+}
+
+async fn epoch(cluster: &Cluster) -> Result<i64> {
+    let record = cluster.send("GET", OWNER, None).await?;
+    record["status"]["epoch"].as_i64().context("no epoch")
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_goes_on_whichever_role_is_killed() -> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let mut cluster = Cluster::new(PROGRAM, &UP).await?;
+    cluster.create(VMS, vm("web", "Always", &image)).await?;
+    let web = format!("{VMS}/web");
+    cluster.until(&web, shows("Running")).await?;
+    let guest = qemus(&cluster)?;
+    ensure!(guest.len() == 1 && epoch(&cluster).await? == 1, "{guest:?}");
+
+    let controller = another(&cluster, "controller", None)?;
+    kill(controller)?;
+    another(&cluster, "controller", Some(controller))?;
+    // The next one does its work, without waiting for the lease of the last to run out.
+    cluster.create(VMS, vm("next", "Halted", &image)).await?;
+    cluster.until(&format!("{VMS}/next"), shows("Stopped")).await?;
+    let lease = cluster.send("GET", LEASE, None).await?;
+    ensure!(lease["spec"]["leaseTransitions"] == 0, "{lease}");
+
+    let handler = another(&cluster, "handler-local-1", None)?;
+    kill(handler)?;
+    another(&cluster, "handler-local-1", Some(handler))?;
+    does_soon(&cluster, &["pause", "web"])?;
+    does(&cluster, &["unpause", "web"])?;
+
+    let before = roles(&cluster)?;
+    cluster.kill()?;
+    let began = Instant::now();
+    while before.values().any(|pid| is_alive(*pid)) {
+        ensure!(began.elapsed() < SOON, "roles outlive the process that started them");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    cluster.up(&UP)?;
+    cluster.client = e2e::cluster::client(cluster.dir()).await?;
+    ensure!(another(&cluster, "controller", None)? != before["controller"]);
+    does_soon(&cluster, &["pause", "web"])?;
+    does(&cluster, &["unpause", "web"])?;
+    ensure!(qemus(&cluster)? == guest, "the guest is not the one that it was");
+    ensure!(epoch(&cluster).await? == 1, "somebody else has taken it");
+
+    does(&cluster, &["stop", "web"])?;
+    cluster.until(&web, shows("Stopped")).await?;
+    ensure!(qemus(&cluster)?.is_empty(), "a guest that was stopped runs");
+    does(&cluster, &["start", "web"])?;
+    cluster.until(&web, shows("Running")).await?;
+    ensure!(epoch(&cluster).await? == 2 && qemus(&cluster)?.len() == 1);
+
+    let last = roles(&cluster)?;
+    ensure!(last.len() == 2, "{last:?}");
+    ensure!(cluster.godwit(&["down"])?.status.success());
+    ensure!(!last.values().any(|pid| is_alive(*pid)), "a role outlives its cluster");
+    Ok(())
+}
+
+/// The certificates of a PEM text.
+fn certificates(pem: &str) -> BTreeSet<String> {
+    pem.split_inclusive("-----END CERTIFICATE-----").map(|one| one.trim().to_owned()).collect()
+}
+
+/// Renews all certificates again and again while they are in use.
+async fn renews(more: &[&str]) -> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let cluster = Cluster::new(PROGRAM, &[&["--storage", "1Gi"], more].concat()).await?;
+    cluster.create(VMS, vm("web", "Always", &image)).await?;
+    cluster.until(&format!("{VMS}/web"), shows("Running")).await?;
+    let mut console = Terminal::open(PROGRAM, &cluster.path("kubeconfig"), "web")?;
+    console.wait_for_shell()?;
+    let others = json!({"data": {"ca-bundle": "another cluster's"}});
+    cluster.send("PATCH", EXTERNAL, Some(others.clone())).await?;
+    let terms = json!({"spec": {"certificateRotateStrategy": {"selfSigned": {
+        "ca": {"duration": "20s", "renewBefore": "8s"},
+        "server": {"duration": "10s", "renewBefore": "4s"},
+    }}}});
+    cluster.send("PATCH", SETTINGS, Some(terms)).await?;
+
+    let mut seen = BTreeSet::new();
+    let began = Instant::now();
+    // The first lasts a week; of those that follow, three have ended when the sixth is there.
+    while seen.len() < 6 {
+        ensure!(began.elapsed() < SOON * 3, "CAs are not renewed: {}", seen.len());
+        let bundle = cluster.send("GET", BUNDLE, None).await?;
+        let bundle = certificates(bundle["data"]["ca-bundle"].as_str().context("a bundle")?);
+        ensure!(bundle.len() <= 4, "ended CAs are believed");
+        seen.extend(bundle);
+        does(&cluster, &["pause", "web"])?;
+        does(&cluster, &["unpause", "web"])?;
+        std::thread::sleep(Duration::from_millis(200));
+    }
+    ensure!(console.run("echo still he''re")?.trim() == "still here");
+    let external = cluster.send("GET", EXTERNAL, None).await?;
+    ensure!(external["data"] == others["data"], "{external}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn certificates_are_renewed_while_a_console_is_open() -> Result<()> {
+    renews(&[]).await
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn roles_of_their_own_take_renewed_certificates_while_a_console_is_open() -> Result<()> {
+    renews(&["--separate"]).await
+}
