@@ -8,6 +8,8 @@ mod kvm;
 mod nodes;
 mod vms;
 
+pub use guests::Handlers;
+
 use crate::cli;
 use crate::view::Output;
 use anyhow::{Context, Result, bail};

@@ -14,15 +14,6 @@ pub const PORT: u16 = 443;
 /// Seconds that a write waits for an answer.
 const PATIENCE: u8 = 10;
 
-/// How the API server reaches the role.
-#[derive(Debug, Clone)]
-pub enum At {
-    /// By its Service.
-    Service,
-    /// By an address of its own, `https://…`. Only webhooks can be reached so.
-    Url(String),
-}
-
 /// A webhook: what is in its objects besides what all have.
 struct Hook {
     kind: &'static str,
@@ -48,27 +39,35 @@ const HOOKS: [Hook; 2] = [
 ];
 
 /// The objects, each with its path. `authority` (PEM) vouches for the role's server.
-pub fn objects(authority: &str, at: &At) -> Vec<(String, Value)> {
+pub fn objects(authority: &str) -> Vec<(String, Value)> {
     let bundle = STANDARD.encode(authority);
-    let mut all: Vec<_> = HOOKS.iter().map(|hook| webhook(hook, at, &bundle)).collect();
-    if matches!(at, At::Service) {
-        all.extend(VERSIONS.map(|version| service(version, &bundle)));
-    }
-    all
+    let hooks = HOOKS.iter().map(|hook| webhook(hook, &bundle));
+    hooks.chain(VERSIONS.map(|version| service(version, &bundle))).collect()
 }
 
-fn webhook(hook: &Hook, at: &At, bundle: &str) -> (String, Value) {
-    let mut client = json!({"caBundle": bundle});
-    match at {
-        At::Service => {
-            client["service"] = json!({
-                "namespace": NAMESPACE, "name": SERVICE, "port": PORT, "path": hook.path,
-            });
-        }
-        At::Url(url) => {
-            client["url"] = format!("{}{}", url.trim_end_matches('/'), hook.path).into();
-        }
+/// The names by which the API server asks for the role.
+pub fn names() -> Vec<String> {
+    vec![format!("{SERVICE}.{NAMESPACE}.svc"), format!("{SERVICE}.{NAMESPACE}.svc.cluster.local")]
+}
+
+/// What the role needs to register itself: a resource's group, its plural and its object's name.
+pub fn registered() -> impl Iterator<Item = (&'static str, String, String)> {
+    let hooks = HOOKS
+        .iter()
+        .map(|hook| ("admissionregistration.k8s.io", hook.plural(), hook.name.to_owned()));
+    let services = VERSIONS.map(|version| {
+        ("apiregistration.k8s.io", "apiservices".to_owned(), format!("{version}.{SUBRESOURCES}"))
+    });
+    hooks.chain(services)
+}
+
+impl Hook {
+    fn plural(&self) -> String {
+        format!("{}s", self.kind.to_lowercase())
     }
+}
+
+fn webhook(hook: &Hook, bundle: &str) -> (String, Value) {
     let rule = |(group, resource, _): (&str, &str, &str)| {
         json!({
             "apiGroups": [group], "apiVersions": ["*"], "operations": hook.operations,
@@ -79,12 +78,17 @@ fn webhook(hook: &Hook, at: &At, bundle: &str) -> (String, Value) {
         "apiVersion": "admissionregistration.k8s.io/v1", "kind": hook.kind,
         "metadata": metadata(hook.name),
         "webhooks": [{
-            "name": format!("{}.godwit.dev", hook.name), "clientConfig": client,
+            "name": format!("{}.godwit.dev", hook.name), "clientConfig": {
+                "caBundle": bundle,
+                "service": {
+                    "namespace": NAMESPACE, "name": SERVICE, "port": PORT, "path": hook.path,
+                },
+            },
             "rules": KINDS.map(rule), "failurePolicy": "Fail", "matchPolicy": "Equivalent",
             "sideEffects": "None", "timeoutSeconds": PATIENCE, "admissionReviewVersions": ["v1"],
         }],
     });
-    let plural = format!("{}s", hook.kind.to_lowercase());
+    let plural = hook.plural();
     (format!("/apis/admissionregistration.k8s.io/v1/{plural}/{}", hook.name), object)
 }
 
