@@ -9,7 +9,7 @@ use crate::handler::{self, Call, Handler, options};
 use crate::request::{Accept, Info, Path, Verb};
 use crate::resource::Resource;
 use crate::selector::Selection;
-use crate::status::{Failure, Subject};
+use crate::status::Failure;
 use crate::store::{Key, Query, Store};
 use crate::{builtin, discovery, kinds, meta, openapi};
 use arc_swap::ArcSwap;
@@ -190,7 +190,7 @@ impl Api {
         B::Error: std::fmt::Display,
     {
         let verb = Verb::of(&head.method, &path, false)?;
-        self.shared.permit(&user, &attributes(verb, &path, &query))?;
+        self.shared.permit(&user, &Attributes::of(verb, &path, &query))?;
         let extension = self.shared.extension.get().ok_or_else(Failure::no_such_path)?;
         let body = body::read(sent).await?;
         extension.serve(extension::Request { path, user, query, head, body }).await
@@ -213,7 +213,7 @@ impl Api {
         let found =
             self.shared.catalog.load().find(&path.group, &path.version, &path.resource).cloned();
         // Who may not ask is not told what there is.
-        self.shared.permit(&user, &attributes(verb, &path, &query))?;
+        self.shared.permit(&user, &Attributes::of(verb, &path, &query))?;
         let resource = found.ok_or_else(Failure::no_such_path)?;
         check_place(&resource, &path, verb)?;
         let (options, mut selection) = options::parse(query, &resource)?;
@@ -380,27 +380,6 @@ fn version() -> Value {
     })
 }
 
-fn attributes(verb: Verb, path: &Path, query: &[(String, String)]) -> Attributes {
-    // A list or watch of one name is judged by that name.
-    let selector = query.iter().find(|(n, _)| n == "fieldSelector").map(|(_, v)| &**v);
-    let named =
-        selector.and_then(|s| s.strip_prefix("metadata.name=")).filter(|n| !n.contains(','));
-    let name = match (&*path.name, named) {
-        ("", Some(named)) => named.to_owned(),
-        (name, _) => name.to_owned(),
-    };
-    Attributes {
-        verb: verb.name().into(),
-        group: path.group.clone(),
-        version: path.version.clone(),
-        resource: path.resource.clone(),
-        subresource: path.subresource.clone(),
-        namespace: path.namespace.clone(),
-        name,
-        path: String::new(),
-    }
-}
-
 /// A watch of one object is one of its name.
 fn by_name(verb: Verb, path: &Path, selection: &mut Selection) -> String {
     if verb == Verb::Watch && !path.name.is_empty() {
@@ -500,15 +479,7 @@ impl Shared {
         if decision.allowed {
             return Ok(());
         }
-        let why = rbac::refusal(user, what, &decision.reason);
-        if what.resource.is_empty() {
-            let mut failure =
-                Failure::forbidden(Subject { group: "", kind: "", name: &what.path }, &why);
-            failure.message = format!("forbidden: {why}");
-            return Err(failure);
-        }
-        let subject = Subject { group: &what.group, kind: &what.resource, name: &what.name };
-        Err(Failure::forbidden(subject, &why))
+        Err(rbac::denied(user, what, &decision.reason))
     }
 
     /// What depends on who writes: nodes write only their own, and nobody gives what they do not

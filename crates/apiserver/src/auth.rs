@@ -7,6 +7,7 @@ pub mod rbac;
 pub mod review;
 pub mod token;
 
+use crate::request::{Path, Verb};
 use rustls::pki_types::CertificateDer;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
@@ -64,6 +65,22 @@ impl User {
         self.groups.iter().any(|g| g == group)
     }
 
+    /// As `userInfo` of a review has it.
+    pub fn from_json(info: &Value) -> Self {
+        let text = |field: &str| info[field].as_str().unwrap_or_default().to_owned();
+        let list = |value: &Value| -> Vec<String> {
+            let all = value.as_array().into_iter().flatten();
+            all.filter_map(Value::as_str).map(str::to_owned).collect()
+        };
+        let extra = info["extra"].as_object().into_iter().flatten();
+        Self {
+            name: text("username"),
+            uid: text("uid"),
+            groups: list(&info["groups"]),
+            extra: extra.map(|(key, all)| (key.clone(), list(all))).collect(),
+        }
+    }
+
     /// As reviews have it.
     pub fn to_json(&self) -> Value {
         let mut user = json!({"username": self.name, "groups": self.groups});
@@ -96,4 +113,28 @@ pub struct Attributes {
     pub name: String,
     /// Of what is no resource.
     pub path: String,
+}
+
+impl Attributes {
+    /// What a request to a resource would do.
+    pub fn of(verb: Verb, path: &Path, query: &[(String, String)]) -> Self {
+        // A list or watch of one name is judged by that name.
+        let selector = query.iter().find(|(n, _)| n == "fieldSelector").map(|(_, v)| &**v);
+        let named =
+            selector.and_then(|s| s.strip_prefix("metadata.name=")).filter(|n| !n.contains(','));
+        let name = match (&*path.name, named) {
+            ("", Some(named)) => named.to_owned(),
+            (name, _) => name.to_owned(),
+        };
+        Self {
+            verb: verb.name().into(),
+            group: path.group.clone(),
+            version: path.version.clone(),
+            resource: path.resource.clone(),
+            subresource: path.subresource.clone(),
+            namespace: path.namespace.clone(),
+            name,
+            path: String::new(),
+        }
+    }
 }

@@ -19,11 +19,23 @@ pub type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
 /// Bytes of a request's body, at most: as Kubernetes has it.
 pub const MOST: usize = 3 << 20;
 
+/// Reads the body of a request of at most [`MOST`] bytes.
+///
+/// # Errors
+/// 413 when it is larger, 400 when it breaks off.
+pub async fn read<B>(body: B) -> Result<Bytes, Failure>
+where
+    B: Body<Data = Bytes>,
+    B::Error: std::fmt::Display,
+{
+    read_up_to(body, MOST).await
+}
+
 /// Reads the body of a request.
 ///
 /// # Errors
-/// 413 when it is larger than [`MOST`], 400 when it breaks off.
-pub async fn read<B>(body: B) -> Result<Bytes, Failure>
+/// 413 when it is larger than `most`, 400 when it breaks off.
+pub async fn read_up_to<B>(body: B, most: usize) -> Result<Bytes, Failure>
 where
     B: Body<Data = Bytes>,
     B::Error: std::fmt::Display,
@@ -33,8 +45,8 @@ where
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|e| Failure::bad_request(format!("the body broke off: {e}")))?;
         let Ok(data) = frame.into_data() else { continue };
-        if all.len() + data.len() > MOST {
-            return Err(Failure::too_large(MOST));
+        if all.len() + data.len() > most {
+            return Err(Failure::too_large(most));
         }
         all.extend_from_slice(&data);
     }

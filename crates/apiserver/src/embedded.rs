@@ -93,6 +93,7 @@ impl Server {
         first_objects(&api.as_user(User::new("system:apiserver", &[MASTERS]))).await?;
         let (mut housekeeping, mut serving) = (JoinSet::new(), JoinSet::new());
         housekeeping::start(&api, pki.authority(), &mut housekeeping);
+        let (_, tls) = watch::channel(tls);
         serving.spawn(server::serve(api.clone(), listener, tls, ends));
         Ok(Self { api, address, pki, ending, housekeeping, serving })
     }

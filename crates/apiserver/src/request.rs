@@ -138,7 +138,10 @@ pub fn query(text: &str) -> Result<Vec<(String, String)>, Failure> {
 }
 
 /// Without percent signs (RFC 3986).
-fn decoded(text: &str) -> Result<String, Failure> {
+///
+/// # Errors
+/// 400 when it is no text.
+pub fn decoded(text: &str) -> Result<String, Failure> {
     if !text.contains('%') {
         return Ok(text.to_owned());
     }

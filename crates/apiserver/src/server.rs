@@ -2,12 +2,14 @@
 
 use crate::api::Api;
 use crate::auth::User;
+use crate::body::Answer;
 use http::Request;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::server::conn::auto;
 use rustls::ServerConfig;
+use rustls::pki_types::CertificateDer;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,14 +27,46 @@ const FAREWELL: Duration = Duration::from_secs(5);
 /// A listener that cannot accept, for want of descriptors, tries again after this.
 const RELIEF: Duration = Duration::from_millis(100);
 
-/// Serves until `ending` turns true, and then until no request is under way.
-pub async fn serve(
-    api: Api,
+/// What answers requests.
+pub trait Service: Clone + Send + Sync + 'static {
+    /// Who is at the other end of a connection.
+    type Peer: Clone + Send + Sync + 'static;
+
+    /// Who that is, by a certificate that TLS has verified.
+    fn peer(&self, certificate: &CertificateDer<'_>) -> Option<Self::Peer>;
+
+    /// Answers a request.
+    fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: Option<Self::Peer>,
+    ) -> impl Future<Output = Answer> + Send;
+}
+
+impl Service for Api {
+    type Peer = Arc<User>;
+
+    fn peer(&self, certificate: &CertificateDer<'_>) -> Option<Arc<User>> {
+        User::of_certificate(certificate).map(Arc::new)
+    }
+
+    fn answer(
+        &self,
+        request: Request<Incoming>,
+        peer: Option<Arc<User>>,
+    ) -> impl Future<Output = Answer> + Send {
+        self.answer(request, peer)
+    }
+}
+
+/// Serves until `ending` turns true, and then until no request is under way. Each connection is
+/// made with the `tls` of its time.
+pub async fn serve<S: Service>(
+    service: S,
     listener: TcpListener,
-    tls: Arc<ServerConfig>,
+    tls: watch::Receiver<Arc<ServerConfig>>,
     mut ending: watch::Receiver<bool>,
 ) {
-    let acceptor = TlsAcceptor::from(tls);
     let room = Arc::new(Semaphore::new(CONNECTIONS));
     let mut connections = JoinSet::new();
     loop {
@@ -45,7 +79,8 @@ pub async fn serve(
         };
         match accepted {
             Ok((stream, from)) => {
-                let connection = connection(api.clone(), acceptor.clone(), stream, ending.clone());
+                let acceptor = TlsAcceptor::from(tls.borrow().clone());
+                let connection = connection(service.clone(), acceptor, stream, ending.clone());
                 connections.spawn(async move {
                     if let Err(error) = connection.await {
                         tracing::debug!(%from, error, "a connection ended");
@@ -65,8 +100,8 @@ pub async fn serve(
     connections.shutdown().await;
 }
 
-async fn connection(
-    api: Api,
+async fn connection<S: Service>(
+    service: S,
     acceptor: TlsAcceptor,
     stream: TcpStream,
     mut ending: watch::Receiver<bool>,
@@ -78,10 +113,10 @@ async fn connection(
         .map_err(|_| "no handshake in time".to_owned())?
         .map_err(|e| e.to_string())?;
     let certificate = stream.get_ref().1.peer_certificates().and_then(|all| all.first());
-    let user = certificate.and_then(|c| User::of_certificate(c)).map(Arc::new);
+    let peer = certificate.and_then(|c| service.peer(c));
     let service = service_fn(move |request: Request<Incoming>| {
-        let (api, user) = (api.clone(), user.clone());
-        async move { Ok::<_, Infallible>(api.answer(request, user).await) }
+        let (service, peer) = (service.clone(), peer.clone());
+        async move { Ok::<_, Infallible>(service.answer(request, peer).await) }
     });
     let mut builder = auto::Builder::new(TokioExecutor::new());
     builder.http1().timer(TokioTimer::new()).header_read_timeout(PATIENCE);

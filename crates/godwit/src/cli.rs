@@ -1,7 +1,7 @@
 //! What can be said on the command line.
 
 use crate::view::Output;
-use crate::{cluster, host, importing, moving, roles};
+use crate::{cluster, deploy, host, importing, moving, roles, serving};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mover::codec::Compression;
@@ -52,6 +52,11 @@ pub enum Command {
     Status(Status),
     /// Let a VM shut itself down.
     Shutdown(Shutdown),
+    /// Answer for a cluster whose API server is not Godwit's: judge what is written of VMs, and
+    /// do what is asked of them.
+    Api(ApiRole),
+    /// Print the manifests that put Godwit on a Kubernetes cluster.
+    Deploy(Deploy),
     /// Become another program that ends with its parent.
     #[command(hide = true)]
     Exec {
@@ -541,6 +546,35 @@ pub struct Shutdown {
     pub grace: u64,
 }
 
+/// `godwit api`
+#[derive(Debug, Args)]
+pub struct ApiRole {
+    /// The address to listen on.
+    #[arg(long)]
+    pub listen: SocketAddr,
+    /// The cluster; default: $KUBECONFIG, or the one that this runs in.
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
+    /// Folder of the CA that vouches for it and for the handlers, as `godwit host --ca` makes it.
+    #[arg(long)]
+    pub identity: PathBuf,
+}
+
+/// `godwit deploy`
+#[derive(Debug, Args)]
+pub struct Deploy {
+    /// The image with this program.
+    #[arg(long)]
+    pub image: String,
+    /// Folder of the CA that vouches for Godwit's parts to each other; made if there is none.
+    /// Without it, the CA is new, and known from the manifests alone.
+    #[arg(long)]
+    pub ca: Option<PathBuf>,
+    /// The name of the cluster that a new CA is for.
+    #[arg(long, default_value = "godwit")]
+    pub cluster: String,
+}
+
 /// Carries a command out.
 ///
 /// # Errors
@@ -568,6 +602,8 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Status(arguments) => cluster::list(arguments.dir.as_deref(), arguments.output),
         Command::Shutdown(arguments) => host::shutdown(&arguments).await,
         Command::Import => importing::run().await,
+        Command::Api(arguments) => serving::run(arguments).await,
+        Command::Deploy(arguments) => deploy::print(&arguments),
         // Handled before there is a runtime.
         Command::Exec { .. } | Command::Confine { .. } | Command::PodProcess { .. } => {
             Ok(ExitCode::FAILURE)

@@ -10,6 +10,8 @@ mod kvm;
 mod nodes;
 mod vms;
 
+pub use guests::Handlers;
+
 use crate::cli;
 use crate::view::Output;
 use anyhow::{Context, Result, bail};

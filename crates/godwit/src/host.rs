@@ -16,20 +16,28 @@ pub const IDENTITY: &str = "identity";
 /// Certificates of this stage are renewed by hand, with `godwit host`.
 const VALIDITY: Duration = Duration::from_secs(365 * 24 * 3600);
 
+/// The CA of a folder; made if there is none.
+///
+/// # Errors
+/// When it cannot be used.
+pub fn authority(folder: &Path, cluster: &str) -> Result<Ca> {
+    match Ca::load(folder) {
+        Ok(ca) => Ok(ca),
+        Err(_) if !folder.exists() => {
+            let ca = Ca::create(cluster)?;
+            ca.save(folder)?;
+            Ok(ca)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Makes a folder a host.
 ///
 /// # Errors
 /// When the CA or the folder cannot be used.
 pub fn init(arguments: &cli::Host) -> Result<ExitCode> {
-    let ca = match Ca::load(&arguments.ca) {
-        Ok(ca) => ca,
-        Err(_) if !arguments.ca.exists() => {
-            let ca = Ca::create(&arguments.cluster)?;
-            ca.save(&arguments.ca)?;
-            ca
-        }
-        Err(error) => return Err(error.into()),
-    };
+    let ca = authority(&arguments.ca, &arguments.cluster)?;
     let id = SpiffeId::new(ca.cluster(), Role::Handler, &arguments.name)?;
     let folder = arguments.dir.join(IDENTITY);
     std::fs::create_dir_all(&folder)

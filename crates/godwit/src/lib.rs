@@ -2,10 +2,13 @@
 
 pub mod cli;
 mod cluster;
+mod deploy;
 mod host;
 mod importing;
 mod moving;
+mod rights;
 mod roles;
+mod serving;
 mod uploading;
 pub mod view;
 mod vms;
@@ -42,7 +45,10 @@ pub fn main() -> ExitCode {
     #[expect(clippy::disallowed_methods, reason = "reqwest and oci-client take no other")]
     let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
     let runtime = match &arguments.command {
-        cli::Command::Up(_) | cli::Command::Controller(_) | cli::Command::Handler(_) => {
+        cli::Command::Up(_)
+        | cli::Command::Api(_)
+        | cli::Command::Controller(_)
+        | cli::Command::Handler(_) => {
             tokio::runtime::Builder::new_multi_thread().enable_all().build()
         }
         // One thread: QEMU dies with the thread that started it, and a launcher stays small.

@@ -67,18 +67,20 @@ impl Denied {
     }
 }
 
+/// What is judged: groups, resources and their kinds.
+pub const KINDS: [(&str, &str, &str); 7] = [
+    (api::KUBEVIRT, "virtualmachines", "VirtualMachine"),
+    (api::KUBEVIRT, "virtualmachineinstances", "VirtualMachineInstance"),
+    (api::KUBEVIRT, "virtualmachineinstancemigrations", "VirtualMachineInstanceMigration"),
+    (api::KUBEVIRT, "kubevirts", "KubeVirt"),
+    ("migrations.kubevirt.io", "migrationpolicies", "MigrationPolicy"),
+    (api::CDI, "datavolumes", "DataVolume"),
+    ("godwit.dev", "ownerrecords", "OwnerRecord"),
+];
+
 /// The kind of a resource that is judged; None of others.
 pub fn kind(group: &str, resource: &str) -> Option<&'static str> {
-    Some(match (group, resource) {
-        (api::KUBEVIRT, "virtualmachines") => "VirtualMachine",
-        (api::KUBEVIRT, "virtualmachineinstances") => "VirtualMachineInstance",
-        (api::KUBEVIRT, "virtualmachineinstancemigrations") => "VirtualMachineInstanceMigration",
-        (api::KUBEVIRT, "kubevirts") => "KubeVirt",
-        ("migrations.kubevirt.io", "migrationpolicies") => "MigrationPolicy",
-        (api::CDI, "datavolumes") => "DataVolume",
-        ("godwit.dev", "ownerrecords") => "OwnerRecord",
-        _ => return None,
-    })
+    KINDS.iter().find(|(g, r, _)| (*g, *r) == (group, resource)).map(|(.., kind)| *kind)
 }
 
 /// Fills in what a new object does not say. It may be of any shape: it is judged only afterwards.

@@ -8,13 +8,18 @@
 //! ```
 //!
 //! Admission and the decisions of subresources are pure; [`WebApi`] reads what they need and writes
-//! what they decide, as a client of the API with rights of its own.
+//! what they decide, as a client of the API with rights of its own. It is an extension of an
+//! embedded API; other API servers reach it through [`server`], and know of it by [`registration`].
 
 pub mod admission;
+mod aggregator;
 pub mod metrics;
+pub mod registration;
 mod roles;
+pub mod server;
 mod settings;
 mod subresources;
+mod webhooks;
 
 use admission::Facts;
 use api::migration::VirtualMachineInstanceMigration;

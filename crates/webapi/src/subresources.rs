@@ -23,7 +23,7 @@ use std::collections::BTreeMap;
 pub use console::Consoles;
 
 /// All versions are the same.
-const VERSIONS: [&str; 2] = ["v1", "v1alpha3"];
+pub const VERSIONS: [&str; 2] = ["v1", "v1alpha3"];
 /// Options are a few words.
 const MOST: usize = 64 << 10;
 /// Tries of a write that others always outrun.

@@ -4,6 +4,7 @@
 
 use super::{Attributes, MASTERS, User};
 use crate::meta;
+use crate::status::{Failure, Subject};
 use serde_json::Value;
 use std::collections::BTreeMap;
 
@@ -309,8 +310,20 @@ fn is_subject(subject: &Value, user: &User, place: &str) -> bool {
     }
 }
 
+/// 403: a user may not do this.
+pub fn denied(user: &User, what: &Attributes, reason: &str) -> Failure {
+    let why = refusal(user, what, reason);
+    if what.resource.is_empty() {
+        let subject = Subject { group: "", kind: "", name: &what.path };
+        let message = format!("forbidden: {why}");
+        return Failure { message, ..Failure::forbidden(subject, &why) };
+    }
+    let subject = Subject { group: &what.group, kind: &what.resource, name: &what.name };
+    Failure::forbidden(subject, &why)
+}
+
 /// The text of a refusal, as Kubernetes has it.
-pub fn refusal(user: &User, what: &Attributes, reason: &str) -> String {
+fn refusal(user: &User, what: &Attributes, reason: &str) -> String {
     let who = &user.name;
     let mut text = if what.resource.is_empty() {
         format!("User {who:?} cannot {} path {:?}", what.verb, what.path)

@@ -147,6 +147,36 @@ impl Ca {
     }
 }
 
+impl Ca {
+    /// A new key and a certificate for a server of this cluster that others than Godwit ask, by
+    /// these DNS names and addresses: chain and key, both PEM. It carries no SPIFFE id, so that it
+    /// is nobody to a peer.
+    pub fn issue_server(
+        &self,
+        names: &[String],
+        validity: Duration,
+    ) -> Result<(String, String), Error> {
+        let key = KeyPair::generate().map_err(Error::Generate)?;
+        let mut params = CertificateParams::new(names).map_err(Error::Generate)?;
+        params.distinguished_name = DistinguishedName::new();
+        let name = names.first().map(String::as_str).unwrap_or_default();
+        params.distinguished_name.push(DnType::CommonName, clipped_name(name));
+        let from = SystemTime::now() - SKEW;
+        (params.not_before, params.not_after) = (from.into(), (from + SKEW + validity).into());
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth];
+        params.use_authority_key_identifier_extension = true;
+        let certificate = params.signed_by(&key, &self.issuer).map_err(Error::Generate)?;
+        Ok((certificate.pem(), key.serialize_pem()))
+    }
+
+    /// Its key, PEM: for who keeps it elsewhere than in a folder.
+    pub fn key_pem(&self) -> String {
+        self.issuer.key().serialize_pem()
+    }
+}
+
 impl fmt::Debug for Ca {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Ca({})", self.cluster)
@@ -161,14 +191,18 @@ fn params(
 ) -> Result<CertificateParams, Error> {
     let mut params = CertificateParams::default();
     params.distinguished_name = DistinguishedName::new();
-    // X.509 bounds a common name to 64 characters.
-    params.distinguished_name.push(DnType::CommonName, name.chars().take(64).collect::<String>());
+    params.distinguished_name.push(DnType::CommonName, clipped_name(name));
     params.subject_alt_names =
         vec![SanType::URI(uri.to_owned().try_into().map_err(Error::Generate)?)];
     let since_epoch = from.duration_since(UNIX_EPOCH).unwrap_or_default();
     params.not_before = date_time_ymd(1970, 1, 1) + since_epoch;
     params.not_after = params.not_before + validity;
     Ok(params)
+}
+
+/// X.509 bounds a common name to 64 characters.
+fn clipped_name(name: &str) -> String {
+    name.chars().take(64).collect()
 }
 
 /// A process's credentials: its certificate chain, leaf first, and its key.

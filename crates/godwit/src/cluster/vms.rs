@@ -7,6 +7,7 @@ use super::guests::Handlers;
 use super::kubeconfig::{self, Access};
 use super::kvm;
 use super::nodes::client;
+use crate::rights;
 use anyhow::{Context, Result, anyhow};
 use apiserver::embedded::Server;
 use channel::identity::{Credentials, Role, SpiffeId};
@@ -70,16 +71,25 @@ impl Vms {
             "apiVersion": "v1", "kind": "Namespace", "metadata": {"name": api::NAMESPACE},
         });
         api.ensure("/api/v1/namespaces", &namespace).await.map_err(failed)?;
-        for (path, object) in roles() {
-            replace(&api, path, &object).await.map_err(failed).context("cannot make the roles")?;
+        let roles = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
+        for role in [rights::controller(), rights::handler()].into_iter().chain(webapi::roles()) {
+            replace(&api, roles, &role).await.map_err(failed).context("cannot make the roles")?;
         }
-        for role in webapi::roles() {
-            let path = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
-            replace(&api, path, &role).await.map_err(failed).context("cannot make the roles")?;
+        let bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
+        let own = [
+            rights::bind(rights::CONTROLLER, rights::account(rights::CONTROLLER)),
+            rights::bind(rights::HANDLER, rights::group(HANDLERS)),
+        ];
+        for binding in own.into_iter().chain(webapi::bindings()) {
+            replace(&api, bindings, &binding)
+                .await
+                .map_err(failed)
+                .context("cannot make the roles")?;
         }
-        for binding in webapi::bindings() {
-            let path = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
-            replace(&api, path, &binding).await.map_err(failed).context("cannot make the roles")?;
+        let rights = "/apis/rbac.authorization.k8s.io/v1/namespaces/kubevirt";
+        for (kind, object) in [("roles", rights::leads()), ("rolebindings", rights::bind_leads())] {
+            let path = format!("{rights}/{kind}");
+            replace(&api, &path, &object).await.map_err(failed).context("cannot make the roles")?;
         }
         let cluster = folder.file_name().and_then(|n| n.to_str()).unwrap_or("local").to_owned();
         let mut certificates = Certificates::open(&folder.join("ca"), &cluster)?;
@@ -257,57 +267,4 @@ async fn settings(api: &Api) -> Result<(), Failure> {
         },
     });
     api.ensure(path, &settings).await
-}
-
-/// What controllers and handlers may do.
-fn roles() -> Vec<(&'static str, Value)> {
-    const READ: [&str; 3] = ["get", "list", "watch"];
-    let rule = |groups: &[&str], resources: &[&str], verbs: &[&str]| json!({"apiGroups": groups, "resources": resources, "verbs": verbs});
-    let own = ["kubevirt.io", "cdi.kubevirt.io", "godwit.dev", "migrations.kubevirt.io"];
-    let controller = vec![
-        rule(&own, &["*"], &["*"]),
-        rule(&[""], &["pods", "persistentvolumeclaims"], &["*"]),
-        rule(&[""], &["pods/log"], &["get"]),
-        rule(&[""], &["events"], &["create", "patch"]),
-        rule(&[""], &["nodes"], &READ),
-        rule(&[""], &["secrets", "configmaps", "services"], &["get", "create", "patch", "delete"]),
-        rule(&["storage.k8s.io"], &["storageclasses"], &READ),
-        rule(&["coordination.k8s.io"], &["leases"], &["get", "create", "update"]),
-    ];
-    let handler = vec![
-        rule(&["kubevirt.io"], &["virtualmachineinstances", "kubevirts"], &READ),
-        rule(&["kubevirt.io"], &["virtualmachineinstances/status"], &["patch"]),
-        rule(&["godwit.dev"], &["ownerrecords"], &READ),
-        rule(&["godwit.dev"], &["ownerrecords/status"], &["patch"]),
-        rule(&[""], &["pods", "persistentvolumeclaims"], &READ),
-        rule(&[""], &["nodes"], &["get", "patch"]),
-        rule(&[""], &["events"], &["create", "patch"]),
-        rule(&[""], &["secrets", "configmaps"], &["get"]),
-    ];
-    let role = |name: &str, rules: Vec<Value>| {
-        let role = json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
-            "metadata": {"name": name}, "rules": rules,
-        });
-        ("/apis/rbac.authorization.k8s.io/v1/clusterroles", role)
-    };
-    let bind = |name: &str, subject: Value| {
-        let binding = json!({
-            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
-            "metadata": {"name": name}, "subjects": [subject],
-            "roleRef": {"apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole", "name": name},
-        });
-        ("/apis/rbac.authorization.k8s.io/v1/clusterrolebindings", binding)
-    };
-    let account = json!({
-        "kind": "ServiceAccount", "namespace": api::NAMESPACE, "name": "godwit-controller",
-    });
-    let handlers =
-        json!({"kind": "Group", "apiGroup": "rbac.authorization.k8s.io", "name": HANDLERS});
-    vec![
-        role("godwit:controller", controller),
-        role("godwit:handler", handler),
-        bind("godwit:controller", account),
-        bind("godwit:handler", handlers),
-    ]
 }

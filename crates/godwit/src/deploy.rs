@@ -1,0 +1,288 @@
+//! `godwit deploy`: the manifests that put Godwit on a Kubernetes cluster.
+
+use crate::{cli, host, rights};
+use anyhow::Result;
+use api::NAMESPACE;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use channel::identity::Ca;
+use serde_json::{Value, json};
+use std::io::Write;
+use std::process::ExitCode;
+use uuid::Uuid;
+use webapi::registration::{PORT, SERVICE};
+
+/// The Secret with Godwit's CA.
+const SECRET: &str = "godwit-ca";
+/// Where pods have it.
+const CA: &str = "/etc/godwit/ca";
+/// The handlers' folder, on the node and in their pods.
+const FOLDER: &str = "/var/run/godwit";
+/// The API role's port in its pods.
+const LISTEN: u16 = 8443;
+/// The handlers' gateway, on every node.
+const GATEWAY: u16 = 8186;
+
+/// Prints them.
+///
+/// # Errors
+/// When the CA cannot be used, or nothing can be printed.
+pub fn print(arguments: &cli::Deploy) -> Result<ExitCode> {
+    let ca = match &arguments.ca {
+        Some(folder) => host::authority(folder, &arguments.cluster)?,
+        None => Ca::create(&arguments.cluster)?,
+    };
+    let mut out = std::io::stdout().lock();
+    for object in manifests(&arguments.image, &ca) {
+        writeln!(out, "---\n{}", serde_saphyr::to_string(&object)?.trim_end())?;
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// All objects, in the order in which they are needed.
+fn manifests(image: &str, ca: &Ca) -> Vec<Value> {
+    let deployment = Deployment { image, ca };
+    let mut all = vec![json!({
+        "apiVersion": "v1", "kind": "Namespace",
+        // Handlers see the node's processes and network.
+        "metadata": {"name": NAMESPACE, "labels": {"pod-security.kubernetes.io/enforce": "privileged"}},
+    })];
+    all.extend(api::crds());
+    all.extend(roles());
+    all.push(deployment.secret());
+    all.push(service());
+    all.extend([deployment.api(), deployment.controller(), deployment.handler()]);
+    all.push(json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "KubeVirt",
+        "metadata": {"name": "kubevirt", "namespace": NAMESPACE},
+        "spec": {
+            "configuration": {"vmRolloutStrategy": "LiveUpdate"},
+            "workloadUpdateStrategy": {"workloadUpdateMethods": ["LiveMigrate"]},
+        },
+    }));
+    all
+}
+
+fn roles() -> Vec<Value> {
+    let mut all = webapi::roles();
+    all.extend(webapi::bindings());
+    all.extend([rights::controller(), rights::handler(), rights::api()]);
+    for part in [rights::CONTROLLER, rights::HANDLER, rights::API] {
+        let account = rights::account(part);
+        all.push(json!({
+            "apiVersion": "v1", "kind": "ServiceAccount",
+            "metadata": {"name": account["name"], "namespace": NAMESPACE},
+        }));
+        all.push(rights::bind(part, account));
+    }
+    all.push(rights::asks_who_aggregates());
+    all.push(rights::leads());
+    all.push(rights::bind_leads());
+    all
+}
+
+fn service() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": SERVICE, "namespace": NAMESPACE, "labels": labels(SERVICE)},
+        "spec": {
+            "selector": {"kubevirt.io": SERVICE},
+            "ports": [{"name": "https", "port": PORT, "targetPort": LISTEN, "protocol": "TCP"}],
+        },
+    })
+}
+
+fn labels(name: &str) -> Value {
+    json!({"kubevirt.io": name, "app.kubernetes.io/managed-by": "godwit"})
+}
+
+/// What is run, and who vouches for it.
+struct Deployment<'a> {
+    image: &'a str,
+    ca: &'a Ca,
+}
+
+impl Deployment<'_> {
+    fn secret(&self) -> Value {
+        let (certificate, key) = (self.ca.certificate_pem(), self.ca.key_pem());
+        json!({
+            "apiVersion": "v1", "kind": "Secret", "type": "Opaque",
+            "metadata": {"name": SECRET, "namespace": NAMESPACE},
+            "data": {"ca.crt": STANDARD.encode(certificate), "ca.key": STANDARD.encode(key)},
+        })
+    }
+
+    /// A workload; its pods are replaced when the CA is.
+    fn workload(&self, kind: &str, name: &str, mut pod: Value) -> Value {
+        let ca = Uuid::new_v5(&Uuid::NAMESPACE_OID, self.ca.certificate_pem().as_bytes());
+        pod["priorityClassName"] = "system-cluster-critical".into();
+        json!({
+            "apiVersion": "apps/v1", "kind": kind,
+            "metadata": {"name": name, "namespace": NAMESPACE, "labels": labels(name)},
+            "spec": {
+                "selector": {"matchLabels": {"kubevirt.io": name}},
+                "template": {
+                    "metadata": {"labels": labels(name), "annotations": {"godwit.dev/ca": ca}},
+                    "spec": pod,
+                },
+            },
+        })
+    }
+
+    fn container(&self, name: &str, command: Value) -> Value {
+        json!({
+            "name": name, "image": self.image, "command": command,
+            // A user of its own could not read the CA's key: that is closed to all but its owner.
+            "securityContext": {
+                "allowPrivilegeEscalation": false, "readOnlyRootFilesystem": true,
+                "capabilities": {"drop": ["ALL"]}, "seccompProfile": {"type": "RuntimeDefault"},
+            },
+            "resources": {"requests": {"cpu": "10m", "memory": "64Mi"}},
+        })
+    }
+
+    fn api(&self) -> Value {
+        let listen = format!("0.0.0.0:{LISTEN}");
+        let command = json!(["godwit", "api", "--listen", listen, "--identity", CA]);
+        let mut container = self.container(SERVICE, command);
+        container["ports"] = json!([{"name": "https", "containerPort": LISTEN}]);
+        container["volumeMounts"] = mounts();
+        container["readinessProbe"] =
+            json!({"httpGet": {"scheme": "HTTPS", "port": LISTEN, "path": "/healthz"}});
+        let pod = json!({
+            "serviceAccountName": "godwit-api", "containers": [container], "volumes": [volume()],
+        });
+        let mut workload = self.workload("Deployment", SERVICE, pod);
+        workload["spec"]["replicas"] = 2.into();
+        workload
+    }
+
+    fn controller(&self) -> Value {
+        let name = "virt-controller";
+        let container = self.container(name, json!(["godwit", "controller"]));
+        let pod = json!({"serviceAccountName": "godwit-controller", "containers": [container]});
+        let mut workload = self.workload("Deployment", name, pod);
+        workload["spec"]["replicas"] = 2.into();
+        workload
+    }
+
+    /// Its identity is made before it, so that the CA's key is not where guests' files are read.
+    fn handler(&self) -> Value {
+        let name = "virt-handler";
+        let node = json!([
+            {"name": "NODE", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
+            {"name": "ADDRESS", "valueFrom": {"fieldRef": {"fieldPath": "status.hostIP"}}},
+        ]);
+        let folder = json!({"name": "godwit", "mountPath": FOLDER});
+        let issue = json!(["godwit", "host", FOLDER, "--ca", CA, "--name", "$(NODE)"]);
+        let mut init = self.container("identity", issue);
+        init["env"] = node.clone();
+        init["volumeMounts"] = mounts();
+        if let Some(mounts) = init["volumeMounts"].as_array_mut() {
+            mounts.push(folder.clone());
+        }
+        let command = json!([
+            "godwit",
+            "handler",
+            "--node",
+            "$(NODE)",
+            "--folder",
+            FOLDER,
+            "--listen",
+            format!("$(ADDRESS):{GATEWAY}"),
+            "--identity",
+            format!("{FOLDER}/identity"),
+        ]);
+        let mut container = self.container(name, command);
+        container["env"] = node;
+        container["securityContext"] = json!({"privileged": true});
+        let mut shared = folder;
+        shared["mountPropagation"] = "Bidirectional".into();
+        container["volumeMounts"] = json!([shared]);
+        let pod = json!({
+            "serviceAccountName": "godwit-handler", "hostPID": true, "hostNetwork": true,
+            "dnsPolicy": "ClusterFirstWithHostNet",
+            "tolerations": [{"operator": "Exists"}],
+            "initContainers": [init], "containers": [container],
+            "volumes": [
+                volume(),
+                {"name": "godwit", "hostPath": {"path": FOLDER, "type": "DirectoryOrCreate"}},
+            ],
+        });
+        let mut workload = self.workload("DaemonSet", name, pod);
+        workload["spec"]["template"]["spec"]["priorityClassName"] = "system-node-critical".into();
+        workload
+    }
+}
+
+fn volume() -> Value {
+    json!({"name": "ca", "secret": {"secretName": SECRET, "defaultMode": 0o400}})
+}
+
+/// Each file by itself: as a folder they would be links, which are not followed.
+fn mounts() -> Value {
+    let mount = |file: &str| {
+        json!({
+            "name": "ca", "mountPath": format!("{CA}/{file}"), "subPath": file, "readOnly": true,
+        })
+    };
+    json!([mount("ca.crt"), mount("ca.key")])
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use clap::Parser;
+
+    fn containers(objects: &[Value]) -> Vec<Value> {
+        let specs = objects.iter().map(|object| &object["spec"]["template"]["spec"]);
+        let lists = specs.flat_map(|spec| [&spec["initContainers"], &spec["containers"]]);
+        lists.filter_map(Value::as_array).flatten().cloned().collect()
+    }
+
+    #[test]
+    fn every_object_survives_yaml_and_is_named_once() {
+        let ca = Ca::create("test").unwrap();
+        let all = manifests("example.org/godwit:1", &ca);
+        let mut seen = std::collections::BTreeSet::new();
+        for object in &all {
+            let text = serde_saphyr::to_string(object).unwrap();
+            let read: Value = serde_saphyr::from_str(&text).unwrap();
+            assert_eq!(&read, object);
+            let name = &object["metadata"]["name"];
+            assert!(seen.insert(format!("{} {name}", object["kind"])), "{name} is there twice");
+        }
+        for container in containers(&all) {
+            assert_eq!(container["image"], "example.org/godwit:1");
+        }
+    }
+
+    /// The commands that this binary has; the others are checked where they are defined.
+    #[test]
+    fn what_pods_run_is_what_the_command_line_takes() {
+        let ca = Ca::create("test").unwrap();
+        let mut checked = 0;
+        for container in containers(&manifests("image", &ca)) {
+            let words = container["command"].as_array().unwrap().iter();
+            let words: Vec<&str> = words.map(|word| word.as_str().unwrap()).collect();
+            if matches!(words[1], "controller" | "handler") {
+                continue;
+            }
+            cli::Arguments::try_parse_from(words).unwrap();
+            checked += 1;
+        }
+        assert_eq!(checked, 2);
+    }
+
+    #[test]
+    fn the_ca_of_the_secret_is_one() {
+        let ca = Ca::create("test").unwrap();
+        let secret = Deployment { image: "", ca: &ca }.secret();
+        let text = |file: &str| {
+            let bytes = STANDARD.decode(secret["data"][file].as_str().unwrap()).unwrap();
+            String::from_utf8(bytes).unwrap()
+        };
+        let read = Ca::from_pem(&text("ca.crt"), &text("ca.key")).unwrap();
+        assert_eq!(read.cluster(), "test");
+    }
+}

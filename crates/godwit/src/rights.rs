@@ -1,0 +1,139 @@
+//! What Godwit's own parts may do in a cluster, whoever's it is.
+
+use serde_json::{Value, json};
+use webapi::registration::registered;
+
+/// The controllers' role, and their account.
+pub const CONTROLLER: &str = "controller";
+/// The handlers' role, and their account.
+pub const HANDLER: &str = "handler";
+/// The API role's.
+pub const API: &str = "api";
+
+const GROUP: &str = "rbac.authorization.k8s.io";
+const READ: [&str; 3] = ["get", "list", "watch"];
+
+fn rule(groups: &[&str], resources: &[&str], verbs: &[&str]) -> Value {
+    json!({"apiGroups": groups, "resources": resources, "verbs": verbs})
+}
+
+fn role(part: &str, rules: Vec<Value>) -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
+        "metadata": {"name": format!("godwit:{part}")}, "rules": rules,
+    })
+}
+
+/// What controllers may do.
+pub fn controller() -> Value {
+    let own = ["kubevirt.io", "cdi.kubevirt.io", "godwit.dev", "migrations.kubevirt.io"];
+    role(
+        CONTROLLER,
+        vec![
+            rule(&own, &["*"], &["*"]),
+            rule(&[""], &["pods", "persistentvolumeclaims"], &["*"]),
+            rule(&[""], &["pods/log"], &["get"]),
+            rule(&[""], &["events"], &["create", "patch"]),
+            rule(&[""], &["nodes"], &READ),
+            rule(
+                &[""],
+                &["secrets", "configmaps", "services"],
+                &["get", "create", "patch", "delete"],
+            ),
+            rule(&["storage.k8s.io"], &["storageclasses"], &READ),
+        ],
+    )
+}
+
+/// What handlers may do.
+pub fn handler() -> Value {
+    role(
+        HANDLER,
+        vec![
+            rule(&["kubevirt.io"], &["virtualmachineinstances", "kubevirts"], &READ),
+            rule(&["kubevirt.io"], &["virtualmachineinstances/status"], &["patch"]),
+            rule(&["godwit.dev"], &["ownerrecords"], &READ),
+            rule(&["godwit.dev"], &["ownerrecords/status"], &["patch"]),
+            rule(&[""], &["pods", "persistentvolumeclaims"], &READ),
+            rule(&[""], &["nodes"], &["get", "patch"]),
+            rule(&[""], &["events"], &["create", "patch"]),
+            rule(&[""], &["secrets", "configmaps"], &["get"]),
+        ],
+    )
+}
+
+/// What the API role may do where the API server is not ours.
+pub fn api() -> Value {
+    let vms = ["virtualmachines", "virtualmachineinstances"];
+    let statuses = ["virtualmachines/status", "virtualmachineinstances/status"];
+    let moves = ["virtualmachineinstancemigrations"];
+    let mut rules = vec![
+        rule(&["kubevirt.io"], &vms, &["get", "list", "patch"]),
+        rule(&["kubevirt.io"], &statuses, &["patch"]),
+        rule(&["kubevirt.io"], &moves, &["list", "create"]),
+        rule(&["kubevirt.io"], &["kubevirts"], &["list"]),
+        rule(&[""], &["nodes"], &["get"]),
+        rule(&["authorization.k8s.io"], &["subjectaccessreviews"], &["create"]),
+    ];
+    // Itself, and nothing else: who registers webhooks rules over all that is written.
+    rules.extend(registered().map(|(group, plural, name)| {
+        let mut rule = rule(&[group], &[&plural], &["get", "create", "patch"]);
+        rule["resourceNames"] = json!([name]);
+        rule
+    }));
+    role(API, rules)
+}
+
+/// A part's account, as a subject.
+pub fn account(part: &str) -> Value {
+    json!({
+        "kind": "ServiceAccount", "namespace": api::NAMESPACE, "name": format!("godwit-{part}"),
+    })
+}
+
+/// A group, as a subject.
+pub fn group(name: &str) -> Value {
+    json!({"kind": "Group", "apiGroup": GROUP, "name": name})
+}
+
+/// Gives a subject a part's role.
+pub fn bind(part: &str, subject: Value) -> Value {
+    let name = format!("godwit:{part}");
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+        "metadata": {"name": name}, "subjects": [subject],
+        "roleRef": {"apiGroup": GROUP, "kind": "ClusterRole", "name": name},
+    })
+}
+
+/// Lets the API role read who speaks for the cluster's users: a role that every cluster has.
+pub fn asks_who_aggregates() -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
+        "metadata": {"name": "godwit:api", "namespace": "kube-system"},
+        "subjects": [account(API)],
+        "roleRef": {
+            "apiGroup": GROUP, "kind": "Role",
+            "name": "extension-apiserver-authentication-reader",
+        },
+    })
+}
+
+/// Lets controllers agree on the one that writes.
+pub fn leads() -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role",
+        "metadata": {"name": "godwit:controller", "namespace": api::NAMESPACE},
+        "rules": [rule(&["coordination.k8s.io"], &["leases"], &["get", "create", "update", "patch"])],
+    })
+}
+
+/// Gives that to controllers.
+pub fn bind_leads() -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
+        "metadata": {"name": "godwit:controller", "namespace": api::NAMESPACE},
+        "subjects": [account(CONTROLLER)],
+        "roleRef": {"apiGroup": GROUP, "kind": "Role", "name": "godwit:controller"},
+    })
+}

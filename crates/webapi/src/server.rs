@@ -1,0 +1,273 @@
+//! The API role's server, for clusters whose API server is not ours.
+//!
+//! ```text
+//! API server --> /mutate, /validate           -> webhooks
+//!            --> /apis/subresources.kubevirt.io -> aggregator: who asks -> may they -> subresources
+//! kubelet, Prometheus --> /healthz, /metrics
+//! ```
+//!
+//! Webhooks are answered whoever asks: an answer changes nothing.
+
+use crate::aggregator::Aggregator;
+use crate::{WebApi, failure, webhooks};
+use apiserver::auth::{Attributes, MASTERS, User, rbac};
+use apiserver::body::{self, Answer};
+use apiserver::extension::{self, Extension};
+use apiserver::request::{Info, Path, Verb, query};
+use apiserver::server::{self, Service};
+use apiserver::status::Failure;
+use http::request::Parts;
+use http::{Method, Request, StatusCode};
+use hyper::body::Incoming;
+use kube::Client;
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::server::WebPkiClientVerifier;
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+/// What the cluster says of its aggregators is read so often.
+const LOOK: Duration = Duration::from_secs(60);
+
+/// Why there is no server.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Whom to believe is not known.
+    #[error(
+        "it cannot be read who speaks for the cluster's users; bind the role \
+             extension-apiserver-authentication-reader of kube-system to this account"
+    )]
+    Aggregator(#[source] Failure),
+    /// The certificate or its key is none.
+    #[error("the serving certificate cannot be used: {0}")]
+    Certificate(String),
+}
+
+/// What the server proves itself with: both PEM.
+#[derive(Debug, Clone)]
+pub struct Credential {
+    /// The certificate, and those that vouch for it.
+    pub chain: String,
+    /// Its key.
+    pub key: String,
+}
+
+/// What it is run with.
+pub struct Config {
+    /// What is served.
+    pub web: Arc<WebApi>,
+    /// A client that may ask what others may do, and read what the cluster says of aggregators.
+    pub client: Client,
+    /// Where.
+    pub listener: TcpListener,
+    /// The credential, as it is renewed.
+    pub credential: watch::Receiver<Credential>,
+    /// Turns true at the end.
+    pub ending: watch::Receiver<bool>,
+}
+
+/// Serves until its end.
+///
+/// # Errors
+/// When it cannot begin.
+pub async fn run(config: Config) -> Result<(), Error> {
+    let Config { web, client, listener, mut credential, ending } = config;
+    let first = Aggregator::read(&client).await.map_err(Error::Aggregator)?;
+    let (tls, configured) = watch::channel(tls(&first, &credential.borrow_and_update())?);
+    let (believed, aggregator) = watch::channel(Arc::new(first));
+    let site = Site { web, client: client.clone(), aggregator };
+    tokio::select! {
+        () = server::serve(site, listener, configured, ending) => {}
+        () = follow(&client, credential, &tls, &believed) => {}
+    }
+    Ok(())
+}
+
+/// Keeps what TLS is made of as the cluster and the credential have it. Never ends.
+async fn follow(
+    client: &Client,
+    mut credential: watch::Receiver<Credential>,
+    tls_of_new: &watch::Sender<Arc<ServerConfig>>,
+    believed: &watch::Sender<Arc<Aggregator>>,
+) {
+    loop {
+        // A credential that is never renewed has a sender that is gone.
+        let renewed = async {
+            if credential.changed().await.is_err() {
+                std::future::pending::<()>().await;
+            }
+        };
+        let _ = tokio::time::timeout(LOOK, renewed).await;
+        let made = match Aggregator::read(client).await {
+            Ok(now) => tls(&now, &credential.borrow()).map(|tls| (now, tls)),
+            Err(failure) => Err(Error::Aggregator(failure)),
+        };
+        match made {
+            Ok((now, tls)) => {
+                believed.send_replace(Arc::new(now));
+                tls_of_new.send_replace(tls);
+            }
+            // What was right a minute ago is better than nothing.
+            Err(error) => tracing::warn!(why = ?error, "TLS stays as it was: {error}"),
+        }
+    }
+}
+
+fn tls(aggregator: &Aggregator, credential: &Credential) -> Result<Arc<ServerConfig>, Error> {
+    let wrong = |why: &dyn std::fmt::Display| Error::Certificate(why.to_string());
+    let chain = CertificateDer::pem_slice_iter(credential.chain.as_bytes());
+    let chain = chain.collect::<Result<Vec<_>, _>>().map_err(|error| wrong(&error))?;
+    let key =
+        PrivateKeyDer::from_pem_slice(credential.key.as_bytes()).map_err(|error| wrong(&error))?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let builder = ServerConfig::builder_with_provider(provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(|error| wrong(&error))?;
+    let builder = match aggregator.roots().map_err(Error::Aggregator)? {
+        Some(roots) => {
+            let verifier = WebPkiClientVerifier::builder_with_provider(roots.into(), provider)
+                .allow_unauthenticated()
+                .build()
+                .map_err(|error| wrong(&error))?;
+            builder.with_client_cert_verifier(verifier)
+        }
+        None => builder.with_no_client_auth(),
+    };
+    let mut config = builder.with_single_cert(chain, key).map_err(|error| wrong(&error))?;
+    config.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
+
+/// What answers.
+#[derive(Clone)]
+struct Site {
+    web: Arc<WebApi>,
+    client: Client,
+    aggregator: watch::Receiver<Arc<Aggregator>>,
+}
+
+impl Service for Site {
+    /// An aggregator.
+    type Peer = ();
+
+    fn peer(&self, certificate: &CertificateDer<'_>) -> Option<()> {
+        self.aggregator.borrow().is(certificate).then_some(())
+    }
+
+    async fn answer(&self, request: Request<Incoming>, aggregator: Option<()>) -> Answer {
+        let (head, sent) = request.into_parts();
+        let answer = match (head.method.as_str(), head.uri.path()) {
+            ("POST", "/mutate") => self.mutate(sent).await,
+            ("POST", "/validate") => self.validate(sent).await,
+            ("GET", "/healthz" | "/livez" | "/readyz") => Ok(text("ok".into())),
+            ("GET", "/metrics") => self.web.metrics().await.map(text),
+            _ => match aggregator.and_then(|()| self.aggregator.borrow().user(&head.headers)) {
+                Some(user) => self.pass_on(head, sent, user).await,
+                None => Err(Failure::unauthorized()),
+            },
+        };
+        answer.unwrap_or_else(|failure| body::failure(&failure))
+    }
+}
+
+fn text(text: String) -> Answer {
+    body::answer(StatusCode::OK, "text/plain; version=0.0.4; charset=utf-8", text)
+}
+
+impl Site {
+    async fn mutate(&self, sent: Incoming) -> Result<Answer, Failure> {
+        let sent = body::read_up_to(sent, webhooks::MOST).await?;
+        Ok(body::json(StatusCode::OK, &webhooks::mutate(&*self.web, &sent).await?))
+    }
+
+    async fn validate(&self, sent: Incoming) -> Result<Answer, Failure> {
+        let sent = body::read_up_to(sent, webhooks::MOST).await?;
+        Ok(body::json(StatusCode::OK, &webhooks::validate(&*self.web, &sent).await?))
+    }
+
+    async fn pass_on(&self, head: Parts, sent: Incoming, user: User) -> Result<Answer, Failure> {
+        match Info::parse(head.uri.path())? {
+            Info::Resource(path) => self.resource(head, sent, path, user).await,
+            Info::Other(path) => self.page(&head.method, path, &user).await,
+        }
+    }
+
+    async fn resource(
+        &self,
+        head: Parts,
+        sent: Incoming,
+        path: Path,
+        user: User,
+    ) -> Result<Answer, Failure> {
+        if self.web.resources(&path.group, &path.version).is_none() {
+            return Err(Failure::no_such_path());
+        }
+        let query = query(head.uri.query().unwrap_or_default())?;
+        let verb = Verb::of(&head.method, &path, false)?;
+        self.permit(&user, &Attributes::of(verb, &path, &query)).await?;
+        let body = body::read(sent).await?;
+        let user = Arc::new(user);
+        self.web.serve(extension::Request { path, user, query, head, body }).await
+    }
+
+    /// What is no resource: what is served.
+    async fn page(&self, method: &Method, path: String, user: &User) -> Result<Answer, Failure> {
+        let verb = method.as_str().to_lowercase();
+        let what = Attributes { verb, path, ..Attributes::default() };
+        self.permit(user, &what).await?;
+        if method != Method::GET {
+            return Err(Failure::no_such_verb());
+        }
+        let page = match &what.path.split('/').collect::<Vec<_>>()[..] {
+            ["", "apis", group, version] => self.web.resources(group, version).map(|resources| {
+                json!({
+                    "kind": "APIResourceList", "apiVersion": "v1",
+                    "groupVersion": format!("{group}/{version}"), "resources": resources,
+                })
+            }),
+            _ => None,
+        };
+        page.map(|page| body::json(StatusCode::OK, &page)).ok_or_else(Failure::no_such_path)
+    }
+
+    /// Asks the cluster whether a user may do something. It has said so already of what it passes
+    /// on; but only to that path, and not of what came by another way.
+    async fn permit(&self, user: &User, what: &Attributes) -> Result<(), Failure> {
+        if user.is_in(MASTERS) {
+            return Ok(());
+        }
+        let path = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
+        let request = http::Request::post(path)
+            .header("Content-Type", "application/json")
+            .body(question(user, what).to_string().into_bytes())
+            .map_err(|error| Failure::internal(error.to_string()))?;
+        let answer: Value = self.client.request(request).await.map_err(failure)?;
+        let status = &answer["status"];
+        match status["allowed"] == true && status["denied"] != true {
+            true => Ok(()),
+            false => Err(rbac::denied(user, what, status["reason"].as_str().unwrap_or_default())),
+        }
+    }
+}
+
+fn question(user: &User, what: &Attributes) -> Value {
+    let mut spec = json!({
+        "user": user.name, "uid": user.uid, "groups": user.groups, "extra": user.extra,
+    });
+    if what.path.is_empty() {
+        spec["resourceAttributes"] = json!({
+            "verb": what.verb, "group": what.group, "version": what.version,
+            "resource": what.resource, "subresource": what.subresource,
+            "namespace": what.namespace, "name": what.name,
+        });
+    } else {
+        spec["nonResourceAttributes"] = json!({"verb": what.verb, "path": what.path});
+    }
+    json!({
+        "apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec,
+    })
+}
