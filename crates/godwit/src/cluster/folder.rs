@@ -3,13 +3,18 @@
 use anyhow::{Context, Result, bail};
 use node::agent::record::Process;
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
 use serde::{Deserialize, Serialize};
 use std::fs::{DirBuilder, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
+/// A process that was killed is gone within this time.
+const ENDING: Duration = Duration::from_secs(5);
+const POLL: Duration = Duration::from_millis(20);
 /// Of a log, what is shown when a cluster could not start.
 const LAST_WORDS: u64 = 2000;
 
@@ -113,9 +118,17 @@ impl Folder {
         let mut builder = DirBuilder::new();
         builder.recursive(true).mode(0o700).create(&self.path).with_context(cannot)?;
         let file = self.open_lock().with_context(cannot)?;
-        match flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        let mut taken = flock(&file, FlockOperation::NonBlockingLockExclusive);
+        let until = Instant::now() + ENDING;
+        // One that was killed lets go of it only when its last thread has ended.
+        let ends = || self.last().is_some_and(|last| !last.process.is_alive());
+        while taken == Err(Errno::WOULDBLOCK) && ends() && Instant::now() < until {
+            std::thread::sleep(POLL);
+            taken = flock(&file, FlockOperation::NonBlockingLockExclusive);
+        }
+        match taken {
             Ok(()) => Ok(Lock(file)),
-            Err(rustix::io::Errno::WOULDBLOCK) => {
+            Err(Errno::WOULDBLOCK) => {
                 let by = self.last().map(|last| format!(" as process {}", last.process.pid));
                 bail!(
                     "cluster {} runs already{}; end it by `godwit down --name {}`, or choose another name",
