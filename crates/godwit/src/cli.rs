@@ -1,14 +1,17 @@
 //! What can be said on the command line.
 
+mod role;
+
 use crate::view::Output;
 use crate::{cluster, deploy, host, importing, moving, roles, serving};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mover::codec::Compression;
 use std::ffi::OsString;
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+
+pub use role::{Controller, Gateway, Handler, Launcher};
 
 /// Moves running virtual machines between hosts without stopping them.
 #[derive(Debug, Parser)]
@@ -275,78 +278,6 @@ pub struct Host {
     /// The name of the cluster that a new CA is for.
     #[arg(long, default_value = "godwit")]
     pub cluster: String,
-}
-
-/// `godwit gateway`
-#[derive(Debug, Args)]
-pub struct Gateway {
-    /// The host's folder.
-    #[arg(long)]
-    pub host: PathBuf,
-    /// The address to listen on, and on no other. Port 0 takes a free one.
-    #[arg(long)]
-    pub listen: SocketAddr,
-    /// What other hosts dial, if that is another address (`host:port`).
-    #[arg(long)]
-    pub advertise: Option<String>,
-}
-
-/// `godwit launcher`
-#[derive(Debug, Args)]
-pub struct Launcher {
-    /// The host's folder.
-    #[arg(long)]
-    pub host: PathBuf,
-    /// The VM's spec (YAML or JSON): start it.
-    #[arg(long, conflicts_with = "vm", required_unless_present = "vm")]
-    pub spec: Option<PathBuf>,
-    /// The VM's name: wait for it to move in.
-    #[arg(long)]
-    pub vm: Option<String>,
-    /// Start it though its disks are marked, or its owner record says that it left.
-    #[arg(long)]
-    pub force: bool,
-    /// Seconds that the guest may take to shut down when the launcher ends.
-    #[arg(long, default_value_t = 10)]
-    pub grace: u64,
-    /// Let tests stop moves at failpoints.
-    #[arg(long, hide = true)]
-    pub failpoints: bool,
-    /// Put a fault into moves that arrive: the checks must find it.
-    #[arg(long, hide = true)]
-    pub inject: Option<launcher::migration::Fault>,
-}
-
-/// `godwit controller`
-#[derive(Debug, Args)]
-pub struct Controller {
-    /// The kubeconfig; default: the service account of the pod that this is run in.
-    #[arg(long)]
-    pub kubeconfig: Option<PathBuf>,
-    /// Its name among replicas, of which one does the work; default: a new one.
-    #[arg(long)]
-    pub name: Option<String>,
-}
-
-/// `godwit handler`
-#[derive(Debug, Args)]
-pub struct Handler {
-    /// Its node.
-    #[arg(long)]
-    pub node: String,
-    /// Its folder: disks of images, and a folder for each launcher's pod.
-    #[arg(long)]
-    pub folder: PathBuf,
-    /// The address to listen on, and on no other. Port 0 takes a free one.
-    #[arg(long)]
-    pub listen: SocketAddr,
-    /// The folder of its credentials: tls.crt, tls.key and trust.pem. It takes new ones as they
-    /// come.
-    #[arg(long)]
-    pub identity: PathBuf,
-    /// The kubeconfig; default: the service account of the pod that this is run in.
-    #[arg(long)]
-    pub kubeconfig: Option<PathBuf>,
 }
 
 /// Which way.
