@@ -57,13 +57,13 @@ impl Certificates {
     ///
     /// # Errors
     /// When they cannot be read or made.
-    pub fn open(folder: &Path, cluster: &str) -> Result<Self> {
+    pub fn open(folder: &Path, cluster: &str, terms: Terms) -> Result<Self> {
         let mut certificates = Self {
             folder: folder.into(),
             cluster: cluster.into(),
             authorities: Vec::new(),
             parts: Vec::new(),
-            terms: Terms::of(&Default::default()),
+            terms,
             published: String::new(),
         };
         for number in numbers(folder)? {

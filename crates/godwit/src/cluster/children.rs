@@ -131,14 +131,21 @@ pub struct Children {
 }
 
 impl Children {
-    /// None yet, in a cluster's folder; what an earlier run has left there is ended.
+    /// None yet, in a cluster's folder; what an earlier run has left there is ended, and its
+    /// credentials are removed.
     ///
     /// # Errors
-    /// When it cannot be ended.
+    /// When that cannot be.
     pub async fn open(cluster: &Path) -> Result<Self> {
         let places = Places::of(cluster);
         places.end_left_over().await?;
-        Ok(Self { places, ending: Vec::new() })
+        let old = cluster.join("roles");
+        match std::fs::remove_dir_all(&old) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                Err(error).with_context(|| format!("cannot remove {}", old.display()))
+            }
+            _ => Ok(Self { places, ending: Vec::new() }),
+        }
     }
 
     /// Where a role's files go.

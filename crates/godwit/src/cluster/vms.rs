@@ -11,6 +11,7 @@ use crate::rights;
 use anyhow::{Context, Result, anyhow};
 use apiserver::embedded::Server;
 use channel::identity::{Credentials, Role, SpiffeId};
+use controllers::certificates::Terms;
 use http::Method;
 use kube::Client;
 use node::agent::volumes::HostPaths;
@@ -22,6 +23,8 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::task::JoinSet;
 
+/// Where the settings are.
+const SETTINGS: &str = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts";
 /// The controllers' account.
 const CONTROLLER: &str = "system:serviceaccount:kubevirt:godwit-controller";
 /// The groups of that account.
@@ -92,7 +95,7 @@ impl Vms {
             replace(&api, &path, &object).await.map_err(failed).context("cannot make the roles")?;
         }
         let cluster = folder.file_name().and_then(|n| n.to_str()).unwrap_or("local").to_owned();
-        let mut certificates = Certificates::open(&folder.join("ca"), &cluster)?;
+        let mut certificates = Certificates::open(&folder.join("ca"), &cluster, terms(&api).await)?;
         let credentials = certificates.add(SpiffeId::new(&cluster, Role::Api, "api")?)?;
         let own = account(server);
         let handlers = Handlers { client: own.clone(), credentials };
@@ -241,9 +244,19 @@ async fn established(api: &Api) -> Result<()> {
     Ok(())
 }
 
+/// How long certificates last, as the settings say that are there already.
+async fn terms(api: &Api) -> Terms {
+    let found = api.send(Method::GET, SETTINGS, "application/json", None).await;
+    let found = found.unwrap_or_default();
+    // Those that cannot be read are looked at again soon.
+    let spec: api::kubevirt::Spec =
+        serde_json::from_value(found["items"][0]["spec"].clone()).unwrap_or_default();
+    Terms::of(&spec.certificate_rotate_strategy)
+}
+
 /// The cluster's settings, unless it has some.
 async fn settings(api: &Api) -> Result<(), Failure> {
-    let path = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts";
+    let path = SETTINGS;
     let found = api.send(Method::GET, path, "application/json", None).await?;
     if found["items"].as_array().is_some_and(|items| !items.is_empty()) {
         return Ok(());
