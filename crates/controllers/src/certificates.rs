@@ -151,7 +151,8 @@ pub fn plan(
     // Where none is known to everybody, the oldest is the one that most know.
     let signer = known.unwrap_or(&valid[0]);
     let due = |leaf: &Leaf| match leaf.issuer == signer.number {
-        true => terms.leaf.due(leaf.held),
+        // N.B. nothing is believed longer than what vouches for it.
+        true => terms.leaf.due(Held { until: leaf.held.until.min(signer.held.until), ..leaf.held }),
         false => now,
     };
     let is_due = |leaf: &Option<Leaf>| leaf.is_none_or(|leaf| due(&leaf) <= now);
