@@ -105,9 +105,10 @@ async fn instances_without_a_name_get_addresses_of_their_own() {
 async fn what_is_wrong_is_denied_with_every_cause_as_in_an_embedded_api() {
     let site = Site::new().await;
     let mut bad = vm();
-    bad["spec"]["runStrategy"] = "always".into();
-    bad["spec"]["template"]["spec"]["domain"]["cpu"]["cores"] = 1000.into();
-    bad["spec"]["template"]["spec"]["volumes"][0]["name"] = "boot".into();
+    let spec = &mut bad["spec"]["template"]["spec"];
+    spec["domain"]["cpu"]["cores"] = 1000.into();
+    spec["domain"]["devices"]["disks"][1]["bootOrder"] = 1.into();
+    spec["volumes"][0]["name"] = "boot".into();
     let reply = site.webhook("/validate", &create("virtualmachines", bad.clone())).await;
     let denied = response(&reply);
     assert_eq!(denied["allowed"], false);
