@@ -9,6 +9,7 @@
 use crate::is_name;
 use apiserver::auth::User;
 use apiserver::extension::{Extension, Review};
+use apiserver::meta;
 use apiserver::request::Verb;
 use apiserver::status::Failure;
 use base64::Engine;
@@ -121,14 +122,27 @@ pub async fn mutate(extension: &impl Extension, sent: &[u8]) -> Result<Value, Fa
 async fn patch(extension: &impl Extension, asked: &Asked) -> Result<Value, Failure> {
     let Some(object) = asked.object() else { return Ok(json!({})) };
     let user = User::from_json(&asked.user_info);
-    let mut filled = object.clone();
+    let addressed = addressed(object, asked);
+    let mut filled = addressed.clone();
     extension.fill_in(asked.review(asked.verb()?, &user), &mut filled).await?;
-    let patch = json_patch::diff(object, &filled);
+    let patch = json_patch::diff(&addressed, &filled);
     if patch.0.is_empty() {
         return Ok(json!({}));
     }
     let text = json!(patch).to_string();
     Ok(json!({"patchType": "JSONPatch", "patch": STANDARD.encode(text)}))
+}
+
+/// An object with the address that older API servers give it only after their webhooks: what is made
+/// of it must differ from object to object.
+fn addressed(object: &Value, asked: &Asked) -> Value {
+    let mut object = object.clone();
+    for (field, value) in [("namespace", &asked.namespace), ("name", &asked.uid)] {
+        if meta::text(&object, field).is_empty() {
+            meta::set(&mut object, field, value.as_str().into());
+        }
+    }
+    object
 }
 
 /// Answers whether it is kept.

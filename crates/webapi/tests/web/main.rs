@@ -1,8 +1,11 @@
 //! The API with what is added to it, as its clients meet it: a server of its own for each test.
 
 mod access;
+mod aggregated;
 mod bad;
 mod console;
 mod lifecycle;
 mod manifests;
+mod site;
+mod webhooks;
 mod world;
