@@ -162,7 +162,8 @@ fn fence(snapshot: &Snapshot, plan: &mut Plan) {
 /// A VMI that is deleted. None: there is a guest, which its handler lets shut down first.
 fn leave(snapshot: &Snapshot, status: &Status, plan: &mut Plan) -> Option<Status> {
     let held = snapshot.vmi.finalizers().iter().any(|f| f == keys::VMI_FINALIZER);
-    let unborn = snapshot.is_over() && !matches!(status.phase, Phase::Scheduled | Phase::Running);
+    let with_handler = matches!(status.phase, Phase::Scheduled | Phase::Running | Phase::Unknown);
+    let unborn = snapshot.is_over() && !with_handler;
     if !unborn && !status.phase.is_final() {
         return None;
     }
