@@ -75,12 +75,12 @@ pub fn api() -> Value {
         rule(&[""], &["nodes"], &["get"]),
         rule(&["authorization.k8s.io"], &["subjectaccessreviews"], &["create"]),
     ];
-    // Itself, and nothing else: who registers webhooks rules over all that is written.
-    rules.extend(registered().map(|(group, plural, name)| {
-        let mut rule = rule(&[group], &[&plural], &["get", "create", "patch"]);
-        rule["resourceNames"] = json!([name]);
-        rule
-    }));
+    for (group, plural, name) in registered() {
+        let mut own = rule(&[group], &[&plural], &["get", "patch"]);
+        own["resourceNames"] = json!([name]);
+        // What is created has no name yet that a rule could go by.
+        rules.extend([own, rule(&[group], &[&plural], &["create"])]);
+    }
     role(API, rules)
 }
 

@@ -7,6 +7,7 @@ use channel::identity::{Ca, Credentials, Role, SpiffeId};
 use kube::config::{KubeConfigOptions, Kubeconfig};
 use kube::{Client, Config};
 use reconcile::why;
+use serde_json::Value;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -120,16 +121,28 @@ async fn register(client: &Client, authority: &str) {
 
 async fn tell(client: &Client, authority: &str) -> Result<(), String> {
     for (path, object) in registration::objects(authority) {
-        let told = apply(client, &path, &object).await;
+        let told = replace(client, &path, &object).await;
         told.map_err(|error| format!("{path}: {}", why(&error)))?;
     }
     Ok(())
 }
 
-async fn apply(client: &Client, path: &str, object: &serde_json::Value) -> kube::Result<()> {
-    let request = http::Request::patch(format!("{path}?fieldManager=godwit-api&force=true"))
-        .header("Content-Type", "application/apply-patch+yaml")
-        .body(object.to_string().into_bytes())
+/// Makes an object what it should be. Not by a server-side apply: aggregators of old clusters have
+/// none for API services.
+async fn replace(client: &Client, path: &str, object: &Value) -> kube::Result<()> {
+    let body = object.to_string().into_bytes();
+    let patch = http::Request::patch(path)
+        .header("Content-Type", "application/merge-patch+json")
+        .body(body.clone())
         .map_err(kube::Error::HttpError)?;
-    client.request_text(request).await.map(|_| ())
+    match client.request_text(patch).await {
+        Err(kube::Error::Api(status)) if status.code == 404 => {}
+        other => return other.map(|_| ()),
+    }
+    let all = path.rsplit_once('/').map_or(path, |(all, _)| all);
+    let post = http::Request::post(all)
+        .header("Content-Type", "application/json")
+        .body(body)
+        .map_err(kube::Error::HttpError)?;
+    client.request_text(post).await.map(|_| ())
 }
