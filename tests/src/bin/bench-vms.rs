@@ -48,6 +48,8 @@ fn vm(name: &str) -> Value {
                 "terminationGracePeriodSeconds": 0,
                 "domain": {
                     "memory": {"guest": "64Mi"},
+                    // Or the nodes would be full: each has the machine's processors only.
+                    "resources": {"requests": {"cpu": "1m"}},
                     "devices": {"disks": [{"name": "scratch", "disk": {"bus": "virtio"}}]},
                 },
                 "volumes": [{"name": "scratch", "emptyDisk": {"capacity": "16Mi"}}],
