@@ -27,6 +27,8 @@ struct Case {
     stop: bool,
     failures: u32,
     deleted: bool,
+    /// The owner of its guest lives.
+    owned: bool,
 }
 
 fn cases() -> impl Strategy<Value = Case> {
@@ -34,14 +36,16 @@ fn cases() -> impl Strategy<Value = Case> {
         vec![Phase::Pending, Phase::Scheduling, Phase::Running, Phase::Succeeded, Phase::Failed];
     let vmi = prop::option::of((prop::sample::select(phases), any::<bool>()));
     let strategy = prop::sample::select(STRATEGIES.to_vec());
-    (strategy, vmi, any::<bool>(), any::<bool>(), 0..4_u32, any::<bool>()).prop_map(
-        |(strategy, vmi, start, stop, failures, deleted)| Case {
+    let flags = (any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    (strategy, vmi, 0..4_u32, flags).prop_map(
+        |(strategy, vmi, failures, (start, stop, deleted, owned))| Case {
             strategy,
             vmi,
             start,
             stop,
             failures,
             deleted,
+            owned,
         },
     )
 }
@@ -96,7 +100,13 @@ fn snapshot(case: &Case) -> Snapshot {
     Snapshot {
         vm,
         vmi,
-        owner: None,
+        owner: case.owned.then(|| {
+            made(json!({
+                "apiVersion": "godwit.dev/v1alpha1", "kind": "OwnerRecord",
+                "metadata": {"name": "web", "namespace": "default"}, "spec": {"vm": "default.web"},
+                "status": {"epoch": 1, "owner": "a", "state": "idle"},
+            }))
+        }),
         volumes: Vec::new(),
         cluster: Some(cluster),
         now: Timestamp::UNIX_EPOCH,
@@ -122,6 +132,15 @@ proptest! {
             _ => case.start || case.failures == 0,
         };
         prop_assert_eq!(starts(&actions), case.vmi.is_none() && wanted && !case.deleted);
+    }
+
+    #[test]
+    fn a_vm_goes_with_its_disks_only_when_nobody_runs_its_guest_for_certain(case in cases()) {
+        let actions = plan(&snapshot(&case)).actions;
+        let goes = actions.iter().any(|action| {
+            matches!(action, Action::Patch(patch) if patch["metadata"]["finalizers"] == json!([]))
+        });
+        prop_assert_eq!(goes, case.deleted && case.vmi.is_none() && !case.owned);
     }
 
     #[test]

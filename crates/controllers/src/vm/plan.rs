@@ -166,6 +166,14 @@ fn leave(snapshot: &Snapshot, plan: &mut Plan) {
         write(snapshot, status, plan);
         return;
     }
+    // N.B. a VMI can be taken away by force: its guest is the owner record's to tell of.
+    let owner = snapshot.owner.as_ref().and_then(|owner| owner.status.as_ref());
+    if owner.is_some_and(|status| !status.is_over()) {
+        let mut status = vm.status.clone().unwrap_or_default();
+        status.printable_status = Printable::Terminating;
+        write(snapshot, status, plan);
+        return;
+    }
     let finalizers: Vec<_> = vm.finalizers().iter().filter(|f| *f != keys::VM_FINALIZER).collect();
     if finalizers.len() < vm.finalizers().len() {
         let version = vm.metadata.resource_version.clone();
