@@ -5,7 +5,7 @@ use api::keys;
 use api::kubevirt::KubeVirt;
 use api::owner::OwnerRecord;
 use api::vm::VirtualMachine;
-use api::vmi::VirtualMachineInstance;
+use api::vmi::{Phase, VirtualMachineInstance};
 use k8s_openapi::NamespaceResourceScope;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::StorageClass;
@@ -96,14 +96,15 @@ impl World {
                 vmi.ring(key(object));
             }
         });
-        let vmis = keeper.keep_and(Api::all(client.clone()), all(), {
-            let (vm, vmi) = (vm.clone(), vmi.clone());
-            move |object: &VirtualMachineInstance| {
-                // A VM's VMI has its name.
-                vm.ring(key(object));
-                vmi.ring(key(object));
-            }
-        });
+        let vmis: Store<VirtualMachineInstance> =
+            keeper.keep_and(Api::all(client.clone()), all(), {
+                let (vm, vmi) = (vm.clone(), vmi.clone());
+                move |object: &VirtualMachineInstance| {
+                    // A VM's VMI has its name.
+                    vm.ring(key(object));
+                    vmi.ring(key(object));
+                }
+            });
         let owners = keeper.keep_and(Api::all(client.clone()), all(), {
             let (vm, vmi) = (vm.clone(), vmi.clone());
             move |object: &OwnerRecord| {
@@ -112,9 +113,10 @@ impl World {
             }
         });
         let volumes: Store<DataVolume> = keeper.keep_and(Api::all(client.clone()), all(), {
-            let (vm, vmi, dv) = (vm.clone(), vmi.clone(), dv.clone());
+            let (vm, vmi, dv, waiting) = (vm.clone(), vmi.clone(), dv.clone(), vmis.clone());
             move |object: &DataVolume| {
                 dv.ring(key(object));
+                ring_waiting(&waiting, &vmi, &key(object));
                 if let Some(owner) = owner_of(object, "VirtualMachine") {
                     vm.ring(owner.clone());
                     vmi.ring(owner);
@@ -122,8 +124,11 @@ impl World {
             }
         });
         let claims = keeper.keep_and(Api::all(client.clone()), all(), {
-            let dv = dv.clone();
-            move |object: &PersistentVolumeClaim| dv.ring(key(object))
+            let (vmi, dv, waiting) = (vmi.clone(), dv.clone(), vmis.clone());
+            move |object: &PersistentVolumeClaim| {
+                dv.ring(key(object));
+                ring_waiting(&waiting, &vmi, &key(object));
+            }
         });
         let ours = all().labels(&format!("{} in ({}, {IMPORTER})", keys::APP, keys::LAUNCHER));
         let pods = keeper.keep_and(Api::all(client.clone()), ours, {
@@ -196,6 +201,18 @@ impl World {
         let owned = |pod: &Arc<Pod>| pod.owner_references().iter().any(|owner| owner.uid == uid);
         self.pods.state().into_iter().filter(owned).collect()
     }
+}
+
+/// Rings for the VMIs that wait for a claim, whoever makes it.
+fn ring_waiting(vmis: &Store<VirtualMachineInstance>, queue: &Queue<Key>, claim: &Key) {
+    let waits = |vmi: &VirtualMachineInstance| {
+        let phase = vmi.status.as_ref().map(|status| status.phase).unwrap_or_default();
+        let volumes = || vmi.parse().map(|spec| spec.volumes).unwrap_or_default();
+        phase == Phase::Pending
+            && vmi.namespace().as_ref() == Some(&claim.0)
+            && volumes().iter().any(|volume| volume.claim() == Some(&claim.1))
+    };
+    vmis.state().iter().filter(|vmi| waits(vmi)).for_each(|vmi| queue.ring(key(&**vmi)));
 }
 
 /// The key of an object's owner of a kind.
