@@ -1,7 +1,6 @@
 //! Files that a guest needs and that are not claims: disks of images, empty disks, seeds.
 
 use super::Shared;
-use super::translate::DISK;
 use api::import::is_own_machine;
 use api::vmi::{CloudInit, Spec, VirtualMachineInstance, Volume};
 use base64::Engine;
@@ -325,19 +324,4 @@ async fn kernel(
         image.pull(shared, namespace, &target).await?;
     }
     Ok(())
-}
-
-/// Grows a claim's disk to what the claim has, when the gate `ExpandDisks` is open, and makes none.
-///
-/// # Errors
-/// When there is no disk.
-pub fn check_claim(folder: &Path) -> Result<(), Unprepared> {
-    let disk = folder.join(DISK);
-    match std::fs::symlink_metadata(&disk) {
-        Ok(found) if found.is_file() => Ok(()),
-        Ok(_) => Err(mount(format!("{DISK} of the claim is no regular file"))),
-        Err(error) => Err(mount(format!(
-            "the claim has no {DISK} ({error}): fill it by a DataVolume, or put a raw image there"
-        ))),
-    }
 }
