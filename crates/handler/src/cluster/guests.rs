@@ -32,6 +32,10 @@ const START: SignedDuration = SignedDuration::from_mins(10);
 /// A launcher's news are waited for so long at a time.
 const WAIT: Duration = Duration::from_secs(50);
 
+/// Nobody carries migrations of a cluster out yet: one that is asked for is refused with this.
+const UNMOVED: &str =
+    "migrations by KubeVirt's objects are not built yet: stop the VM and start it elsewhere";
+
 /// A namespace and a name.
 pub type Key = (String, String);
 
@@ -304,8 +308,8 @@ impl Guest<'_> {
         status.reason = None;
         let mut new = vec![
             Condition::new(types::READY, true, "", ""),
-            Condition::new(types::LIVE_MIGRATABLE, true, "", ""),
-            Condition::new(types::STORAGE_LIVE_MIGRATABLE, true, "", ""),
+            Condition::new(types::LIVE_MIGRATABLE, false, "NotBuilt", UNMOVED),
+            Condition::new(types::STORAGE_LIVE_MIGRATABLE, false, "NotBuilt", UNMOVED),
         ];
         if found.phase == Does::Paused {
             let message = "VMI was paused by user";
