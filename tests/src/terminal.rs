@@ -73,30 +73,14 @@ impl Terminal {
         }
     }
 
-    /// Waits for the shell: after its prompt comes what it answers to an empty line.
+    /// Waits for the shell's prompt, which a console shows to who comes late as well.
+    ///
+    /// N.B. nothing is typed before: a boot loader would take it for a wish to be asked.
     ///
     /// # Errors
     /// What was shown instead.
     pub fn wait_for_shell(&mut self) -> Result<()> {
-        // N.B. a guest that has booted shows no prompt by itself to who comes late.
-        let until = Instant::now() + SOON;
-        loop {
-            self.input.write_all(b"\r")?;
-            let left = Instant::now() + Duration::from_secs(1);
-            while Instant::now() < left {
-                if let Ok(bytes) = self.output.recv_timeout(Duration::from_millis(100)) {
-                    self.shown.push_str(&String::from_utf8_lossy(&bytes));
-                }
-                if self.shown.contains(PROMPT) {
-                    // What else it answers to empty lines is not waited for.
-                    self.run("echo rea''dy").map(|_| ())?;
-                    return Ok(());
-                }
-            }
-            if Instant::now() > until {
-                bail!("there is no shell; shown is {:?}", self.shown);
-            }
-        }
+        self.until(PROMPT).map(|_| ())
     }
 
     /// Runs a command in the guest's shell; returns what it printed.
@@ -104,10 +88,12 @@ impl Terminal {
     /// # Errors
     /// When the shell does not answer.
     pub fn run(&mut self, command: &str) -> Result<String> {
-        // The echo of what is typed does not have the words that are waited for.
-        write!(self.input, "echo be''gin; {command}; echo e''nd\r")?;
-        self.until("begin\r\n")?;
-        let printed = self.until("end\r\n")?;
+        // The echo of what is typed does not have the words that are waited for, and no earlier
+        // command has them: a console shows those again.
+        let mark = uuid::Uuid::new_v4().simple().to_string();
+        write!(self.input, "echo be''gin-{mark}; {command}; echo e''nd-{mark}\r")?;
+        self.until(&format!("begin-{mark}\r\n"))?;
+        let printed = self.until(&format!("end-{mark}\r\n"))?;
         Ok(printed.replace("\r\n", "\n"))
     }
 }
