@@ -36,6 +36,7 @@ use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
+use tokio::sync::Notify;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
@@ -78,6 +79,8 @@ pub struct Shared {
     pub vmis: Store<VirtualMachineInstance>,
     /// Launchers' pods of this node.
     pub pods: Store<Pod>,
+    /// Rings when one comes, changes or goes.
+    pub pods_bell: Arc<Notify>,
     /// All owner records.
     pub owners: Store<OwnerRecord>,
     /// All claims.
@@ -186,11 +189,12 @@ fn keep(client: &Client, config: &Arc<Config>, watch: Arc<Watch>) -> (Shared, Ke
             let queue: Queue<(String, String)> = queue.clone();
             move |vmi: &VirtualMachineInstance| queue.ring(guests::key(vmi))
         });
+    let pods_bell = Arc::new(Notify::new());
     let pods = watcher::Config::default()
         .fields(&format!("spec.nodeName={}", config.node))
         .labels(&format!("{}={}", api::keys::APP, api::keys::LAUNCHER));
     let pods = keeper.keep_and(Api::all(client.clone()), pods, {
-        let (queue, bell) = (queue.clone(), Arc::clone(&keeper.bell));
+        let (queue, bell) = (queue.clone(), Arc::clone(&pods_bell));
         move |pod: &Pod| {
             bell.notify_one();
             if let Some(vmi) = guests::owner(pod) {
@@ -211,6 +215,7 @@ fn keep(client: &Client, config: &Arc<Config>, watch: Arc<Watch>) -> (Shared, Ke
         cache: Arc::new(cache),
         vmis,
         pods,
+        pods_bell,
         owners,
         claims,
         settings,

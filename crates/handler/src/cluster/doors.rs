@@ -13,8 +13,8 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Pods are looked at this often at least.
-const LOOK: Duration = Duration::from_millis(100);
+/// What could not be done is tried again after this; else a pod that comes or goes rings.
+const AGAIN: Duration = Duration::from_secs(2);
 
 /// The folder of a pod, below those of all pods.
 pub fn folder(pods: &Path, pod: &Pod) -> PathBuf {
@@ -52,7 +52,7 @@ pub async fn run(shared: Shared, gateway: Arc<Gateway>) {
         open.retain(|folder, _| folders.contains(folder));
         told.retain(|folder, _| folders.contains(folder));
         sweep(&shared.config.pods(), &folders).await;
-        tokio::time::sleep(LOOK).await;
+        let _ = tokio::time::timeout(AGAIN, shared.pods_bell.notified()).await;
     }
 }
 
