@@ -45,7 +45,9 @@ pub async fn client(dir: &Path) -> Result<Client> {
 }
 
 fn up(program: &Path, dir: &Path, more: &[&str], environment: &[(&str, &str)]) -> Result<()> {
-    let mut run = command(program, dir, &[&["up", "--detach"], more].concat())?;
+    // Emulated everywhere: what is tested does not depend on the machine.
+    let fixed = ["up", "--detach", "--accelerator", "tcg"];
+    let mut run = command(program, dir, &[&fixed, more].concat())?;
     let done = run.envs(environment.iter().copied()).output()?;
     ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     Ok(())

@@ -265,6 +265,15 @@ pub enum Format {
     Json,
 }
 
+/// What runs guests.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Accelerator {
+    /// The processor.
+    Kvm,
+    /// QEMU's emulation.
+    Tcg,
+}
+
 /// `godwit host`
 #[derive(Debug, Args)]
 pub struct Host {
@@ -422,6 +431,9 @@ pub struct Up {
     /// the file system.
     #[arg(long, value_name = "SIZE")]
     pub storage: Option<String>,
+    /// What runs guests; default: found out when the cluster is made, and kept in its KubeVirt object.
+    #[arg(long, value_enum)]
+    pub accelerator: Option<Accelerator>,
     /// An image that its nodes have: a program of this machine that is run in its stead.
     #[arg(long, value_name = "NAME=PROGRAM")]
     pub image: Vec<String>,

@@ -137,6 +137,10 @@ fn detach(folder: &Folder, arguments: &cli::Up) -> Result<ExitCode> {
     for image in &arguments.image {
         command.arg("--image").arg(image);
     }
+    if let Some(accelerator) = arguments.accelerator {
+        let kvm = accelerator == cli::Accelerator::Kvm;
+        command.args(["--accelerator", if kvm { "kvm" } else { "tcg" }]);
+    }
     if arguments.separate {
         command.arg("--separate");
     }

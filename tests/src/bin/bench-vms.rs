@@ -159,8 +159,8 @@ fn report(starts: &[f64], many: &Many) -> String {
     let each = (many.after - many.idle) / VMS as f64 / 1024.0;
     format!(
         "# VMs in an embedded cluster\n\n\
-         By `target/release/bench-vms` on {} processors; a part of `make bench`. Real QEMU under the \
-         accelerator that the cluster chose in the first row, the tests' stub in the others.\n\n\
+         By `target/release/bench-vms` on {} processors; a part of `make bench`. Real QEMU under \
+         TCG in the first row, the tests' stub in the others.\n\n\
          | what | figure |\n|---|---|\n\
          | a manifest to a QEMU that runs, {STARTS} times one after another | p50 {:.0} ms, at most {:.0} ms |\n\
          | {VMS} VMs at once on {NODES} nodes, all run after | {:.1} s, {:.0} ms each |\n\

@@ -7,6 +7,7 @@ use super::guests::Handlers;
 use super::kubeconfig::{self, Access};
 use super::kvm;
 use super::nodes::client;
+use crate::cli::{self, Accelerator};
 use crate::rights;
 use anyhow::{Context, Result, anyhow};
 use apiserver::embedded::Server;
@@ -59,7 +60,8 @@ impl Vms {
     ///
     /// # Errors
     /// When the API refuses.
-    pub async fn prepare(server: &Server, folder: &Path, separate: bool) -> Result<Self> {
+    pub async fn prepare(server: &Server, folder: &Path, arguments: &cli::Up) -> Result<Self> {
+        let (separate, accelerator) = (arguments.separate, arguments.accelerator);
         // What is left of an earlier run is ended whether or not others take its place.
         let children = Children::open(folder).await?;
         let api = server
@@ -101,7 +103,7 @@ impl Vms {
         let handlers = Handlers { client: own.clone(), credentials };
         server.api.extend(Arc::new(webapi::WebApi::new(own, Arc::new(handlers))));
         tokio::spawn(async move {
-            if let Err(failure) = settings(&api).await {
+            if let Err(failure) = settings(&api, accelerator).await {
                 tracing::error!("the cluster's settings cannot be made: {failure}");
             }
         });
@@ -255,16 +257,24 @@ async fn terms(api: &Api) -> Terms {
 }
 
 /// The cluster's settings, unless it has some.
-async fn settings(api: &Api) -> Result<(), Failure> {
+async fn settings(api: &Api, accelerator: Option<Accelerator>) -> Result<(), Failure> {
     let path = SETTINGS;
     let found = api.send(Method::GET, path, "application/json", None).await?;
-    if found["items"].as_array().is_some_and(|items| !items.is_empty()) {
-        return Ok(());
+    if let Some(there) = found["items"].as_array().and_then(|items| items.first()) {
+        let Some(accelerator) = accelerator else { return Ok(()) };
+        let name = there["metadata"]["name"].as_str().unwrap_or_default();
+        let emulated = json!({"useEmulation": accelerator == Accelerator::Tcg});
+        let patch = json!({"spec": {"configuration": {"developerConfiguration": emulated}}});
+        return api.merge(&format!("{path}/{name}"), &patch).await.map(|_| ());
     }
-    let emulated = !kvm::works().await;
-    if emulated {
-        tracing::info!("guests do not boot on KVM here: QEMU emulates their processors");
-    }
+    let emulated = match accelerator {
+        Some(accelerator) => accelerator == Accelerator::Tcg,
+        None => !kvm::works().await,
+    };
+    let how = if emulated { "by QEMU's emulation" } else { "on KVM" };
+    tracing::info!(
+        "guests run {how}; the object KubeVirt kubevirt/kubevirt says so, and can be changed"
+    );
     let settings = json!({
         "apiVersion": "kubevirt.io/v1", "kind": "KubeVirt", "metadata": {"name": "kubevirt"},
         "spec": {
