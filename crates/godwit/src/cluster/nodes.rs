@@ -16,12 +16,15 @@ use node::{lifecycle, scheduler, storage};
 use reconcile::why;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
 /// The image that is this program.
 pub const IMAGE: &str = "godwit.dev/godwit";
+/// Its roles are shown as pods within this time.
+const SHOWN: Duration = Duration::from_secs(30);
+const AGAIN: Duration = Duration::from_millis(100);
 /// When a cluster ends, its containers have this long to do so.
 const LEAVING: SignedDuration = SignedDuration::from_secs(10);
 
@@ -77,7 +80,7 @@ impl Nodes {
             controllers.spawn(scheduler::run(client(server, "system:kube-scheduler", &[])));
             controllers.spawn(lifecycle::run(client(server, "system:node-controller", &[])));
         }
-        let mut vms = Vms::prepare(server, folder, arguments.separate).await?;
+        let mut vms = Vms::prepare(server, folder, arguments).await?;
         vms.start_controllers(server, &mut controllers)?;
         let (ending, ends) = watch::channel(Ending::Not);
         let mut agents = JoinSet::new();
@@ -109,8 +112,13 @@ impl Nodes {
             (1..=arguments.nodes).map(|number| format!("{}-{number}", arguments.name)).collect();
         let api = server.api.as_user(User::new("system:apiserver", &[apiserver::auth::MASTERS]));
         controllers.spawn(async move {
-            if let Err(failure) = super::components::publish(&api, &names).await {
-                tracing::warn!("the roles cannot be shown as pods: {failure}");
+            // Its namespace's account is made by another part, a moment later.
+            let until = Instant::now() + SHOWN;
+            while let Err(failure) = super::components::publish(&api, &names).await {
+                if Instant::now() > until {
+                    return tracing::warn!("the roles cannot be shown as pods: {failure}");
+                }
+                tokio::time::sleep(AGAIN).await;
             }
         });
         let children = vms.go_on(server, &mut controllers);
