@@ -28,6 +28,7 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 
+use crate::client::DialError;
 use crate::identity::{Identity, Role, SpiffeId, Trust};
 pub use crate::traffic::{Bytes, Counters};
 use crate::traffic::{Connection, Counted, Traffic};
@@ -57,6 +58,18 @@ pub trait Service: Send + Sync + 'static {
 
     /// Answers a process of this host and user.
     fn local(&self, request: Value) -> Answer<'_>;
+
+    /// Answers in the place of a peer that a process of this host asks, where this service knows
+    /// what the peer does: hosts of one cluster share their records. None: the peer is asked.
+    fn instead_of<'a>(&'a self, _peer: &'a SpiffeId, _request: &'a Value) -> Option<Answer<'a>> {
+        None
+    }
+
+    /// The folder below which the launcher of a VM is that takes part in a migration. None: the
+    /// host's.
+    fn folder(&self, _vm: &str, _migration: &str) -> Option<PathBuf> {
+        None
+    }
 }
 
 /// How a gateway is started.
@@ -214,6 +227,19 @@ impl Gateway {
         let mut tasks = JoinSet::new();
         tasks.spawn(serve_local(self.shared.clone(), service, unix));
         Ok(Door { _tasks: tasks })
+    }
+
+    /// Asks the service behind another gateway, in this one's own name.
+    ///
+    /// # Errors
+    /// [`DialError`].
+    pub async fn ask(
+        &self,
+        address: &str,
+        expect: &SpiffeId,
+        request: &Value,
+    ) -> Result<Value, DialError> {
+        Ok(dial::ask(&self.shared, address, expect, request).await?)
     }
 
     /// Stops listening and cuts what is relayed. Its port is free afterwards.

@@ -77,7 +77,9 @@ async fn launcher(
     preface.check()?;
     let vm = &preface.vm;
     let name = format!("vms/{vm}/streams.sock");
-    let mut unix = socket::connect_beneath(&shared.host_dir, &name).await.map_err(|e| match e {
+    let folder = shared.service.folder(&vm.to_string(), &preface.migration);
+    let folder = folder.as_ref().unwrap_or(&shared.host_dir);
+    let mut unix = socket::connect_beneath(folder, &name).await.map_err(|e| match e {
         socket::Error::Absent { .. } => {
             Refusal::new(code::NO_LAUNCHER, format!("no launcher of VM {vm} listens on this host"))
         }

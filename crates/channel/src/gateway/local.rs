@@ -6,7 +6,7 @@ use tokio::net::UnixStream;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 
-use super::{Service, Shared, dial};
+use super::{Answer, Service, Shared, dial};
 use crate::preface::{Refusal, code};
 use crate::wire::{Failure, Request, Response};
 use crate::{copy, socket, wire};
@@ -46,25 +46,28 @@ pub(super) async fn serve(
                 }
             }
         }
-        Request::Ask { address, expect, request } => {
-            dial::ask(&shared, &address, &expect, &request)
+        Request::Ask { address, expect, request } => match service.instead_of(&expect, &request) {
+            Some(answer) => answered(&shared, answer).await,
+            None => dial::ask(&shared, &address, &expect, &request)
                 .await
-                .map_or_else(Response::Failed, Response::Answer)
-        }
-        Request::Local(request) => {
-            match timeout(shared.limits.answer, service.local(request)).await {
-                Ok(answer) => Response::Answer(answer),
-                Err(_) => Response::Failed(Failure::Refused(Refusal::new(
-                    code::BUSY,
-                    "the handler took too long",
-                ))),
-            }
-        }
+                .map_or_else(Response::Failed, Response::Answer),
+        },
+        Request::Local(request) => answered(&shared, service.local(request)).await,
         Request::Counters => Response::Counters(shared.traffic.snapshot()),
     };
     match timeout(shared.limits.answer, wire::write(&mut unix, &answer)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "a local answer was not delivered"),
         Err(_) => tracing::debug!("a local answer was not taken in time"),
+    }
+}
+
+async fn answered(shared: &Shared, answer: Answer<'_>) -> Response {
+    match timeout(shared.limits.answer, answer).await {
+        Ok(answer) => Response::Answer(answer),
+        Err(_) => Response::Failed(Failure::Refused(Refusal::new(
+            code::BUSY,
+            "the handler took too long",
+        ))),
     }
 }
