@@ -274,7 +274,8 @@ async fn resume(State(launcher): State<Handle>) -> Answer<Status> {
 }
 
 async fn prepare(State(launcher): State<Handle>, body: Body<PrepareRequest>) -> Answer<Ticket> {
-    let Json(request) = body?;
+    let Json(mut request) = body?;
+    request.spec = request.spec.below(launcher.config.root.as_deref());
     finish(async move { migration::prepare(&launcher, request).await }).await.map(Json)
 }
 

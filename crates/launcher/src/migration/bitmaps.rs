@@ -93,6 +93,11 @@ impl Bitmaps {
         &self.nodes
     }
 
+    /// Whether they are those of these disks.
+    pub fn are_of(&self, nodes: &[Node]) -> bool {
+        self.nodes.iter().map(|node| &node.name).eq(nodes.iter().map(|node| &node.name))
+    }
+
     /// Begins to record. To be called before the first byte of any disk is read.
     ///
     /// # Errors

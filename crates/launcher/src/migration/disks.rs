@@ -50,7 +50,7 @@ pub enum Error {
 pub struct Carried {
     /// Which copy.
     pub copy: String,
-    /// What the target lacks of it, per disk, not counting what the bitmaps record.
+    /// What the target lacks of it, by the VM's disks, not counting what the bitmaps record.
     pub outstanding: Vec<Outstanding>,
     /// They go on recording.
     pub bitmaps: Bitmaps,
@@ -59,6 +59,9 @@ pub struct Carried {
 /// The disks that a move copies, at the source.
 #[derive(Debug)]
 pub struct Disks {
+    /// Their numbers on the streams: those of the VM's disks. N.B. all lists here are of the disks
+    /// that are copied, in this order.
+    ids: Vec<u16>,
     names: Vec<String>,
     bitmaps: Bitmaps,
     sender: Arc<Sender>,
@@ -78,12 +81,13 @@ pub struct Disks {
 const CHECK: Duration = Duration::from_millis(500);
 
 impl Disks {
-    /// Begins: from here on every write of the guest is recorded.
+    /// Begins: from here on every write of the guest to the disks that are copied is recorded;
+    /// `copied` are their numbers and names.
     ///
     /// # Errors
     /// [`Error::Bitmaps`].
     pub async fn begin(
-        names: Vec<String>,
+        copied: Vec<(u16, String)>,
         mut bitmaps: Bitmaps,
         resumed: bool,
         sender: Arc<Sender>,
@@ -99,8 +103,10 @@ impl Disks {
             Ok(changed) => changed,
             Err(error) => return Err((error.into(), bitmaps)),
         };
+        let (ids, names): (Vec<_>, Vec<_>) = copied.into_iter().unzip();
         Ok(Self {
             unpushed: vec![ExtentSet::new(); names.len()],
+            ids,
             names,
             bitmaps,
             sender,
@@ -124,8 +130,9 @@ impl Disks {
         history: &History,
         stall: Duration,
     ) -> Result<(), Error> {
-        for (i, hold) in holds.iter().enumerate() {
-            let disk = i as u16;
+        for (i, disk) in self.ids.iter().copied().enumerate() {
+            let hold = holds.get(usize::from(disk)).unwrap_or(&Holds::Anything);
+            let carried = carried.and_then(|carried| carried.get(usize::from(disk)));
             let whole = ExtentSet::whole(self.bitmaps.nodes()[i].size);
             let since = match (hold, &self.changed) {
                 (Holds::Left(epoch), Some(changed)) => {
@@ -134,11 +141,10 @@ impl Disks {
                 _ => None,
             };
             match (hold, carried, since) {
-                (Holds::Shared, ..) => {}
                 (Holds::Zeros, ..) => drop(self.sender.push(disk, Mode::Blank, &whole)?),
                 (Holds::Copy(held), Some(carried), _) if held == copy => {
-                    self.sender.push(disk, Mode::Over, &carried[i].copy)?;
-                    self.sender.push(disk, Mode::Compare, &carried[i].compare)?;
+                    self.sender.push(disk, Mode::Over, &carried.copy)?;
+                    self.sender.push(disk, Mode::Compare, &carried.compare)?;
                 }
                 (_, _, Some(since)) => drop(self.sender.push(disk, Mode::Over, &since)?),
                 _ => drop(self.sender.push(disk, Mode::Compare, &whole)?),
@@ -221,7 +227,7 @@ impl Disks {
             all.union_with(new);
         }
         for (i, extents) in written.iter().enumerate() {
-            self.sender.push(i as u16, Mode::Over, extents)?;
+            self.sender.push(self.ids[i], Mode::Over, extents)?;
             self.unpushed[i] = ExtentSet::new();
         }
         self.bitmaps.tidy().await?;
@@ -245,12 +251,13 @@ impl Disks {
 
     /// Ends the streams; returns what the next attempt needs.
     pub async fn carry(self, copy: &str) -> Carried {
-        let Self { bitmaps, sender, unpushed, .. } = self;
+        let Self { ids, bitmaps, sender, unpushed, .. } = self;
         let stopped = tokio::task::spawn_blocking(move || stop(sender)).await;
         let mut outstanding = stopped.unwrap_or_default();
-        outstanding.resize_with(unpushed.len(), Outstanding::default);
-        for (disk, extents) in outstanding.iter_mut().zip(&unpushed) {
-            disk.copy.union_with(extents);
+        let all = ids.iter().map(|id| usize::from(*id) + 1).max().unwrap_or(0);
+        outstanding.resize_with(all.max(outstanding.len()), Outstanding::default);
+        for (id, extents) in ids.iter().zip(&unpushed) {
+            outstanding[usize::from(*id)].copy.union_with(extents);
         }
         Carried { copy: copy.to_owned(), outstanding, bitmaps }
     }

@@ -65,14 +65,18 @@ impl History {
         sizes: &BTreeMap<String, u64>,
     ) -> Self {
         let mut older = self.older.clone();
+        for disks in older.values_mut() {
+            // What was not recorded here is not known any more, nor what was not known before.
+            disks.retain(|disk, _| recorded.contains_key(disk));
+            for (disk, extents) in disks.iter_mut() {
+                extents.union_with(&recorded[disk]);
+            }
+        }
         if let Some(own) = self.own {
-            older.insert(own, BTreeMap::new());
+            older.insert(own, recorded.clone());
         }
         let lists = (older.len() * recorded.len()).max(1);
         for disks in older.values_mut() {
-            for (disk, extents) in recorded {
-                disks.entry(disk.clone()).or_default().union_with(extents);
-            }
             for (disk, extents) in disks.iter_mut() {
                 let size = sizes.get(disk).copied().unwrap_or(u64::MAX);
                 let mut granularity = 64 << 10;
@@ -93,6 +97,21 @@ mod test {
 
     fn set(offset: u64) -> ExtentSet {
         [Extent::new(offset, 1)].into_iter().collect()
+    }
+
+    #[test]
+    fn of_a_disk_that_one_owner_did_not_record_nothing_older_is_known() {
+        let (named, sizes) = (|name: &str, at| (name.to_owned(), set(at)), BTreeMap::new());
+        let b = History::arrived(1);
+        let mut c = History::arrived(2);
+        c.inherit(b.handed_on(&BTreeMap::from([named("a", 1), named("b", 1)]), &sizes));
+        let mut d = History::arrived(3);
+        d.inherit(c.handed_on(&BTreeMap::from([named("a", 2)]), &sizes));
+        let mut e = History::arrived(4);
+        e.inherit(d.handed_on(&BTreeMap::from([named("a", 3), named("b", 3)]), &sizes));
+        assert!([1, 2, 3].iter().all(|epoch| e.since(*epoch, "a", &set(9)).is_some()));
+        let known: Vec<_> = [1, 2, 3].map(|epoch| e.since(epoch, "b", &set(9)).is_some()).into();
+        assert_eq!(known, [false, false, true]);
     }
 
     #[test]

@@ -43,7 +43,6 @@ impl Shell {
         for disk in &spec.disks {
             opened.push(Arc::new(Disk::source(&disk.path).map_err(|e| e.to_string())?));
         }
-        let names: Vec<String> = spec.disks.iter().map(|d| d.name.clone()).collect();
         let tokens = prepared.disk_tokens.iter().cloned().enumerate();
         let dialers = tokens.map(|(n, token)| dialing.stream(Stream::Disk(n as u16), token));
         let connect =
@@ -54,12 +53,24 @@ impl Shell {
             compression: self.request.policy.compression,
             rtt: self.rtt(),
         };
-        let parts = spec.disks.iter().zip(&opened);
-        let nodes = nodes(parts.map(|(disk, opened)| (disk.name.as_str(), disk.size, opened)));
+        let is_copied =
+            |(number, _): &(usize, _)| prepared.disks.get(*number) != Some(&Holds::Shared);
+        let copied = spec.disks.iter().zip(&opened).enumerate().filter(is_copied);
+        let parts = copied.clone().map(|(_, (disk, opened))| (&*disk.name, disk.size, opened));
+        let nodes = nodes(parts);
+        let copied: Vec<(u16, String)> =
+            copied.map(|(number, (disk, _))| (number as u16, disk.name.clone())).collect();
         let sender = Arc::new(Sender::start(opened, Arc::new(connect), options));
         self.sender = Some(sender.clone());
         let (resumed, outstanding) = match self.carried.take() {
-            Some(carried) => (Some(carried.bitmaps), Some(carried.outstanding)),
+            Some(carried) if carried.bitmaps.are_of(&nodes) => {
+                (Some(carried.bitmaps), Some(carried.outstanding))
+            }
+            // That attempt copied other disks.
+            Some(carried) => {
+                carried.bitmaps.end().await.map_err(|error| error.to_string())?;
+                (None, None)
+            }
             None => (None, None),
         };
         let is_resumed = resumed.is_some();
@@ -67,7 +78,7 @@ impl Shell {
             Bitmaps::new(self.guest.qemu.qmp.clone(), &self.launcher.folder, nodes)
         });
         let history = self.guest.history.clone();
-        let disks = Disks::begin(names, bitmaps, is_resumed, sender, &history).await;
+        let disks = Disks::begin(copied, bitmaps, is_resumed, sender, &history).await;
         let disks = disks.map_err(|(error, _)| error.to_string())?;
         let (orders, ordered) = mpsc::channel(1);
         self.orders = Some(orders);

@@ -4,6 +4,7 @@ use super::Shell;
 use crate::migration::disks::Disks;
 use crate::migration::marks::Mark;
 use crate::migration::memory;
+use crate::migration::offer::Holds;
 use crate::migration::status::Outcome;
 use crate::status::Phase;
 use handover::Failure;
@@ -31,7 +32,9 @@ impl Shell {
     }
 
     pub(super) fn mark_superseded(&self) {
-        for disk in self.guest.qemu.spec.disks.iter().filter(|d| !d.shared && !d.read_only) {
+        let holds = self.prepared.iter().flat_map(|prepared| &prepared.disks);
+        let copied = self.guest.qemu.spec.disks.iter().zip(holds);
+        for (disk, _) in copied.filter(|(_, held)| **held != Holds::Shared) {
             let marked = Disk::source(&disk.path).map_err(crate::migration::marks::Error::from);
             let marked = marked.and_then(|opened| {
                 let mark = Mark::Superseded {
