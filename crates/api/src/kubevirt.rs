@@ -2,6 +2,7 @@
 
 use crate::conditions::Condition;
 use crate::duration;
+use crate::migration::Options;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
@@ -85,6 +86,8 @@ pub struct Configuration {
     /// Whether changes reach a running VM: `LiveUpdate`, or `Stage`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vm_rollout_strategy: Option<String>,
+    /// How VMs are moved.
+    pub migrations: Options,
 }
 
 /// What is not for everybody.

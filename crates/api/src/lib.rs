@@ -56,6 +56,20 @@ pub mod keys {
     pub const VM_FINALIZER: &str = "kubevirt.io/virtualMachineControllerFinalize";
     /// Holds an owner record until its VM is gone.
     pub const OWNER_FINALIZER: &str = "godwit.dev/owner";
+    /// Label of a migration: its VMI's name.
+    pub const MIGRATES: &str = "kubevirt.io/vmi-name";
+    /// Label of a target's pod: the migration's uid.
+    pub const MIGRATION: &str = "kubevirt.io/migrationJobUID";
+    /// Annotation of a target's pod: the migration's name.
+    pub const MIGRATION_NAME: &str = "kubevirt.io/migrationJobName";
+    /// Label of a VMI: the node to which it is moved.
+    pub const TARGET_NODE: &str = "kubevirt.io/migrationTargetNodeName";
+    /// Holds a migration until what it has made is cleared away.
+    pub const MIGRATION_FINALIZER: &str = "kubevirt.io/migrationJobFinalize";
+    /// Annotation of a migration: seconds for which its pod may be without a node.
+    pub const UNSCHEDULABLE_TIMEOUT: &str = "kubevirt.io/migrationUnschedulablePodTimeoutSeconds";
+    /// Annotation of a migration: seconds for which its pod may be unready.
+    pub const PENDING_TIMEOUT: &str = "kubevirt.io/migrationPendingPodTimeoutSeconds";
     /// Taint with which a person says that a node is off.
     pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
     /// Annotation of a claim: what a DataVolume has done with it.

@@ -1,6 +1,7 @@
-//! VirtualMachineInstanceMigration: one live migration.
+//! VirtualMachineInstanceMigration: one live migration; and how migrations are to be made.
 
-use crate::conditions::Condition;
+use crate::conditions::{Condition, moment};
+use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
@@ -23,6 +24,75 @@ pub struct Spec {
     /// What the target's node must have besides.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub added_node_selector: BTreeMap<String, String>,
+    /// How urgent it is: `system-critical`, `user-triggered`, `system-maintenance`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub priority: Option<String>,
+}
+
+/// Where a migration is.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, Default, Hash, PartialOrd, Ord, Serialize, Deserialize,
+)]
+pub enum Phase {
+    /// New.
+    #[default]
+    #[serde(rename = "")]
+    Unset,
+    /// It waits for its turn.
+    Pending,
+    /// The target's pod looks for a node and is made ready.
+    Scheduling,
+    /// The target's pod is ready.
+    Scheduled,
+    /// The target's launcher is made ready.
+    PreparingTarget,
+    /// The target waits for the guest.
+    TargetReady,
+    /// The guest is on its way.
+    Running,
+    /// The guest runs at the target.
+    Succeeded,
+    /// The guest runs where it ran, or has ended.
+    Failed,
+}
+
+impl Phase {
+    /// All of them, in the order in which they come.
+    pub const ALL: [Self; 9] = [
+        Self::Unset,
+        Self::Pending,
+        Self::Scheduling,
+        Self::Scheduled,
+        Self::PreparingTarget,
+        Self::TargetReady,
+        Self::Running,
+        Self::Succeeded,
+        Self::Failed,
+    ];
+
+    /// Whether it is over.
+    pub fn is_final(self) -> bool {
+        matches!(self, Self::Succeeded | Self::Failed)
+    }
+
+    /// Whether it has a place among those that are carried out at the same time.
+    pub fn is_active(self) -> bool {
+        self > Self::Pending && !self.is_final()
+    }
+
+    /// Whether launchers and handlers have it in hand.
+    pub fn is_handed_off(self) -> bool {
+        matches!(self, Self::PreparingTarget | Self::TargetReady | Self::Running)
+    }
+}
+
+impl std::fmt::Display for Phase {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Unset => Ok(()),
+            named => std::fmt::Debug::fmt(named, f),
+        }
+    }
 }
 
 /// What was found.
@@ -30,7 +100,203 @@ pub struct Spec {
 #[serde(rename_all = "camelCase", default)]
 pub struct Status {
     /// How far it is.
-    pub phase: String,
+    pub phase: Phase,
+    /// When it came to each phase.
+    pub phase_transition_timestamps: Vec<Transition>,
     /// What holds and what does not.
     pub conditions: Vec<Condition>,
+    /// What the VMI says of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration_state: Option<State>,
+}
+
+impl Status {
+    /// Comes to a phase, and writes down when.
+    pub fn enter(&mut self, phase: Phase, now: jiff::Timestamp) {
+        if self.phase != phase {
+            self.phase = phase;
+            let at = moment(now);
+            self.phase_transition_timestamps
+                .push(Transition { phase, phase_transition_timestamp: at });
+        }
+    }
+
+    /// When it came to the phase in which it is.
+    pub fn since(&self) -> Option<jiff::Timestamp> {
+        self.phase_transition_timestamps.last()?.phase_transition_timestamp.parse().ok()
+    }
+}
+
+/// When a phase began.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Transition {
+    /// Which.
+    pub phase: Phase,
+    /// When.
+    pub phase_transition_timestamp: String,
+}
+
+/// A migration as its VMI's status has it (`migrationState`). It is written by merge patches in
+/// which `null` removes: so all of it is always said.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct State {
+    /// The migration's uid.
+    pub migration_uid: Option<String>,
+    /// The node that the guest leaves.
+    pub source_node: Option<String>,
+    /// The pod that the guest leaves.
+    pub source_pod: Option<String>,
+    /// The node to which it goes.
+    pub target_node: Option<String>,
+    /// The pod to which it goes.
+    pub target_pod: Option<String>,
+    /// Where the target's gateway is: the target waits for the guest.
+    pub target_node_address: Option<String>,
+    /// When the guest began to move.
+    pub start_timestamp: Option<String>,
+    /// When it ran at the target.
+    pub target_node_domain_ready_timestamp: Option<String>,
+    /// Whether it was seen at the target.
+    pub target_node_domain_detected: Option<bool>,
+    /// When it was over.
+    pub end_timestamp: Option<String>,
+    /// It is over, and the guest runs at the target.
+    pub completed: Option<bool>,
+    /// It is over, and the guest does not.
+    pub failed: Option<bool>,
+    /// Why not.
+    pub failure_reason: Option<String>,
+    /// It is not wanted any more.
+    pub abort_requested: Option<bool>,
+    /// What became of that: `Aborting`, `Succeeded`, `Failed`.
+    pub abort_status: Option<String>,
+    /// `PreCopy`.
+    pub mode: Option<String>,
+    /// The policy by which it is made.
+    pub migration_policy_name: Option<String>,
+    /// How it is made.
+    pub migration_configuration: Option<Options>,
+    /// Over which network: `Pod` or `Migration`.
+    pub migration_network_type: Option<String>,
+}
+
+impl State {
+    /// Whether it is over, one way or the other.
+    pub fn is_over(&self) -> bool {
+        self.completed == Some(true) || self.failed == Some(true)
+    }
+}
+
+/// How migrations are made: what the cluster's settings say, what a policy says, and what is in
+/// effect, in the order in which each overrules the one before.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Options {
+    /// Whether a guest that cannot be caught is slowed down.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_auto_converge: Option<bool>,
+    /// Whether a guest that cannot be caught is stopped for as long as it takes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_workload_disruption: Option<bool>,
+    /// Bytes per second; none or 0: no limit.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub bandwidth_per_migration: Option<Quantity>,
+    /// Seconds for each GiB of memory and of disks that are copied.
+    #[serde(rename = "completionTimeoutPerGiB", skip_serializing_if = "Option::is_none")]
+    pub completion_timeout_per_gib: Option<i64>,
+    /// The longest pause of the guest, milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub max_downtime_ms: Option<i64>,
+    /// Seconds without progress.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress_timeout: Option<i64>,
+    /// Migrations of the cluster at the same time. No policy's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parallel_migrations_per_cluster: Option<u32>,
+    /// Migrations away from one node at the same time. No policy's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub parallel_outbound_migrations_per_node: Option<u32>,
+}
+
+/// Seconds per GiB where nothing is said; as KubeVirt.
+pub const COMPLETION_PER_GIB: i64 = 150;
+/// The longest pause where nothing is said; as KubeVirt.
+pub const MAX_DOWNTIME_MS: i64 = 900;
+/// Seconds without progress where nothing is said; as KubeVirt.
+pub const PROGRESS_TIMEOUT: i64 = 150;
+/// Migrations of a cluster at the same time where nothing is said; as KubeVirt.
+pub const PER_CLUSTER: u32 = 5;
+/// Migrations away from a node at the same time where nothing is said; as KubeVirt.
+pub const PER_NODE: u32 = 2;
+
+impl Options {
+    /// These, and where they say nothing what `others` say.
+    pub fn or(self, others: &Self) -> Self {
+        let others = others.clone();
+        Self {
+            allow_auto_converge: self.allow_auto_converge.or(others.allow_auto_converge),
+            allow_workload_disruption: self
+                .allow_workload_disruption
+                .or(others.allow_workload_disruption),
+            bandwidth_per_migration: self
+                .bandwidth_per_migration
+                .or(others.bandwidth_per_migration),
+            completion_timeout_per_gib: self
+                .completion_timeout_per_gib
+                .or(others.completion_timeout_per_gib),
+            max_downtime_ms: self.max_downtime_ms.or(others.max_downtime_ms),
+            progress_timeout: self.progress_timeout.or(others.progress_timeout),
+            parallel_migrations_per_cluster: self
+                .parallel_migrations_per_cluster
+                .or(others.parallel_migrations_per_cluster),
+            parallel_outbound_migrations_per_node: self
+                .parallel_outbound_migrations_per_node
+                .or(others.parallel_outbound_migrations_per_node),
+        }
+    }
+
+    /// What is in effect where nobody says anything.
+    pub fn defaults() -> Self {
+        Self {
+            allow_auto_converge: Some(false),
+            allow_workload_disruption: Some(false),
+            bandwidth_per_migration: Some(Quantity("0".into())),
+            completion_timeout_per_gib: Some(COMPLETION_PER_GIB),
+            max_downtime_ms: Some(MAX_DOWNTIME_MS),
+            progress_timeout: Some(PROGRESS_TIMEOUT),
+            parallel_migrations_per_cluster: Some(PER_CLUSTER),
+            parallel_outbound_migrations_per_node: Some(PER_NODE),
+        }
+    }
+}
+
+/// MigrationPolicy: how migrations of some VMIs are made.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, CustomResource)]
+#[kube(
+    group = "migrations.kubevirt.io",
+    version = "v1alpha1",
+    kind = "MigrationPolicy",
+    plural = "migrationpolicies",
+    schema = "disabled"
+)]
+#[serde(rename_all = "camelCase", default)]
+pub struct PolicySpec {
+    /// Of which; none: of no VMI.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub selectors: Option<Selectors>,
+    /// How.
+    #[serde(flatten)]
+    pub options: Options,
+}
+
+/// Labels that all must be there.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Selectors {
+    /// Of the VMI's namespace.
+    pub namespace_selector: BTreeMap<String, String>,
+    /// Of the VMI.
+    pub virtual_machine_instance_selector: BTreeMap<String, String>,
 }

@@ -6,6 +6,7 @@
 use handover::record::{AttemptId, HostId, InstanceId, Move, Record, State, VmId};
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// Of what.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, CustomResource)]
@@ -43,9 +44,15 @@ pub struct Status {
     /// The owner's pod.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pod: Option<String>,
+    /// The claims that are the owner's disks, by the VM's volumes.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub volumes: BTreeMap<String, String>,
     /// The last owner whose QEMU was seen to end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
+    /// The last heir whose QEMU was seen to end before it owned the VM.
+    #[serde(rename = "heirEnded", skip_serializing_if = "Option::is_none")]
+    pub heir_ended: Option<Ended>,
 }
 
 /// A move, as the record knows it.
@@ -126,10 +133,23 @@ impl Status {
         }
     }
 
-    /// Whether nobody runs it for certain: it has never been owned, or its owner was seen to end.
+    /// Whether nobody runs it for certain, nor can begin to by a move: it has never been owned, or
+    /// its owner was seen to end, and so was the heir of a move that is armed or committed.
     pub fn is_over(&self) -> bool {
-        self.owner.is_empty()
-            || self.ended.as_ref().is_some_and(|ended| ended.instance == self.owner)
+        self.owner.is_empty() || self.has_ended(&self.owner) && self.heir_is_over()
+    }
+
+    /// Whether that instance was seen to end.
+    pub fn has_ended(&self, instance: &str) -> bool {
+        [&self.ended, &self.heir_ended].into_iter().flatten().any(|e| e.instance == instance)
+    }
+
+    /// Whether a move can be decided in an heir's favour no more.
+    fn heir_is_over(&self) -> bool {
+        match (&*self.state, &self.of) {
+            ("armed" | "committed", Some(of)) => self.has_ended(&of.heir),
+            _ => true,
+        }
     }
 }
 

@@ -10,6 +10,8 @@ mod networks;
 pub mod unsupported;
 
 use crate::kubevirt;
+use crate::migration::{Options, Selectors};
+use crate::quantity;
 use crate::support::{self, Misfit};
 use crate::vm::{RunStrategy, Spec as VmSpec};
 use crate::vmi::Spec as VmiSpec;
@@ -220,6 +222,13 @@ pub fn settings(object: &Value) -> Report {
         Ok((spec, unknown)) => {
             unsupported::warn(&mut report, "spec", &unknown);
             certificates(&mut report, &spec);
+            let field = "spec.configuration.migrations";
+            migrations(&mut report, field, &spec.configuration.migrations);
+            let plain = object["spec"]["configuration"]["migrations"]["disableTLS"] == true;
+            report.demand(!plain, &format!("{field}.disableTLS"), || {
+                "must not be true: what moves is always encrypted, and both sides prove who they are"
+                    .into()
+            });
             let developer = &spec.configuration.developer_configuration;
             for gate in developer.feature_gates.iter().chain(&developer.disabled_feature_gates) {
                 if !kubevirt::KNOWN_GATES.contains(&&**gate) {
@@ -261,14 +270,58 @@ fn certificates(report: &mut Report, spec: &kubevirt::Spec) {
 /// A migration policy.
 pub fn policy(object: &Value) -> Report {
     let mut report = Report::default();
-    let spec = &object["spec"];
-    for field in ["completionTimeoutPerGiB", "maxDowntimeMs"] {
-        let negative = spec[field].as_i64().is_some_and(|number| number < 0);
-        report.demand(!negative, &format!("spec.{field}"), || "must not be negative".into());
+    // N.B. each for itself: what is flattened hides what nobody knows.
+    let mut options = object["spec"].clone();
+    let selectors = options.as_object_mut().and_then(|spec| spec.remove("selectors"));
+    match support::parse::<Options>(&options) {
+        Ok((parsed, unknown)) => {
+            unsupported::warn(&mut report, "spec", &unknown);
+            migrations(&mut report, "spec", &parsed);
+        }
+        Err(why) => report.misfit("spec", &why),
     }
-    let bandwidth = &spec["bandwidthPerMigration"];
-    let negative = bandwidth.as_str().is_some_and(|text| text.trim_start().starts_with('-'))
-        || bandwidth.as_i64().is_some_and(|number| number < 0);
-    report.demand(!negative, "spec.bandwidthPerMigration", || "must not be negative".into());
+    match support::parse::<Option<Selectors>>(&selectors.unwrap_or_default()) {
+        Ok((Some(selectors), unknown)) => {
+            unsupported::warn(&mut report, "spec.selectors", &unknown);
+            if selectors == Selectors::default() {
+                report.warnings.push("spec.selectors: nothing is selected by them".into());
+            }
+        }
+        Ok((None, _)) => {
+            report.warnings.push("spec.selectors: without any it is never used".into())
+        }
+        Err(why) => report.misfit("spec.selectors", &why),
+    }
     report
+}
+
+/// How migrations are to be made.
+fn migrations(report: &mut Report, field: &str, options: &Options) {
+    /// As KubeVirt has it.
+    const LONGEST_PAUSE_MS: i64 = 2_000_000;
+    let numbers = [
+        ("completionTimeoutPerGiB", options.completion_timeout_per_gib),
+        ("progressTimeout", options.progress_timeout),
+    ];
+    for (name, number) in numbers {
+        let negative = number.is_some_and(|number| number < 0);
+        report.demand(!negative, &format!("{field}.{name}"), || "must not be negative".into());
+    }
+    let pause = options.max_downtime_ms.is_none_or(|ms| (1..=LONGEST_PAUSE_MS).contains(&ms));
+    report.demand(pause, &format!("{field}.maxDowntimeMs"), || {
+        format!("must be 1 to {LONGEST_PAUSE_MS}")
+    });
+    let bandwidth = options.bandwidth_per_migration.as_ref();
+    let rate = bandwidth.is_none_or(|rate| quantity::bytes(&rate.0).is_some_and(|b| b >= 0));
+    report.demand(rate, &format!("{field}.bandwidthPerMigration"), || {
+        "must be bytes per second, and not negative: 64Mi".into()
+    });
+    let limits = [
+        ("parallelMigrationsPerCluster", options.parallel_migrations_per_cluster),
+        ("parallelOutboundMigrationsPerNode", options.parallel_outbound_migrations_per_node),
+    ];
+    for (name, limit) in limits {
+        let none = limit == Some(0);
+        report.demand(!none, &format!("{field}.{name}"), || "must be 1 at least".into());
+    }
 }

@@ -3,7 +3,7 @@
 mod spec;
 
 use crate::conditions::Condition;
-use crate::support;
+use crate::{migration, support};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
@@ -118,6 +118,15 @@ pub struct Status {
     /// The node that it is to leave.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evacuation_node_name: Option<String>,
+    /// Its migration, or its last.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration_state: Option<migration::State>,
+    /// `LiveMigration`, or `BlockMigration` where disks are copied.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration_method: Option<String>,
+    /// `Unix`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migration_transport: Option<String>,
 }
 
 impl Status {
