@@ -34,7 +34,7 @@ pub fn controller() -> Value {
             rule(&[""], &["pods", "persistentvolumeclaims"], &["*"]),
             rule(&[""], &["pods/log"], &["get"]),
             rule(&[""], &["events"], &["create", "patch"]),
-            rule(&[""], &["nodes"], &READ),
+            rule(&[""], &["nodes", "namespaces"], &READ),
             rule(
                 &[""],
                 &["secrets", "configmaps", "services"],
@@ -51,7 +51,11 @@ pub fn handler() -> Value {
         HANDLER,
         vec![
             rule(&["kubevirt.io"], &["virtualmachineinstances", "kubevirts"], &READ),
-            rule(&["kubevirt.io"], &["virtualmachineinstances/status"], &["patch"]),
+            rule(
+                &["kubevirt.io"],
+                &["virtualmachineinstances/status", "virtualmachineinstancemigrations/status"],
+                &["patch"],
+            ),
             rule(&["godwit.dev"], &["ownerrecords"], &READ),
             rule(&["godwit.dev"], &["ownerrecords/status"], &["patch"]),
             rule(&[""], &["pods", "persistentvolumeclaims"], &READ),

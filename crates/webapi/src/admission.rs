@@ -136,7 +136,7 @@ fn content(review: &Review<'_>, object: &Value, facts: &Facts) -> Report {
         Some("KubeVirt") => validate::settings(object),
         Some("MigrationPolicy") => validate::policy(object),
         Some("VirtualMachineInstanceMigration") if review.old.is_none() => {
-            migration::create(object, facts)
+            migration::create(review, object, facts)
         }
         _ => Report::default(),
     }

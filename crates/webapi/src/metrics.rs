@@ -110,7 +110,7 @@ fn moves(migrations: &[VirtualMachineInstanceMigration]) -> Vec<Metric> {
     ];
     let of = |(name, phase): (&'static str, &str)| {
         let is = |m: &&VirtualMachineInstanceMigration| {
-            m.status.as_ref().map(|s| &*s.phase).unwrap_or_default() == phase
+            m.status.as_ref().map(|s| s.phase).unwrap_or_default().to_string() == phase
         };
         let count = migrations.iter().filter(is).count() as f64;
         let samples = Samples::from([(Vec::new(), count)]);

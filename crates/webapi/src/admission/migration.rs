@@ -1,33 +1,32 @@
 //! Migrations: one at a time, of a VMI that runs and can move.
 
-use super::Facts;
+use super::{Facts, writers};
 use api::conditions::{Condition, Is, types};
+use api::keys;
 use api::migration::{Spec, VirtualMachineInstanceMigration};
 use api::support;
 use api::validate::{Report, unsupported};
+use apiserver::extension::Review;
 use apiserver::meta;
 use kube::ResourceExt;
 use serde_json::{Value, json};
 
-/// Label of a migration: its VMI.
-const VMI: &str = "kubevirt.io/vmi-name";
-/// Holds a migration until what it has made is cleared away.
-const FINALIZER: &str = "kubevirt.io/migrationJobFinalize";
+/// How urgent a migration can be.
+const PRIORITIES: [&str; 3] = ["system-critical", "user-triggered", "system-maintenance"];
 
 pub fn fill_in(object: &mut Value) {
-    meta::add_finalizer(object, FINALIZER);
+    meta::add_finalizer(object, keys::MIGRATION_FINALIZER);
     let Some(name) = object["spec"]["vmiName"].as_str().map(str::to_owned) else { return };
     let mut labels = meta::map(object, "labels").cloned().unwrap_or_default();
-    labels.insert(VMI.into(), name.into());
+    labels.insert(keys::MIGRATES.into(), name.into());
     meta::set(object, "labels", json!(labels));
 }
 
 fn is_over(migration: &VirtualMachineInstanceMigration) -> bool {
-    let phase = migration.status.as_ref().map(|status| &*status.phase);
-    matches!(phase, Some("Succeeded" | "Failed"))
+    migration.status.as_ref().is_some_and(|status| status.phase.is_final())
 }
 
-pub fn create(object: &Value, facts: &Facts) -> Report {
+pub fn create(review: &Review<'_>, object: &Value, facts: &Facts) -> Report {
     let mut report = Report::default();
     let spec = match support::parse::<Spec>(&object["spec"]) {
         Ok((spec, unknown)) => {
@@ -53,6 +52,14 @@ pub fn create(object: &Value, facts: &Facts) -> Report {
     }
     if let Some(why) = hindrance(name, facts) {
         report.fault("spec.vmiName", why);
+    }
+    if let Some(priority) = spec.priority.as_deref().filter(|priority| !priority.is_empty()) {
+        report.demand(PRIORITIES.contains(&priority), "spec.priority", || {
+            format!("must be one of {}", PRIORITIES.join(", "))
+        });
+        report.demand(writers::is_own(review.user), "spec.priority", || {
+            "is Godwit's to set: leave it out".into()
+        });
     }
     report
 }
@@ -83,9 +90,11 @@ fn hindrance(name: &str, facts: &Facts) -> Option<String> {
 }
 
 pub fn update(report: &mut Report, new: &Value, old: &Value) {
-    let label = |object: &Value| object["metadata"]["labels"][VMI].clone();
+    let label = |object: &Value| object["metadata"]["labels"][keys::MIGRATES].clone();
     let over = matches!(old["status"]["phase"].as_str(), Some("Succeeded" | "Failed"));
-    report.demand(over || label(new) == label(old), &format!("metadata.labels[{VMI}]"), || {
-        "cannot be changed while the migration is under way".into()
-    });
+    report.demand(
+        over || label(new) == label(old),
+        &format!("metadata.labels[{}]", keys::MIGRATES),
+        || "cannot be changed while the migration is under way".into(),
+    );
 }

@@ -21,9 +21,7 @@ const ON_NODE: &str = "authentication.kubernetes.io/node-name";
 const CLEANERS: [&str; 2] = ["generic-garbage-collector", "namespace-controller"];
 
 /// Labels of a VMI by which it is found: whoever sets them decides who acts on it.
-const RESERVED: [&str; 3] = [keys::NODE, keys::CREATED_BY, TARGET];
-/// Label of a VMI: the node that it is moved to.
-const TARGET: &str = "kubevirt.io/migrationTargetNodeName";
+const RESERVED: [&str; 3] = [keys::NODE, keys::CREATED_BY, keys::TARGET_NODE];
 
 enum Writer<'a> {
     /// Godwit, anywhere.
@@ -57,6 +55,11 @@ fn is_cleaner(name: &str) -> bool {
         .strip_prefix("system:serviceaccount:kube-system:")
         .or_else(|| name.strip_prefix("system:"));
     part.is_some_and(|part| CLEANERS.contains(&part))
+}
+
+/// Whether a user is one of Godwit's own controllers, or may do everything.
+pub fn is_own(user: &User) -> bool {
+    matches!(writer(user), Writer::Own | Writer::Master)
 }
 
 /// Judges by who writes. Returns warnings.
@@ -99,10 +102,13 @@ fn instance(review: &Review<'_>, object: Option<&Value>) -> Result<Vec<String>, 
     }
 }
 
-/// Whether a VMI is on a node, or on its way there.
+/// Whether a VMI is on a node, on its way there, or about to have left it.
 fn is_on(vmi: &Value, node: &str) -> bool {
-    let labels = &vmi["metadata"]["labels"];
-    labels[keys::NODE] == node || labels[TARGET] == node || vmi["status"]["nodeName"] == node
+    let (labels, status) = (&vmi["metadata"]["labels"], &vmi["status"]);
+    let moves = &status["migrationState"];
+    let over = moves["completed"] == true || moves["failed"] == true;
+    let takes_part = !over && (moves["sourceNode"] == node || moves["targetNode"] == node);
+    labels[keys::NODE] == node || status["nodeName"] == node || takes_part
 }
 
 fn owner(review: &Review<'_>, object: Option<&Value>) -> Result<Vec<String>, Denied> {

@@ -22,6 +22,7 @@ pub async fn migrate(target: &Target<'_>, options: &Options) -> Result<Answer, F
     let spec = Spec {
         vmi_name: target.name.into(),
         added_node_selector: options.added_node_selector.clone(),
+        ..Spec::default()
     };
     let mut migration = VirtualMachineInstanceMigration::new("", spec);
     migration.metadata.name = None;
