@@ -13,6 +13,7 @@
 pub mod doors;
 pub mod files;
 pub mod guests;
+pub mod moves;
 pub mod network;
 pub mod node;
 pub mod records;
@@ -24,7 +25,7 @@ use api::kubevirt::KubeVirt;
 use api::owner::OwnerRecord;
 use api::vmi::VirtualMachineInstance;
 use channel::gateway::{Config as GatewayConfig, Gateway, Limits};
-use channel::identity::Credentials;
+use channel::identity::{Credentials, SpiffeId};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::runtime::reflector::Store;
 use kube::runtime::watcher;
@@ -56,6 +57,11 @@ pub struct Config {
 }
 
 impl Config {
+    /// Who it is.
+    pub fn id(&self) -> SpiffeId {
+        self.credentials.borrow().identity.id().clone()
+    }
+
     /// The folders of pods.
     pub fn pods(&self) -> PathBuf {
         self.folder.join("pods")
@@ -87,6 +93,8 @@ pub struct Shared {
     pub claims: Store<PersistentVolumeClaim>,
     /// The cluster's settings.
     pub settings: Store<KubeVirt>,
+    /// What is remembered of moves.
+    pub moves: Arc<moves::Moves>,
     /// VMIs to be looked at.
     pub queue: Queue<(String, String)>,
 }
@@ -144,11 +152,13 @@ pub async fn run(client: Client, config: Config) -> Result<(), Error> {
         host_dir: config.folder.clone(),
         identity: credentials.identity,
         trust: credentials.trust,
-        service: Arc::new(records::Closed),
+        service: Arc::new(moves::Cluster(shared.clone())),
         limits: Limits::default(),
     });
     let gateway = gateway.map_err(|source| Error::Gateway { node: config.node.clone(), source })?;
     let gateway = Arc::new(gateway);
+    // It was empty: this is the only one.
+    let _ = shared.moves.gateway.set(Arc::clone(&gateway));
     let served = serve::Served::open(&shared).await?;
     let addresses = node::Addresses { gateway: gateway.local_addr(), handler: served.address };
     let mut tasks = JoinSet::new();
@@ -203,7 +213,11 @@ fn keep(client: &Client, config: &Arc<Config>, watch: Arc<Watch>) -> (Shared, Ke
         }
     });
     let all = watcher::Config::default;
-    let owners = keeper.keep(Api::all(client.clone()), all());
+    let owners = keeper.keep_and(Api::all(client.clone()), all(), {
+        let queue = queue.clone();
+        // A guest that has come or gone is known by its record.
+        move |record: &OwnerRecord| queue.ring(guests::key(record))
+    });
     let claims = keeper.keep(Api::all(client.clone()), all());
     let settings = keeper.keep(Api::all(client.clone()), all());
     let cache = images::Cache::new(config.folder.join("images"), images::Limits::default());
@@ -219,6 +233,7 @@ fn keep(client: &Client, config: &Arc<Config>, watch: Arc<Watch>) -> (Shared, Ke
         owners,
         claims,
         settings,
+        moves: Arc::default(),
         queue,
     };
     (shared, keeper)

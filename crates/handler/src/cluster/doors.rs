@@ -1,6 +1,6 @@
 //! Each launcher's door to its handler: a folder of its pod's, with a socket that is nobody else's.
 
-use super::records::Door;
+use super::records::{Door, OfVm};
 use super::{Shared, guests, network};
 use channel::gateway::{self, Gateway};
 use k8s_openapi::api::core::v1::Pod;
@@ -51,6 +51,7 @@ pub async fn run(shared: Shared, gateway: Arc<Gateway>) {
         }
         open.retain(|folder, _| folders.contains(folder));
         told.retain(|folder, _| folders.contains(folder));
+        shared.moves.keep(|uid| pods.iter().any(|pod| pod.uid().as_deref() == Some(uid)));
         sweep(&shared.config.pods(), &folders).await;
         let _ = tokio::time::timeout(AGAIN, shared.pods_bell.notified()).await;
     }
@@ -59,26 +60,21 @@ pub async fn run(shared: Shared, gateway: Arc<Gateway>) {
 fn door(
     shared: &Shared,
     gateway: &Gateway,
-    pod: &Pod,
+    pod: &Arc<Pod>,
     folder: &Path,
 ) -> Result<Option<gateway::Door>, String> {
     let Some((namespace, name)) = guests::owner(pod) else { return Ok(None) };
     let text = |error: io::Error| error.to_string();
     std::fs::create_dir_all(folder).map_err(text)?;
-    let id = shared.config.credentials.borrow().identity.id().clone();
-    let peer = Peer { address: gateway.local_addr().to_string(), id };
+    let peer = Peer { address: gateway.local_addr().to_string(), id: shared.config.id() };
     let draft = folder.join("gateway.json.new");
     let here = serde_json::to_vec(&Here { peer }).map_err(|error| error.to_string())?;
     std::fs::write(&draft, here).map_err(text)?;
     std::fs::rename(&draft, folder.join("gateway.json")).map_err(text)?;
     let vm = api::owner::vm_id(&namespace, &name);
-    let service = Door {
-        shared: shared.clone(),
-        namespace,
-        name,
-        pod: pod.name_any(),
-        vm: handover::record::VmId(vm),
-    };
+    let vm = handover::record::VmId(vm);
+    let record = OfVm { shared: shared.clone(), namespace, name, vm };
+    let service = Door { record, pod: Arc::clone(pod) };
     let door = gateway.open_door(folder, Arc::new(service));
     door.map(Some).map_err(|error| launcher::chain(&error))
 }

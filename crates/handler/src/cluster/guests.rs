@@ -1,8 +1,9 @@
 //! The guests of a node's VMIs: started through their launchers, watched, and told of.
 
 use super::translate::{self, Facts};
-use super::{Shared, doors, files, network};
+use super::{Shared, doors, files, moves, network, records};
 use api::conditions::{self, Condition, types};
+use api::keys;
 use api::kubevirt::KubeVirt;
 use api::vmi::{
     InterfaceStatus, Machine, MemoryStatus, Phase, Spec, Status, VirtualMachineInstance,
@@ -26,15 +27,11 @@ use std::time::Duration;
 /// Guests that are looked at the same time.
 const AT_ONCE: usize = 32;
 /// A launcher that does not answer yet is asked again after this.
-const SOON: Duration = Duration::from_millis(100);
+pub(super) const SOON: Duration = Duration::from_millis(100);
 /// A guest that does not start in this time has failed.
 const START: SignedDuration = SignedDuration::from_mins(10);
 /// A launcher's news are waited for so long at a time.
 const WAIT: Duration = Duration::from_secs(50);
-
-/// Nobody carries migrations of a cluster out yet: one that is asked for is refused with this.
-const UNMOVED: &str =
-    "migrations by KubeVirt's objects are not built yet: stop the VM and start it elsewhere";
 
 /// A namespace and a name.
 pub type Key = (String, String);
@@ -50,7 +47,7 @@ pub fn owner(pod: &Pod) -> Option<Key> {
     Some((pod.namespace().unwrap_or_default(), owner.name.clone()))
 }
 
-fn get<K>(store: &Store<K>, (namespace, name): &Key) -> Option<Arc<K>>
+pub(super) fn get<K>(store: &Store<K>, (namespace, name): &Key) -> Option<Arc<K>>
 where
     K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope> + Clone + 'static,
 {
@@ -73,60 +70,110 @@ pub async fn run(shared: Shared) {
 type Watched = Arc<Mutex<HashSet<String>>>;
 
 /// One guest: its VMI, its pod, its launcher.
-struct Guest<'a> {
-    shared: &'a Shared,
-    key: &'a Key,
-    vmi: Arc<VirtualMachineInstance>,
-    pod: Arc<Pod>,
-    launcher: Launcher,
-    vm: String,
+pub(super) struct Guest<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) key: &'a Key,
+    pub(super) vmi: Arc<VirtualMachineInstance>,
+    pub(super) pod: Arc<Pod>,
+    pub(super) launcher: Launcher,
+    pub(super) vm: String,
 }
 
 async fn reconcile(shared: &Shared, watched: &Watched, key: &Key) -> Next {
-    let Some(vmi) = get(&shared.vmis, key) else { return Next::Rest };
-    let phase = vmi.status.as_ref().map(|s| s.phase).unwrap_or_default();
-    if !matches!(phase, Phase::Scheduled | Phase::Running | Phase::Unknown) {
+    let pods = pods_of(shared, key);
+    if pods.is_empty() {
         return Next::Rest;
     }
-    let Some(pod) = pod_of(shared, &vmi) else { return Next::Rest };
-    let folder = doors::folder(&shared.config.pods(), &pod);
-    // Without its door the launcher could not ask whether it may start.
-    if !folder.join("gateway.json").exists() {
+    let vmi = match get(&shared.vmis, key) {
+        Some(vmi) => vmi,
+        // One that comes from another node, or has left for it.
+        None => match moves::elsewhere(shared, key).await {
+            Ok(Some(vmi)) => vmi,
+            Ok(None) => return Next::Rest,
+            Err(error) => return failed(key, &error),
+        },
+    };
+    let record = get(&shared.owners, key);
+    let record = record.and_then(|record| record.status.clone()).unwrap_or_default();
+    let mut next = Next::Rest;
+    for pod in pods.iter().filter(|pod| pod.labels().get(keys::CREATED_BY) == vmi.uid().as_ref()) {
+        let place = Place { shared, watched, key, vmi: &vmi, record: &record, pod };
+        next = sooner(next, place.reconcile().await);
+    }
+    next
+}
+
+/// The one that comes first.
+fn sooner(one: Next, other: Next) -> Next {
+    match (one, other) {
+        (Next::Rest, other) => other,
+        (one, Next::Rest) => one,
+        (Next::Failed, _) | (_, Next::Failed) => Next::Failed,
+        (Next::After(one), Next::After(other)) => Next::After(one.min(other)),
+    }
+}
+
+fn failed(key: &Key, error: &kube::Error) -> Next {
+    if matches!(error, kube::Error::Api(status) if status.code == 409) {
         return Next::After(SOON);
     }
-    let vm = api::owner::vm_id(&key.0, &key.1);
-    let launcher = Launcher::new(&folder, &vm);
-    let Ok(found) = launcher.status().await else { return Next::After(SOON) };
-    watch(shared, watched, key, &pod, &launcher, found.generation);
-    let guest = Guest { shared, key, vmi, pod, launcher, vm };
-    match guest.look_after(&found).await {
-        Ok(next) => next,
-        Err(error) if is_outrun(&error) => Next::After(SOON),
-        Err(error) => {
-            tracing::warn!(vmi = %format!("{}/{}", key.0, key.1), "{}", why(&error));
-            Next::Failed
-        }
-    }
+    tracing::warn!(vmi = %format!("{}/{}", key.0, key.1), "{}", why(error));
+    Next::Failed
 }
 
-fn is_outrun(error: &kube::Error) -> bool {
-    matches!(error, kube::Error::Api(status) if status.code == 409)
-}
-
-/// The pod of a VMI that is on this node and has not ended.
-fn pod_of(shared: &Shared, vmi: &VirtualMachineInstance) -> Option<Arc<Pod>> {
-    let uid = vmi.uid()?;
+/// The launchers' pods of a VMI that are on this node and have not ended.
+fn pods_of(shared: &Shared, key: &Key) -> Vec<Arc<Pod>> {
     let ended = |pod: &Pod| {
         let phase = pod.status.as_ref().and_then(|s| s.phase.as_deref()).unwrap_or_default();
         ["Succeeded", "Failed"].contains(&phase)
     };
     let mut pods = shared.pods.state();
     pods.retain(|pod| {
-        pod.labels().get(api::keys::CREATED_BY) == Some(&uid)
-            && !pod.labels().contains_key(api::keys::BINDS)
-            && !ended(pod)
+        owner(pod).as_ref() == Some(key) && !pod.labels().contains_key(keys::BINDS) && !ended(pod)
     });
-    pods.into_iter().min_by_key(|pod| pod.metadata.deletion_timestamp.is_some())
+    pods
+}
+
+/// A pod that a VMI has on this node.
+struct Place<'a> {
+    shared: &'a Shared,
+    watched: &'a Watched,
+    key: &'a Key,
+    vmi: &'a Arc<VirtualMachineInstance>,
+    record: &'a api::owner::Status,
+    pod: &'a Arc<Pod>,
+}
+
+impl Place<'_> {
+    async fn reconcile(&self) -> Next {
+        let Self { shared, key, vmi, pod, .. } = *self;
+        let folder = doors::folder(&shared.config.pods(), pod);
+        // Without its door the launcher could not ask whether it may start.
+        if !folder.join("gateway.json").exists() {
+            return Next::After(SOON);
+        }
+        let vm = api::owner::vm_id(&key.0, &key.1);
+        let launcher = Launcher::new(&folder, &vm);
+        let Ok(found) = launcher.status().await else { return Next::After(SOON) };
+        watch(shared, self.watched, key, pod, &launcher, found.generation);
+        let guest = Guest { shared, key, vmi: Arc::clone(vmi), pod: Arc::clone(pod), launcher, vm };
+        let looked = match self.is_owner(&found) {
+            true if moves::is_elsewhere(vmi, &shared.config.node) => guest.arrive(&found).await,
+            true => guest.look_after(&found).await,
+            false => guest.move_along(&found).await,
+        };
+        looked.unwrap_or_else(|error| failed(key, &error))
+    }
+
+    /// Whether the guest is this pod's: it runs it, or is to begin it.
+    fn is_owner(&self, found: &Found) -> bool {
+        let begins = found.phase == Does::Empty || found.phase == Does::Starting;
+        let is_target = self.pod.labels().contains_key(keys::MIGRATION);
+        let phase = self.vmi.status.as_ref().map(|status| status.phase).unwrap_or_default();
+        let lives = matches!(phase, Phase::Scheduled | Phase::Running | Phase::Unknown);
+        let owns = self.record.pod.as_deref() == Some(&*self.pod.name_any());
+        lives && (owns || begins && !is_target && self.record.is_over())
+    }
 }
 
 /// Rings when a launcher has news, until it is gone.
@@ -153,7 +200,7 @@ fn watch(shared: &Shared, watched: &Watched, key: &Key, pod: &Pod, launcher: &La
 }
 
 impl Guest<'_> {
-    fn status(&self) -> Status {
+    pub(super) fn status(&self) -> Status {
         self.vmi.status.clone().unwrap_or_default()
     }
 
@@ -161,7 +208,7 @@ impl Guest<'_> {
         self.vmi.metadata.deletion_timestamp.is_some()
     }
 
-    async fn say(&self, kind: Kind, reason: &str, message: &str) {
+    pub(super) async fn say(&self, kind: Kind, reason: &str, message: &str) {
         self.shared.events.say(&reference(&*self.vmi), kind, reason, message).await;
     }
 
@@ -176,7 +223,8 @@ impl Guest<'_> {
                 if self.leaves() {
                     self.shut_down(found).await;
                 }
-                self.show(found).await
+                self.show(found).await?;
+                self.send_away(found).await
             }
             Does::Stopped => {
                 let phase = if found.broke { Phase::Failed } else { Phase::Succeeded };
@@ -233,8 +281,23 @@ impl Guest<'_> {
     }
 
     async fn try_begin(&self, cluster: &KubeVirt) -> Result<(), Refusal> {
+        let (spec, vm) = self.arrange(cluster).await?;
+        let started = match spec.start_strategy.as_deref() {
+            Some("Paused") => self.launcher.start_paused(&vm).await,
+            _ => self.launcher.start(&vm, false).await,
+        };
+        started.map(|_| ()).map_err(|error| Refusal {
+            reason: "SyncFailed",
+            is_final: matches!(error, launcher::client::Error::Refused { status: 400, .. }),
+            message: launcher::chain(&error),
+        })
+    }
+
+    /// Prepares what the guest needs in this pod, and says how it is to be run here.
+    pub(super) async fn arrange(&self, cluster: &KubeVirt) -> Result<(Spec, VmSpec), Refusal> {
         let last = |message: String| Refusal { reason: "SyncFailed", message, is_final: true };
-        let spec = self.vmi.parse().map_err(last)?;
+        let mut spec = self.vmi.parse().map_err(last)?;
+        translate::use_claims(&mut spec, &records::volumes(&self.pod));
         let (blocks, shared, sizes) = self.claims(&spec, cluster);
         let pod = doors::folder(&self.shared.config.pods(), &self.pod);
         let taps = network::prepare(&spec, &pod).await.map_err(|message| Refusal {
@@ -257,15 +320,7 @@ impl Guest<'_> {
             let files::Unprepared { reason, message } = unprepared;
             Refusal { reason, message, is_final: false }
         })?;
-        let started = match spec.start_strategy.as_deref() {
-            Some("Paused") => self.launcher.start_paused(&vm).await,
-            _ => self.launcher.start(&vm, false).await,
-        };
-        started.map(|_| ()).map_err(|error| Refusal {
-            reason: "SyncFailed",
-            is_final: matches!(error, launcher::client::Error::Refused { status: 400, .. }),
-            message: launcher::chain(&error),
-        })
+        Ok((spec, vm))
     }
 
     /// Which claims are devices, which can be used on several nodes at once, and to how many bytes
@@ -295,22 +350,20 @@ impl Guest<'_> {
     }
 
     /// Tells how a guest is that runs.
-    async fn show(&self, found: &Found) -> kube::Result<Next> {
+    async fn show(&self, found: &Found) -> kube::Result<()> {
         let mut status = self.status();
         let now = Timestamp::now();
         let first = status.phase != Phase::Running;
         if first || status.machine.is_none() {
-            let Ok(Some(vm)) = self.launcher.spec().await else { return Ok(Next::After(SOON)) };
+            // N.B. one that has just ended tells so itself.
+            let Ok(Some(vm)) = self.launcher.spec().await else { return Ok(()) };
             self.describe(&mut status, &vm);
         }
         status.enter(Phase::Running, now);
         status.node_name = Some(self.shared.config.node.clone());
         status.reason = None;
-        let mut new = vec![
-            Condition::new(types::READY, true, "", ""),
-            Condition::new(types::LIVE_MIGRATABLE, false, "NotBuilt", UNMOVED),
-            Condition::new(types::STORAGE_LIVE_MIGRATABLE, false, "NotBuilt", UNMOVED),
-        ];
+        let mut new = vec![Condition::new(types::READY, true, "", "")];
+        new.extend(self.mobility(&mut status));
         if found.phase == Does::Paused {
             let message = "VMI was paused by user";
             new.push(Condition::new(types::PAUSED, true, "PausedByUser", message));
@@ -323,12 +376,11 @@ impl Guest<'_> {
         }
         let gone = [types::PAUSED, types::SYNCHRONIZED, types::IN_DOUBT, types::UNSUPPORTED_FIELDS];
         status.conditions = conditions::merge(&status.conditions, new, &gone, now);
-        self.write(status).await?;
-        Ok(Next::Rest)
+        self.write(status).await
     }
 
-    /// What the guest is: written once.
-    fn describe(&self, status: &mut Status, vm: &VmSpec) {
+    /// What the guest is: written once for each node.
+    pub(super) fn describe(&self, status: &mut Status, vm: &VmSpec) {
         status.machine = Some(Machine { kind: vm.machine.clone() });
         let Ok(spec) = self.vmi.parse() else { return };
         status.current_cpu_topology = Some(spec.domain.cpu.topology());
@@ -393,7 +445,7 @@ impl Guest<'_> {
         Ok(Next::Rest)
     }
 
-    async fn write(&self, status: Status) -> kube::Result<()> {
+    pub(super) async fn write(&self, status: Status) -> kube::Result<()> {
         if self.vmi.status.as_ref() == Some(&status) {
             return Ok(());
         }
@@ -401,8 +453,13 @@ impl Guest<'_> {
             Api::namespaced(self.shared.client.clone(), &self.key.0);
         let mut value = serde_json::to_value(&status).map_err(kube::Error::SerdeError)?;
         // A merge patch removes what is null.
-        if status.reason.is_none() {
-            value["reason"] = serde_json::Value::Null;
+        for (field, is_none) in [
+            ("reason", status.reason.is_none()),
+            ("evacuationNodeName", status.evacuation_node_name.is_none()),
+        ] {
+            if is_none {
+                value[field] = serde_json::Value::Null;
+            }
         }
         let read = json!({"resourceVersion": self.vmi.resource_version()});
         let patch = Patch::Merge(json!({"metadata": read, "status": value}));
@@ -425,9 +482,9 @@ fn room(capacity: i128) -> Option<u64> {
 }
 
 /// Why a guest is not started.
-struct Refusal {
-    reason: &'static str,
-    message: String,
+pub(super) struct Refusal {
+    pub(super) reason: &'static str,
+    pub(super) message: String,
     /// Another try would end the same way.
-    is_final: bool,
+    pub(super) is_final: bool,
 }

@@ -1,7 +1,7 @@
 //! A VMI as its launcher knows it. Pure.
 
 use api::kubevirt::KubeVirt;
-use api::vmi::{Disk, Interface, Spec, Volume};
+use api::vmi::{Claim, Disk, Interface, Spec, Volume};
 use launcher::spec::{
     Accelerator, Backend, Bus, DirectBoot, Disk as VmDisk, Forward, Nic, Topology, Uefi, VmSpec,
 };
@@ -65,6 +65,19 @@ pub fn place(volume: &Volume, blocks: &BTreeMap<String, bool>) -> PathBuf {
     }
 }
 
+/// Lets volumes be those claims that a pod has in their stead: a guest that moves may come to other
+/// disks than it has.
+pub fn use_claims(vmi: &mut Spec, claims: &BTreeMap<String, String>) {
+    for volume in &mut vmi.volumes {
+        let own = volume.claim().map(str::to_owned);
+        if let Some(claim) = claims.get(&volume.name).filter(|claim| Some(*claim) != own.as_ref()) {
+            let read_only = volume.persistent_volume_claim.as_ref().and_then(|c| c.read_only);
+            volume.data_volume = None;
+            volume.persistent_volume_claim = Some(Claim { claim_name: claim.clone(), read_only });
+        }
+    }
+}
+
 /// The spec for the launcher.
 ///
 /// # Errors
@@ -105,6 +118,12 @@ pub fn spec(vmi: &Spec, facts: &Facts<'_>) -> Result<VmSpec, String> {
     };
     spec.validate().map_err(|invalid| invalid.to_string())?;
     Ok(spec)
+}
+
+/// A spec for a guest that arrives: its disks are as large as they are where it comes from.
+pub fn arriving(mut vm: VmSpec) -> VmSpec {
+    vm.disks.iter_mut().for_each(|disk| disk.grow_to = None);
+    vm
 }
 
 /// A kernel from an image is prepared by these names.

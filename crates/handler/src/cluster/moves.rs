@@ -1,0 +1,188 @@
+//! Moves of guests between nodes, and between pods of one node.
+//!
+//! ```text
+//! controller: VMI's migrationState --> source's handler --prepare--> target's handler --> launcher
+//!                                             |  <-------ticket---------+
+//!                                             +--send--> source's launcher ===> target's launcher
+//! source's handler: how far it is, how it failed, that the guest has left
+//! target's handler: that the guest is here
+//! ```
+//!
+//! What a move does is between the two launchers. Handlers begin it, tell of it, and take nothing
+//! for granted: who runs the guest says the owner record.
+
+mod mobility;
+mod prepare;
+mod source;
+
+pub use prepare::Cluster;
+
+use super::guests::{Guest, Key, SOON};
+use super::{Shared, translate};
+use api::conditions::moment;
+use api::keys;
+use api::migration::State;
+use api::vmi::VirtualMachineInstance;
+use channel::gateway::Gateway;
+use jiff::Timestamp;
+use kube::{Api, ResourceExt};
+use launcher::spec::VmSpec;
+use launcher::status::{Phase as Does, Status as Found};
+use reconcile::events::Kind;
+use reconcile::queue::Next;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What a handler remembers of moves: it can do without.
+#[derive(Default)]
+pub struct Moves {
+    /// The way to other handlers, once it is open.
+    pub gateway: OnceLock<Arc<Gateway>>,
+    memory: Mutex<Memory>,
+}
+
+#[derive(Default)]
+struct Memory {
+    /// By the target's pod: how the guest is to be run there, or why it cannot be yet.
+    arranged: HashMap<String, Result<VmSpec, String>>,
+    /// By the migration.
+    known: HashMap<String, Known>,
+}
+
+/// What is known of one migration.
+struct Known {
+    /// When it was first seen here.
+    since: Instant,
+    /// Its name.
+    name: Option<String>,
+    /// When its progress was last told, and what was.
+    told: Option<(Instant, serde_json::Value)>,
+}
+
+impl Default for Known {
+    fn default() -> Self {
+        Self { since: Instant::now(), name: None, told: None }
+    }
+}
+
+impl Moves {
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How long a migration has been known here.
+    fn age(&self, migration: &str) -> Duration {
+        self.memory().known.entry(migration.to_owned()).or_default().since.elapsed()
+    }
+
+    fn forget(&self, migration: &str) {
+        self.memory().known.remove(migration);
+    }
+
+    /// Forgets pods that are gone.
+    pub fn keep(&self, is_there: impl Fn(&str) -> bool) {
+        self.memory().arranged.retain(|pod, _| is_there(pod));
+    }
+}
+
+/// A VMI of which a pod is here and which is on another node: as the API has it.
+///
+/// # Errors
+/// Those of the API.
+pub async fn elsewhere(
+    shared: &Shared,
+    (namespace, name): &Key,
+) -> kube::Result<Option<Arc<VirtualMachineInstance>>> {
+    let vmis: Api<VirtualMachineInstance> = Api::namespaced(shared.client.clone(), namespace);
+    Ok(vmis.get_opt(name).await?.map(Arc::new))
+}
+
+/// Whether a VMI is said to be on another node.
+pub fn is_elsewhere(vmi: &VirtualMachineInstance, node: &str) -> bool {
+    let status = vmi.status.as_ref();
+    status.and_then(|status| status.node_name.as_deref()).is_some_and(|named| named != node)
+}
+
+impl Guest<'_> {
+    /// The migration that is under way between these pods, as the VMI has it.
+    fn moves(&self) -> Option<State> {
+        self.status().migration_state.filter(|state| !state.is_over())
+    }
+
+    /// The guest has come to this pod: the VMI is here from now on.
+    pub(super) async fn arrive(&self, found: &Found) -> kube::Result<Next> {
+        if found.phase == Does::Receiving {
+            // It is this pod's already, and is about to run.
+            return Ok(Next::After(SOON));
+        }
+        let mut status = self.status();
+        let node = self.shared.config.node.clone();
+        if let Ok(Some(vm)) = self.launcher.spec().await {
+            self.describe(&mut status, &vm);
+        }
+        status.node_name = Some(node.clone());
+        status.evacuation_node_name = None;
+        let own = |state: &&mut State| state.target_pod == self.pod.metadata.name;
+        if let Some(state) = status.migration_state.as_mut().filter(own) {
+            state.target_node_domain_ready_timestamp = Some(moment(Timestamp::now()));
+            state.target_node_domain_detected = Some(true);
+        }
+        self.write(status).await?;
+        let message = format!("The VirtualMachineInstance migrated to node {node}.");
+        self.say(Kind::Normal, "Migrated", &message).await;
+        // The controller labels it, and so it comes to this handler's own.
+        Ok(Next::Rest)
+    }
+
+    /// A pod of the VMI's that does not run its guest: the guest is on its way to it, or has left.
+    pub(super) async fn move_along(&self, found: &Found) -> kube::Result<Next> {
+        match found.phase {
+            Does::Empty if self.pod.labels().contains_key(keys::MIGRATION) => self.expect().await,
+            Does::Left => self.has_left().await,
+            _ => Ok(Next::Rest),
+        }
+    }
+
+    /// Prepares what the guest needs here, before its source's handler asks for it.
+    async fn expect(&self) -> kube::Result<Next> {
+        let uid = self.pod.uid().unwrap_or_default();
+        if matches!(self.shared.moves.memory().arranged.get(&uid), Some(Ok(_))) {
+            return Ok(Next::Rest);
+        }
+        let Some(cluster) = self.shared.settings.state().into_iter().next() else {
+            return Ok(Next::After(SOON));
+        };
+        let arranged = self.arrange(&cluster).await;
+        let next = if arranged.is_ok() { Next::Rest } else { Next::Failed };
+        if let Err(refusal) = &arranged {
+            self.say(Kind::Warning, refusal.reason, &refusal.message).await;
+        }
+        let arranged = arranged
+            .map(|(_, vm)| translate::arriving(vm))
+            .map_err(|refusal| format!("{}: {}", refusal.reason, refusal.message));
+        self.shared.moves.memory().arranged.insert(uid, arranged);
+        Ok(next)
+    }
+
+    /// The guest has left this pod, and all that is to be kept of it is written down.
+    async fn has_left(&self) -> kube::Result<Next> {
+        let mut status = self.status();
+        let own =
+            |state: &&mut State| state.source_pod == self.pod.metadata.name && !state.is_over();
+        let Some(state) = status.migration_state.as_mut().filter(own) else {
+            return Ok(Next::Rest);
+        };
+        if state.target_node_domain_ready_timestamp.is_none() {
+            // The target's handler says it, or will.
+            return Ok(Next::After(SOON));
+        }
+        state.completed = Some(true);
+        state.end_timestamp = Some(moment(Timestamp::now()));
+        if let Some(migration) = &state.migration_uid {
+            self.tell_end(migration).await;
+        }
+        self.write(status).await?;
+        Ok(Next::Rest)
+    }
+}

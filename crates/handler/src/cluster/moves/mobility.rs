@@ -1,0 +1,94 @@
+//! What keeps a guest from being moved, all of it at once. Pure.
+
+use super::super::guests::{Guest, get};
+use api::conditions::{Condition, types};
+use api::vmi::{Spec, Status};
+
+/// What keeps a guest where it is: a reason of KubeVirt's, and for people.
+pub type Hindrance = (&'static str, String);
+
+const DISKS: &str = "DisksNotLiveMigratable";
+
+/// Those of a VMI. `shared`: whether a claim can be used on several nodes at once.
+pub fn hindrances(spec: &Spec, shared: impl Fn(&str) -> Option<bool>) -> Vec<Hindrance> {
+    let mut found = Vec::new();
+    for volume in &spec.volumes {
+        let name = &volume.name;
+        if volume.host_disk.is_some() {
+            found.push((DISKS, format!("volume {name} is a file of its node")));
+        }
+        match volume.claim().map(|claim| (claim, shared(claim))) {
+            Some((claim, Some(false))) => found.push((
+                DISKS,
+                format!("claim {claim} of volume {name} is not ReadWriteMany: one node has it"),
+            )),
+            Some((claim, None)) => {
+                found.push((DISKS, format!("claim {claim} of volume {name} is not known")));
+            }
+            _ => {}
+        }
+    }
+    found
+}
+
+/// Whether disks are copied when a guest moves: those that only its pod has.
+fn copies(spec: &Spec) -> bool {
+    spec.volumes.iter().any(|volume| volume.container_disk.is_some() || volume.empty_disk.is_some())
+}
+
+impl Guest<'_> {
+    /// Whether the guest can move, as conditions; and how, in its status.
+    pub(in super::super) fn mobility(&self, status: &mut Status) -> Vec<Condition> {
+        let Ok(spec) = self.vmi.parse() else { return Vec::new() };
+        let shared = |claim: &str| {
+            let key = (self.key.0.clone(), claim.to_owned());
+            let modes = get(&self.shared.claims, &key)?.spec.clone()?.access_modes;
+            Some(modes.unwrap_or_default().iter().any(|mode| mode == "ReadWriteMany"))
+        };
+        let found = hindrances(&spec, shared);
+        let method = if copies(&spec) { "BlockMigration" } else { "LiveMigration" };
+        status.migration_method = Some(method.into());
+        status.migration_transport = Some("Unix".into());
+        let live = match found.first() {
+            None => Condition::new(types::LIVE_MIGRATABLE, true, "", ""),
+            Some((reason, _)) => {
+                let all: Vec<&str> = found.iter().map(|(_, message)| &**message).collect();
+                Condition::new(types::LIVE_MIGRATABLE, false, reason, &all.join("; "))
+            }
+        };
+        let storage = Condition::new(
+            types::STORAGE_LIVE_MIGRATABLE,
+            false,
+            "NotMigratable",
+            "moves to other storage are not built yet",
+        );
+        vec![live, storage]
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn all_that_keeps_a_guest_is_said_at_once_and_each_thing_alone_does() {
+        let spec = |volumes: serde_json::Value| -> Spec {
+            serde_json::from_value(json!({"volumes": volumes})).unwrap()
+        };
+        let claim =
+            |name: &str| json!({"name": name, "persistentVolumeClaim": {"claimName": name}});
+        let host = json!({"name": "host", "hostDisk": {"path": "/a", "type": "Disk"}});
+        let shared = |name: &str| match name {
+            "rwx" => Some(true),
+            "rwo" => Some(false),
+            _ => None,
+        };
+        let count = |volumes| hindrances(&spec(volumes), shared).len();
+        assert_eq!(count(json!([claim("rwx")])), 0);
+        for one in [claim("rwo"), claim("gone"), host.clone()] {
+            assert_eq!(count(json!([claim("rwx"), one])), 1);
+        }
+        assert_eq!(count(json!([claim("rwo"), claim("gone"), host])), 3);
+    }
+}

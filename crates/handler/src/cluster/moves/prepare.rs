@@ -1,0 +1,171 @@
+//! What the source's handler asks of the target's, before anything moves.
+
+use super::super::{Shared, doors, guests};
+use api::keys;
+use api::vmi::VirtualMachineInstance;
+use channel::gateway::{Answer, Service};
+use channel::identity::SpiffeId;
+use handover::ledger::Response;
+use k8s_openapi::api::core::v1::Pod;
+use kube::{Api, ResourceExt};
+use launcher::client::Client as Launcher;
+use launcher::migration::PrepareRequest;
+use launcher::migration::policy::Policy;
+use launcher::migration::ticket::{Peer, Ticket};
+use launcher::status::Phase as Does;
+use reconcile::events::why;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// A question of another handler.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "ask")]
+pub enum Ask {
+    /// Have a pod's launcher expect a guest.
+    #[serde(rename = "prepare/1")]
+    Prepare {
+        /// The VMI's.
+        namespace: String,
+        /// The VMI's.
+        name: String,
+        /// The migration's uid.
+        migration: String,
+        /// The target's pod.
+        pod: String,
+        /// Where the guest comes from.
+        from: Peer,
+        /// How it is moved.
+        policy: Policy,
+    },
+}
+
+/// Its answer.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(tag = "answer")]
+pub enum Told {
+    /// The launcher waits for the guest.
+    #[serde(rename = "prepared/1")]
+    Prepared {
+        /// For the source's launcher.
+        ticket: Box<Ticket>,
+    },
+    /// It does not yet: ask again.
+    #[serde(rename = "not-yet/1")]
+    NotYet {
+        /// Why.
+        why: String,
+    },
+    /// It never will.
+    #[serde(rename = "refused/1")]
+    Refused {
+        /// Why.
+        why: String,
+    },
+}
+
+/// Answers other handlers of the cluster.
+pub struct Cluster(pub Shared);
+
+impl Service for Cluster {
+    fn peer<'a>(&'a self, peer: &'a SpiffeId, request: Value) -> Answer<'a> {
+        Box::pin(async move {
+            let told = match serde_json::from_value(request) {
+                Ok(ask) => prepare(&self.0, peer, ask).await,
+                Err(error) => Told::Refused { why: format!("it makes no sense: {error}") },
+            };
+            serde_json::to_value(told).unwrap_or_default()
+        })
+    }
+
+    fn local(&self, _: Value) -> Answer<'_> {
+        let why = "launchers of a cluster ask through their own doors".into();
+        Box::pin(async move { serde_json::to_value(Response::Failed { why }).unwrap_or_default() })
+    }
+
+    /// The pod to which a migration goes: its launcher's VM may have another pod here.
+    fn folder(&self, vm: &str, migration: &str) -> Option<PathBuf> {
+        let is = |pod: &Arc<Pod>| {
+            let of = guests::owner(pod);
+            pod.labels().get(keys::MIGRATION).is_some_and(|uid| uid == migration)
+                && of.is_some_and(|(namespace, name)| api::owner::vm_id(&namespace, &name) == vm)
+        };
+        let pod = self.0.pods.state().into_iter().find(is)?;
+        Some(doors::folder(&self.0.config.pods(), &pod))
+    }
+}
+
+async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
+    let Ask::Prepare { namespace, name, migration, pod, from, policy } = ask;
+    let refused = |why: String| Told::Refused { why };
+    let not_yet = |why: String| Told::NotYet { why };
+    if peer.cluster() != shared.config.id().cluster() || from.id != *peer {
+        return refused(format!("{peer} may not send a guest here"));
+    }
+    let key = (namespace, name);
+    let is = |found: &Arc<Pod>| {
+        guests::owner(found).as_ref() == Some(&key)
+            && found.name_any() == pod
+            && found.labels().get(keys::MIGRATION) == Some(&migration)
+    };
+    let Some(found) = shared.pods.state().into_iter().find(is) else {
+        return not_yet(format!("node {} has not seen pod {pod}", shared.config.node));
+    };
+    if let Err(why) = is_wanted(shared, peer, &key, &migration, &pod).await {
+        return why;
+    }
+    let uid = found.uid().unwrap_or_default();
+    let spec = match shared.moves.memory().arranged.get(&uid).cloned() {
+        Some(Ok(spec)) => spec,
+        Some(Err(why)) => return not_yet(why),
+        None => {
+            shared.queue.ring(key);
+            return not_yet(format!(
+                "what the guest needs on node {} is prepared",
+                shared.config.node
+            ));
+        }
+    };
+    let folder = doors::folder(&shared.config.pods(), &found);
+    let launcher = Launcher::new(&folder, &spec.name);
+    match launcher.status().await {
+        Ok(status) if status.phase == Does::Receiving => {
+            // Of an attempt whose source's handler did not hear the answer.
+            let _ = launcher.cancel().await;
+            return not_yet("its launcher clears an earlier attempt away".into());
+        }
+        Ok(_) => {}
+        Err(error) => return not_yet(launcher::chain(&error)),
+    }
+    match launcher.prepare(&PrepareRequest { migration, from, spec, policy }).await {
+        Ok(ticket) => Told::Prepared { ticket: Box::new(ticket) },
+        Err(error) if error.is_conflict() => not_yet(launcher::chain(&error)),
+        Err(error) => refused(launcher::chain(&error)),
+    }
+}
+
+/// Whether the cluster wants that guest to come from that node to that pod.
+async fn is_wanted(
+    shared: &Shared,
+    peer: &SpiffeId,
+    (namespace, name): &guests::Key,
+    migration: &str,
+    pod: &str,
+) -> Result<(), Told> {
+    let vmis: Api<VirtualMachineInstance> = Api::namespaced(shared.client.clone(), namespace);
+    let vmi = vmis.get(name).await.map_err(|error| Told::NotYet {
+        why: format!("{namespace}/{name} cannot be read: {}", why(&error)),
+    })?;
+    let state = vmi.status.and_then(|status| status.migration_state).unwrap_or_default();
+    let wanted = state.migration_uid.as_deref() == Some(migration)
+        && state.target_pod.as_deref() == Some(pod)
+        && state.source_node.as_deref() == Some(peer.instance())
+        && !state.is_over();
+    match wanted {
+        true => Ok(()),
+        false => Err(Told::Refused {
+            why: format!("{namespace}/{name} is not to move from {} to pod {pod}", peer.instance()),
+        }),
+    }
+}

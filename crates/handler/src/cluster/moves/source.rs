@@ -1,0 +1,278 @@
+//! The source's part: to begin a move, to tell how far it is, to end it.
+
+use super::super::guests::{Guest, SOON};
+use super::super::node;
+use super::prepare::{Ask, Told};
+use api::conditions::moment;
+use api::keys;
+use api::migration::{COMPLETION_PER_GIB, VirtualMachineInstanceMigration};
+use api::migration::{MAX_DOWNTIME_MS, Options, PROGRESS_TIMEOUT, State};
+use channel::identity::{Role, SpiffeId};
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::api::{Patch, PatchParams};
+use kube::{Api, ResourceExt};
+use launcher::migration::SendRequest;
+use launcher::migration::policy::Policy;
+use launcher::migration::status::{Half, Outcome, Status as Move};
+use launcher::migration::ticket::Peer;
+use launcher::spec::VmSpec;
+use launcher::status::Status as Found;
+use reconcile::events::{Kind, why};
+use reconcile::queue::Next;
+use serde_json::{Value, json};
+use std::time::{Duration, Instant};
+
+/// A target that is not ready to receive after this will not be.
+const READY: Duration = Duration::from_secs(300);
+/// How far a move is is told this often at most.
+const TELL: Duration = Duration::from_millis(500);
+
+impl Guest<'_> {
+    /// Sends the guest away, where the VMI says so.
+    pub(in super::super) async fn send_away(&self, found: &Found) -> kube::Result<Next> {
+        let Some(state) = self.moves() else { return Ok(Next::Rest) };
+        let from = (state.source_node.as_deref(), &state.source_pod);
+        if from != (Some(&*self.shared.config.node), &self.pod.metadata.name) {
+            return Ok(Next::Rest);
+        }
+        let Some(migration) = state.migration_uid.clone() else { return Ok(Next::Rest) };
+        let own = |of: &&Move| of.half == Half::Source && of.migration == migration;
+        match found.migration.as_ref().filter(own) {
+            Some(of) => self.follow(state, &migration, of).await,
+            None if state.abort_requested == Some(true) => {
+                self.fail(state, &migration, "it was cancelled before it began").await
+            }
+            None => self.set_out(state, &migration).await,
+        }
+    }
+
+    /// Has the target prepared, and the launcher send.
+    async fn set_out(&self, mut state: State, migration: &str) -> kube::Result<Next> {
+        let policy = policy(state.migration_configuration.as_ref());
+        let ticket = match self.ask_target(&state, migration, &policy).await {
+            Ok(Told::Prepared { ticket }) => *ticket,
+            Ok(Told::Refused { why }) => return self.fail(state, migration, &why).await,
+            Ok(Told::NotYet { why }) | Err(why) => {
+                if self.shared.moves.age(migration) > READY {
+                    let why = format!("the target was not ready within {READY:?}: {why}");
+                    return self.fail(state, migration, &why).await;
+                }
+                tracing::debug!(vm = self.vm, why, "the target is not ready");
+                return Ok(Next::After(SOON));
+            }
+        };
+        let address = ticket.peer.address.clone();
+        if let Err(error) = self.launcher.send(&SendRequest { ticket, policy }).await {
+            return self.fail(state, migration, &launcher::chain(&error)).await;
+        }
+        state.target_node_address = Some(address.rsplit_once(':').map_or("", |(ip, _)| ip).into());
+        state.start_timestamp = Some(moment(Timestamp::now()));
+        state.mode = Some("PreCopy".into());
+        let node = state.target_node.clone().unwrap_or_default();
+        self.write_state(state).await?;
+        let message = format!("The VirtualMachineInstance is migrating to node {node}.");
+        self.say(Kind::Normal, "Migrating", &message).await;
+        Ok(Next::Rest)
+    }
+
+    async fn ask_target(
+        &self,
+        state: &State,
+        migration: &str,
+        policy: &Policy,
+    ) -> Result<Told, String> {
+        let gateway = self.shared.moves.gateway.get().ok_or("the gateway is not open yet")?;
+        let name = state.target_node.clone().unwrap_or_default();
+        let nodes: Api<Node> = Api::all(self.shared.client.clone());
+        let target = nodes.get(&name).await.map_err(|error| why(&error))?;
+        let address = target.annotations().get(node::GATEWAY);
+        let address = address.ok_or(format!("node {name} does not say where its gateway is"))?;
+        let own = self.shared.config.id();
+        let id = SpiffeId::new(own.cluster(), Role::Handler, &name).map_err(|e| e.to_string())?;
+        let ask = Ask::Prepare {
+            namespace: self.key.0.clone(),
+            name: self.key.1.clone(),
+            migration: migration.to_owned(),
+            pod: state.target_pod.clone().unwrap_or_default(),
+            from: Peer { address: gateway.local_addr().to_string(), id: own },
+            policy: policy.clone(),
+        };
+        let ask = serde_json::to_value(&ask).map_err(|error| error.to_string())?;
+        let told = gateway.ask(address, &id, &ask).await.map_err(|e| launcher::chain(&e))?;
+        serde_json::from_value(told).map_err(|e| format!("node {name} answers nonsense: {e}"))
+    }
+
+    /// A move that has begun.
+    async fn follow(&self, mut state: State, migration: &str, of: &Move) -> kube::Result<Next> {
+        match &of.outcome {
+            // That it has left is told where it is seen: see `has_left`.
+            Some(Outcome::Succeeded) => return Ok(Next::After(SOON)),
+            Some(Outcome::Failed { reason, .. }) => {
+                return self.fail(state, migration, reason).await;
+            }
+            Some(Outcome::Cancelled) => {
+                return self.fail(state, migration, "it was cancelled").await;
+            }
+            Some(Outcome::InDoubt { .. }) | None => {}
+        }
+        self.tell(&state, migration, of).await;
+        let late = self.is_late(&state).await;
+        let wanted = state.abort_requested == Some(true);
+        if (wanted || late) && state.abort_status.is_none() {
+            let asked = self.launcher.cancel().await;
+            if late && !wanted {
+                state.failure_reason = Some("it did not end in the time that it had".into());
+            }
+            state.abort_status = Some(if asked.is_ok() { "Aborting" } else { "Failed" }.into());
+            self.write_state(state).await?;
+        }
+        Ok(Next::After(TELL))
+    }
+
+    /// Whether the move has taken longer than its size allows.
+    async fn is_late(&self, state: &State) -> bool {
+        let options = state.migration_configuration.clone().unwrap_or_default();
+        let per_gib = options.completion_timeout_per_gib.unwrap_or(COMPLETION_PER_GIB);
+        let began = state.start_timestamp.as_deref().and_then(|at| at.parse::<Timestamp>().ok());
+        let (Some(began), Ok(Some(vm))) = (began, self.launcher.spec().await) else { return false };
+        let allowed = size_gib(&vm).saturating_mul(per_gib.max(0));
+        per_gib > 0 && Timestamp::now().duration_since(began).as_secs() > allowed
+    }
+
+    async fn fail(&self, mut state: State, migration: &str, reason: &str) -> kube::Result<Next> {
+        state.failed = Some(true);
+        state.completed = Some(true);
+        state.end_timestamp = Some(moment(Timestamp::now()));
+        state.failure_reason = Some(match &state.failure_reason {
+            Some(why) => format!("{why}: {reason}"),
+            None => reason.to_owned(),
+        });
+        if state.abort_requested == Some(true) {
+            state.abort_status = Some("Succeeded".into());
+        }
+        self.tell_end(migration).await;
+        self.write_state(state).await?;
+        let message = format!("VirtualMachineInstance migration uid {migration} failed: {reason}");
+        self.say(Kind::Warning, "Migrated", &message).await;
+        self.shared.moves.forget(migration);
+        Ok(Next::Rest)
+    }
+
+    async fn write_state(&self, state: State) -> kube::Result<()> {
+        let mut status = self.status();
+        status.migration_state = Some(state);
+        self.write(status).await
+    }
+
+    /// Tells how far the move is, where that has changed.
+    async fn tell(&self, state: &State, migration: &str, of: &Move) {
+        let progress = json!(of);
+        {
+            let mut memory = self.shared.moves.memory();
+            let known = memory.known.entry(migration.to_owned()).or_default();
+            let due = known.told.as_ref().is_none_or(|(at, told)| {
+                at.elapsed() >= TELL && without_time(told) != without_time(&progress)
+            });
+            if !due {
+                return;
+            }
+            known.told = Some((Instant::now(), progress.clone()));
+        }
+        let Some(name) = self.migration_name(state, migration).await else { return };
+        self.tell_progress(&name, &progress).await;
+    }
+
+    /// Tells how it ended, as the launcher has it.
+    pub(super) async fn tell_end(&self, migration: &str) {
+        let state = self.status().migration_state.unwrap_or_default();
+        let Ok(found) = self.launcher.status().await else { return };
+        let Some(of) = found.migration.filter(|of| of.migration == migration) else { return };
+        if let Some(name) = self.migration_name(&state, migration).await {
+            self.tell_progress(&name, &json!(of)).await;
+        }
+    }
+
+    /// N.B. only told: nobody depends on it.
+    async fn tell_progress(&self, name: &str, progress: &Value) {
+        let migrations: Api<VirtualMachineInstanceMigration> =
+            Api::namespaced(self.shared.client.clone(), &self.key.0);
+        let patch = Patch::Merge(json!({"status": {"progress": progress}}));
+        if let Err(error) = migrations.patch_status(name, &PatchParams::default(), &patch).await {
+            tracing::debug!(name, "its progress cannot be told: {}", why(&error));
+        }
+    }
+
+    /// The name of the migration that has this uid: its target's pod knows it.
+    async fn migration_name(&self, state: &State, migration: &str) -> Option<String> {
+        let known = |memory: &super::Memory| memory.known.get(migration)?.name.clone();
+        if let Some(name) = known(&self.shared.moves.memory()) {
+            return Some(name);
+        }
+        let pods: Api<Pod> = Api::namespaced(self.shared.client.clone(), &self.key.0);
+        let pod = pods.get_opt(state.target_pod.as_deref()?).await.ok()??;
+        let name = pod.annotations().get(keys::MIGRATION_NAME)?.clone();
+        let mut memory = self.shared.moves.memory();
+        memory.known.entry(migration.to_owned()).or_default().name = Some(name.clone());
+        Some(name)
+    }
+}
+
+/// What is told but for the moments at which phases began.
+fn without_time(progress: &Value) -> Value {
+    let mut progress = progress.clone();
+    progress["since"] = Value::Null;
+    progress
+}
+
+/// Whole GiB of what is moved: memory, and disks that are copied.
+fn size_gib(vm: &VmSpec) -> i64 {
+    let copied = vm.disks.iter().filter(|disk| !disk.shared && !disk.read_only);
+    let disks: u64 =
+        copied.filter_map(|disk| std::fs::metadata(&disk.path).ok()).map(|found| found.len()).sum();
+    let bytes = (vm.memory_mib << 20).saturating_add(disks);
+    i64::try_from(bytes.div_ceil(1 << 30)).unwrap_or(i64::MAX)
+}
+
+/// The launchers' policy.
+fn policy(options: Option<&Options>) -> Policy {
+    let options = options.cloned().unwrap_or_default();
+    let mut policy = Policy::default();
+    let positive = |number: i64| u64::try_from(number).ok().filter(|number| *number > 0);
+    let bandwidth = options.bandwidth_per_migration.and_then(|rate| api::quantity::bytes(&rate.0));
+    policy.bandwidth = bandwidth.and_then(|rate| u64::try_from(rate).ok()).filter(|rate| *rate > 0);
+    let pause = positive(options.max_downtime_ms.unwrap_or(MAX_DOWNTIME_MS)).unwrap_or(1);
+    policy.rounds.max_downtime_ms = pause;
+    policy.rounds.downtime_ms = policy.rounds.downtime_ms.min(pause);
+    policy.rounds.throttle = options.allow_auto_converge.unwrap_or(false);
+    if let Some(stall) = positive(options.progress_timeout.unwrap_or(PROGRESS_TIMEOUT)) {
+        policy.stall_seconds = stall as f64;
+    }
+    policy
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn whatever_admission_lets_through_makes_a_policy_that_launchers_take(
+            rate in "[0-9]{1,5}(|k|M|Mi|Gi)", pause in 1i64..=2_000_000, stall in 0i64..86_400,
+            slow in any::<bool>(),
+        ) {
+            let options = Options {
+                bandwidth_per_migration: Some(Quantity(rate)),
+                max_downtime_ms: Some(pause),
+                progress_timeout: Some(stall),
+                allow_auto_converge: Some(slow),
+                ..Options::default()
+            };
+            let policy = policy(Some(&options));
+            prop_assert_eq!(policy.validate(), Ok(()));
+            prop_assert_eq!(policy.rounds.throttle, slow);
+        }
+    }
+}
