@@ -3,6 +3,7 @@
 //! ```text
 //! VirtualMachine  --(vm)-->  VirtualMachineInstance --(vmi)--> launcher's pod, OwnerRecord
 //!        |                          ^
+//!        |                          +--(migration)--> target's pod
 //!        +--(vm)--> DataVolume --(datavolume)--> claim, importer's pod
 //! ```
 //!
@@ -11,6 +12,7 @@
 
 pub mod certificates;
 pub mod datavolume;
+pub mod migration;
 pub mod settings;
 pub mod vm;
 pub mod vmi;
@@ -32,6 +34,7 @@ pub async fn run(client: Client) {
     tasks.spawn(vm::run(world.clone()));
     tasks.spawn(vmi::run(world.clone()));
     tasks.spawn(datavolume::run(world.clone()));
+    tasks.spawn(migration::run(world.clone()));
     tasks.spawn(settings::run(world));
     let _keeper = &mut keeper;
     while tasks.join_next().await.is_some() {}

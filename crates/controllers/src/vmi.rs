@@ -6,7 +6,8 @@
 #[cfg(test)]
 mod laws;
 pub(crate) mod plan;
-mod pod;
+pub(crate) mod pod;
+pub(crate) use plan::{is_ready, is_terminal, trouble};
 pub(crate) use pod::is_block;
 
 use crate::AT_ONCE;

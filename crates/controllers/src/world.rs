@@ -3,11 +3,12 @@
 use api::datavolume::{CDIConfig, DataVolume, StorageProfile};
 use api::keys;
 use api::kubevirt::KubeVirt;
+use api::migration::{MigrationPolicy, VirtualMachineInstanceMigration};
 use api::owner::OwnerRecord;
 use api::vm::VirtualMachine;
 use api::vmi::{Phase, VirtualMachineInstance};
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher;
@@ -43,6 +44,12 @@ pub struct World {
     pub pods: Store<Pod>,
     /// Owner records.
     pub owners: Store<OwnerRecord>,
+    /// Migrations.
+    pub migrations: Store<VirtualMachineInstanceMigration>,
+    /// How they are made.
+    pub policies: Store<MigrationPolicy>,
+    /// Namespaces.
+    pub namespaces: Store<Namespace>,
     /// Nodes.
     pub nodes: Store<Node>,
     /// Classes of storage.
@@ -57,6 +64,8 @@ pub struct World {
     pub vm_queue: Queue<Key>,
     /// VMIs to be looked at.
     pub vmi_queue: Queue<Key>,
+    /// Migrations to be looked at.
+    pub migration_queue: Queue<Key>,
     /// DataVolumes to be looked at.
     pub volume_queue: Queue<Key>,
     /// The settings to be looked at.
@@ -87,7 +96,23 @@ impl World {
         let mut keeper = Keeper::default();
         let (vm_queue, vmi_queue) = (Queue::<Key>::default(), Queue::<Key>::default());
         let (volume_queue, settings_queue) = (Queue::<Key>::default(), Queue::<()>::default());
+        let migration_queue = Queue::<Key>::default();
         let all = watcher::Config::default;
+        let migrations: Store<VirtualMachineInstanceMigration> =
+            keeper.keep_and(Api::all(client.clone()), all(), {
+                let (queue, vmi) = (migration_queue.clone(), vmi_queue.clone());
+                move |object: &VirtualMachineInstanceMigration| {
+                    queue.ring(key(object));
+                    vmi.ring((
+                        object.namespace().unwrap_or_default(),
+                        object.spec.vmi_name.clone(),
+                    ));
+                }
+            });
+        let ring_moves = {
+            let (migrations, queue) = (migrations.clone(), migration_queue.clone());
+            move |vmi: &Key| ring_moves(&migrations, &queue, vmi)
+        };
         let (vm, vmi, dv, kv) = (&vm_queue, &vmi_queue, &volume_queue, &settings_queue);
         let vms = keeper.keep_and(Api::all(client.clone()), all(), {
             let (vm, vmi) = (vm.clone(), vmi.clone());
@@ -98,18 +123,20 @@ impl World {
         });
         let vmis: Store<VirtualMachineInstance> =
             keeper.keep_and(Api::all(client.clone()), all(), {
-                let (vm, vmi) = (vm.clone(), vmi.clone());
+                let (vm, vmi, moves) = (vm.clone(), vmi.clone(), ring_moves.clone());
                 move |object: &VirtualMachineInstance| {
                     // A VM's VMI has its name.
                     vm.ring(key(object));
                     vmi.ring(key(object));
+                    moves(&key(object));
                 }
             });
         let owners = keeper.keep_and(Api::all(client.clone()), all(), {
-            let (vm, vmi) = (vm.clone(), vmi.clone());
+            let (vm, vmi, moves) = (vm.clone(), vmi.clone(), ring_moves.clone());
             move |object: &OwnerRecord| {
                 vm.ring(key(object));
                 vmi.ring(key(object));
+                moves(&key(object));
             }
         });
         let volumes: Store<DataVolume> = keeper.keep_and(Api::all(client.clone()), all(), {
@@ -132,9 +159,10 @@ impl World {
         });
         let ours = all().labels(&format!("{} in ({}, {IMPORTER})", keys::APP, keys::LAUNCHER));
         let pods = keeper.keep_and(Api::all(client.clone()), ours, {
-            let (vmi, dv) = (vmi.clone(), dv.clone());
+            let (vmi, dv, moves) = (vmi.clone(), dv.clone(), ring_moves.clone());
             move |object: &Pod| {
                 if let Some(owner) = owner_of(object, "VirtualMachineInstance") {
+                    moves(&owner);
                     vmi.ring(owner);
                 } else if let Some(owner) = owner_of(object, "DataVolume") {
                     dv.ring(owner);
@@ -150,6 +178,8 @@ impl World {
             move |_: &StorageClass| kv.ring(())
         });
         let nodes = keeper.keep(Api::all(client.clone()), all());
+        let policies = keeper.keep(Api::all(client.clone()), all());
+        let namespaces = keeper.keep(Api::all(client.clone()), all());
         let profiles = keeper.keep(Api::all(client.clone()), all());
         let imports = keeper.keep(Api::all(client.clone()), all());
         let world = Self {
@@ -161,6 +191,9 @@ impl World {
             claims,
             pods,
             owners,
+            migrations,
+            policies,
+            namespaces,
             nodes,
             classes,
             profiles,
@@ -168,6 +201,7 @@ impl World {
             settings,
             vm_queue,
             vmi_queue,
+            migration_queue,
             volume_queue,
             settings_queue,
         };
@@ -178,8 +212,10 @@ impl World {
     pub async fn wait(&self) {
         let Self { vms, vmis, volumes, claims, pods, owners, .. } = self;
         let Self { nodes, classes, profiles, imports, settings, .. } = self;
+        let Self { migrations, policies, namespaces, .. } = self;
         reconcile::ready!(
-            vms, vmis, volumes, claims, pods, owners, nodes, classes, profiles, imports, settings
+            vms, vmis, volumes, claims, pods, owners, nodes, classes, profiles, imports, settings,
+            migrations, policies, namespaces
         );
     }
 
@@ -201,6 +237,19 @@ impl World {
         let owned = |pod: &Arc<Pod>| pod.owner_references().iter().any(|owner| owner.uid == uid);
         self.pods.state().into_iter().filter(owned).collect()
     }
+}
+
+/// Rings for the migrations of a VMI.
+fn ring_moves(
+    migrations: &Store<VirtualMachineInstanceMigration>,
+    queue: &Queue<Key>,
+    (namespace, name): &Key,
+) {
+    let all = migrations.state();
+    let of = |m: &&Arc<VirtualMachineInstanceMigration>| {
+        m.spec.vmi_name == *name && m.namespace().as_ref() == Some(namespace)
+    };
+    all.iter().filter(of).for_each(|migration| queue.ring(key(&**migration)));
 }
 
 /// Rings for the VMIs that wait for a claim, whoever makes it.

@@ -479,6 +479,9 @@ fn printable(snapshot: &Snapshot, wish: &Wish, status: &Status) -> Printable {
                 Printable::Stopping
             }
             () if phase.is_final() && matches!(wish, Wish::Stop(_)) => Printable::Stopping,
+            () if found.and_then(|s| s.migration_state.as_ref()).is_some_and(|s| !s.is_over()) => {
+                Printable::Migrating
+            }
             () if found.is_some_and(|s| conditions::is(&s.conditions, types::PAUSED)) => {
                 Printable::Paused
             }

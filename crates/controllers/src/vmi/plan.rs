@@ -2,6 +2,7 @@
 
 use super::launches;
 use super::pod::{Wanted, is_block};
+use crate::world::label;
 use api::conditions::{self, Condition, types};
 use api::datavolume::{self, DataVolume};
 use api::keys;
@@ -107,8 +108,12 @@ impl Snapshot {
         status.is_none_or(api::owner::Status::is_over)
     }
 
+    /// The pod that runs the guest, or is to begin it: not one to which it may move.
     fn launcher(&self) -> Option<&Arc<Pod>> {
-        self.pods.iter().find(|pod| launches(pod))
+        let owner = self.owner.as_ref().and_then(|owner| owner.status.as_ref()?.pod.as_deref());
+        let mut launching = self.pods.iter().filter(|pod| launches(pod));
+        let owning = launching.clone().find(|pod| pod.metadata.name.as_deref() == owner);
+        owning.or_else(|| launching.find(|pod| label(&***pod, keys::MIGRATION).is_none()))
     }
 }
 
@@ -116,11 +121,11 @@ fn phase_of(pod: &Pod) -> &str {
     pod.status.as_ref().and_then(|status| status.phase.as_deref()).unwrap_or_default()
 }
 
-fn is_terminal(pod: &Pod) -> bool {
+pub(crate) fn is_terminal(pod: &Pod) -> bool {
     matches!(phase_of(pod), "Succeeded" | "Failed")
 }
 
-fn is_ready(pod: &Pod) -> bool {
+pub(crate) fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
     conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
 }
@@ -267,8 +272,8 @@ fn prepare(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
     let suffix =
         suffix(&snapshot.vmi.uid().unwrap_or_default(), status.phase_transition_timestamps.len());
     let wanted = |binds| {
-        let wanted = Wanted { vmi: &snapshot.vmi, spec, claims: &claims, suffix: &suffix, binds };
-        wanted.pod()
+        let (vmi, suffix) = (&*snapshot.vmi, &*suffix);
+        Wanted { vmi, spec, claims: &claims, suffix, binds, target: None }.pod()
     };
     let (pod, ready) = if waiting.is_empty() {
         for pod in snapshot.pods.iter().filter(|pod| !launches(pod)) {
@@ -422,6 +427,7 @@ fn ending(pod: &Pod) -> String {
 fn supervise(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option<Status> {
     let now = snapshot.now;
     status.active_pods = active(snapshot);
+    follow_guest(snapshot, &status, plan);
     let pod = snapshot.launcher();
     if pod.is_some_and(|pod| !is_terminal(pod)) {
         // It was thought lost, and is not.
@@ -441,6 +447,25 @@ fn supervise(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option
         None => "its pod is gone".into(),
     };
     Some(fail(snapshot, status, "PodFailed", &message, plan))
+}
+
+/// A guest that has moved: its VMI is found by its node, and the pod that it has left goes.
+fn follow_guest(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
+    if let Some(node) = &status.node_name
+        && label(&*snapshot.vmi, keys::NODE) != Some(node)
+    {
+        plan.actions.push(Action::Patch(json!({"metadata": {"labels": {keys::NODE: node}}})));
+    }
+    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.as_ref());
+    let (Some(state), Some(record)) = (&status.migration_state, record) else { return };
+    let settled = record.state == "idle" && record.pod == state.target_pod;
+    if state.completed != Some(true) || !settled || state.source_pod == state.target_pod {
+        return;
+    }
+    let left = snapshot.pods.iter().find(|pod| pod.metadata.name == state.source_pod);
+    if let Some(pod) = left.filter(|pod| pod.metadata.deletion_timestamp.is_none()) {
+        plan.actions.push(Action::DeletePod(pod.name_any()));
+    }
 }
 
 /// Nobody knows whether the guest runs.
@@ -517,5 +542,12 @@ fn write(snapshot: &Snapshot, status: Status, plan: &mut Plan) {
     if snapshot.vmi.status.as_ref() == Some(&status) {
         return;
     }
-    plan.actions.push(Action::PatchStatus(serde_json::to_value(&status).unwrap_or_default()));
+    let mut patch = serde_json::to_value(&status).unwrap_or_default();
+    // A merge patch removes what is null.
+    for uid in snapshot.status().active_pods.keys() {
+        if !status.active_pods.contains_key(uid) {
+            patch["activePods"][uid] = Value::Null;
+        }
+    }
+    plan.actions.push(Action::PatchStatus(patch));
 }

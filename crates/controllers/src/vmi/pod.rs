@@ -37,6 +37,18 @@ pub struct Wanted<'a> {
     pub suffix: &'a str,
     /// It only has claims bound, where the guest could run.
     pub binds: bool,
+    /// It is the target of a migration.
+    pub target: Option<Target<'a>>,
+}
+
+/// What makes a pod the target of a migration.
+pub struct Target<'a> {
+    /// The migration's uid.
+    pub migration: &'a str,
+    /// Its name.
+    pub name: &'a str,
+    /// What its node must have, besides what the VM says.
+    pub selector: &'a BTreeMap<String, String>,
 }
 
 /// Bytes of memory that a launcher needs besides its guest's.
@@ -59,7 +71,13 @@ impl Wanted<'_> {
         }
         let mut annotations = vmi.annotations().clone();
         annotations.insert(keys::DOMAIN.into(), name.clone());
-        let mut selector = spec.node_selector.clone();
+        let mut selector = BTreeMap::new();
+        if let Some(target) = &self.target {
+            labels.insert(keys::MIGRATION.into(), target.migration.into());
+            annotations.insert(keys::MIGRATION_NAME.into(), target.name.into());
+            selector.clone_from(target.selector);
+        }
+        selector.extend(spec.node_selector.clone());
         selector.insert(keys::SCHEDULABLE.into(), "true".into());
         let grace = spec.grace().saturating_add(FAREWELL);
         let host = format!("{FOLDERS}/{namespace}_{pod}");
@@ -111,7 +129,7 @@ impl Wanted<'_> {
                 "terminationGracePeriodSeconds": i64::try_from(grace).unwrap_or(i64::MAX),
                 "automountServiceAccountToken": false,
                 "enableServiceLinks": false,
-                "nodeSelector": selector, "affinity": spec.affinity,
+                "nodeSelector": selector, "affinity": self.affinity(),
                 "tolerations": spec.tolerations,
                 "priorityClassName": spec.priority_class_name,
                 "schedulerName": spec.scheduler_name,
@@ -124,6 +142,25 @@ impl Wanted<'_> {
                 }],
             },
         }))
+    }
+
+    /// What the VM says; and a target keeps away from its source.
+    fn affinity(&self) -> Value {
+        let mut affinity = json!(self.spec.affinity);
+        if self.target.is_none() {
+            return affinity;
+        }
+        let apart = json!({
+            "labelSelector": {"matchLabels": {keys::CREATED_BY: self.vmi.uid()}},
+            "topologyKey": "kubernetes.io/hostname",
+        });
+        let terms =
+            &mut affinity["podAntiAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"];
+        match terms.as_array_mut() {
+            Some(terms) => terms.push(apart),
+            None => *terms = json!([apart]),
+        }
+        affinity
     }
 
     fn resources(&self) -> Value {

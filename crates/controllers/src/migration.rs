@@ -1,0 +1,306 @@
+//! VirtualMachineInstanceMigration: its turn, its target's pod, and what becomes of it.
+//!
+//! ```text
+//! Pending --turn--> Scheduling --pod ready--> Scheduled --> PreparingTarget --> TargetReady --> Running
+//!                    (the target's pod)         | VMI's migrationState: from here on handlers and
+//!                                               v launchers have it, and tell of it there
+//! ```
+//!
+//! Who runs the guest says the owner record: a target's pod goes only when the guest cannot be its.
+
+#[cfg(test)]
+mod laws;
+mod plan;
+mod policy;
+mod turn;
+
+use crate::AT_ONCE;
+use crate::vm::ignore_gone;
+use crate::world::{Key, World, get, key};
+use api::conditions::{self, Condition};
+use api::kubevirt::KubeVirt;
+use api::migration::{Phase, VirtualMachineInstanceMigration as Migration};
+use api::vmi::VirtualMachineInstance;
+use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{Node, Pod};
+use kube::ResourceExt;
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::runtime::reflector::ObjectRef;
+use plan::{Action, Snapshot};
+use reconcile::events::{Kind, why};
+use reconcile::kept::reference;
+use reconcile::queue::Next;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// A quota that is full is tried again after this.
+const QUOTA: Duration = Duration::from_secs(5);
+
+/// Uids of migrations that were let in and are not seen to be yet.
+type Admitted = Arc<Mutex<HashSet<String>>>;
+
+/// Runs the reconciler. Never ends by itself.
+pub async fn run(world: World) {
+    let queue = world.migration_queue.clone();
+    let admitted = Admitted::default();
+    queue
+        .run(AT_ONCE, move |key| {
+            let (world, admitted) = (world.clone(), Arc::clone(&admitted));
+            async move { reconcile(&world, &admitted, &key).await }
+        })
+        .await;
+}
+
+async fn reconcile(world: &World, admitted: &Admitted, key: &Key) -> Next {
+    let Some(migration) = get(&world.migrations, key) else {
+        ring_waiting(world);
+        return Next::Rest;
+    };
+    let snapshot = look(world, admitted, migration);
+    let plan = plan::plan(&snapshot);
+    for action in &plan.actions {
+        if let Err(error) = act(world, &snapshot, action).await {
+            return went_wrong(world, &snapshot, action, &error).await;
+        }
+    }
+    if snapshot.migration.status.as_ref().is_some_and(|status| status.phase.is_final()) {
+        ring_waiting(world);
+    }
+    match plan.again {
+        Some(pause) => Next::After(pause),
+        None => Next::Rest,
+    }
+}
+
+/// A place may be free for those that wait.
+fn ring_waiting(world: &World) {
+    let waits =
+        |m: &&Arc<Migration>| m.status.as_ref().is_none_or(|status| status.phase <= Phase::Pending);
+    world
+        .migrations
+        .state()
+        .iter()
+        .filter(waits)
+        .for_each(|m| world.migration_queue.ring(key(&**m)));
+}
+
+async fn went_wrong(
+    world: &World,
+    snapshot: &Snapshot,
+    action: &Action,
+    error: &kube::Error,
+) -> Next {
+    if matches!(error, kube::Error::Api(status) if status.code == 409) {
+        return Next::After(Duration::from_millis(100));
+    }
+    let text = why(error);
+    let (namespace, name) = key(&*snapshot.migration);
+    tracing::warn!(migration = %format!("{namespace}/{name}"), "cannot {action}: {text}");
+    let is_quota =
+        matches!(error, kube::Error::Api(s) if s.code == 403 && s.message.contains("quota"));
+    if is_quota {
+        let full = Condition::new(plan::QUOTA, true, "ExceededQuota", &text);
+        let old = snapshot.migration.status.as_ref().map(|s| s.conditions.clone());
+        let merged = conditions::merge(&old.unwrap_or_default(), vec![full], &[], snapshot.now);
+        let patch = json!({"status": {"phase": "Pending", "conditions": merged}});
+        let migrations = world.api::<Migration>(&namespace);
+        let patched =
+            migrations.patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch)).await;
+        if let Err(error) = patched {
+            tracing::warn!("the condition of migration {name} cannot be written: {}", why(&error));
+        }
+        return Next::After(QUOTA);
+    }
+    let message = format!("cannot {action}: {text}");
+    let about = reference(&*snapshot.migration);
+    world.events.say(&about, Kind::Warning, "FailedCreate", &message).await;
+    Next::Failed
+}
+
+fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapshot {
+    let namespace = migration.namespace().unwrap_or_default();
+    let of_vmi = (namespace.clone(), migration.spec.vmi_name.clone());
+    let vmi = get(&world.vmis, &of_vmi);
+    let cluster = world.cluster();
+    let spec = vmi.as_ref().and_then(|vmi| vmi.parse().ok()).unwrap_or_default();
+    let names = spec.volumes.iter().filter_map(|volume| volume.claim());
+    let claims = names.filter_map(|name| {
+        let claim = get(&world.claims, &(namespace.clone(), name.to_owned()))?;
+        Some((name.to_owned(), claim))
+    });
+    let uid = vmi.as_ref().and_then(|vmi| vmi.uid()).unwrap_or_default();
+    Snapshot {
+        claims: claims.collect(),
+        pods: world.pods_of(&uid),
+        owner: get(&world.owners, &of_vmi),
+        turn: turn_of(world, admitted, &migration, cluster.as_deref()),
+        options: options(world, &namespace, vmi.as_deref(), cluster.as_deref()),
+        processor: processor(world, vmi.as_deref(), &spec, cluster.as_deref()),
+        later: later(world, &migration),
+        now: Timestamp::now(),
+        vmi,
+        migration,
+    }
+}
+
+fn options(
+    world: &World,
+    namespace: &str,
+    vmi: Option<&VirtualMachineInstance>,
+    cluster: Option<&KubeVirt>,
+) -> (Option<String>, api::migration::Options) {
+    let of_namespace = world.namespaces.get(&ObjectRef::new(namespace));
+    let labels = of_namespace.map(|namespace| namespace.labels().clone()).unwrap_or_default();
+    let of_vmi = vmi.map(|vmi| vmi.labels().clone()).unwrap_or_default();
+    let policies = world.policies.state();
+    let of_cluster = cluster.map(|c| c.spec.configuration.migrations.clone()).unwrap_or_default();
+    policy::resolve(policies.iter().map(|policy| &**policy), &labels, &of_vmi, &of_cluster)
+}
+
+/// What the target's node must have, by what the guest's processor really is.
+fn processor(
+    world: &World,
+    vmi: Option<&VirtualMachineInstance>,
+    spec: &api::vmi::Spec,
+    cluster: Option<&KubeVirt>,
+) -> BTreeMap<String, String> {
+    let configuration = cluster.map(|c| c.spec.configuration.clone()).unwrap_or_default();
+    if configuration.developer_configuration.use_emulation {
+        // QEMU emulates all that it has a name for, whatever the node's processor is.
+        return BTreeMap::new();
+    }
+    let model = spec.domain.cpu.model.clone().or(configuration.cpu_model);
+    let node = vmi.and_then(|vmi| vmi.status.as_ref()?.node_name.clone()).unwrap_or_default();
+    let node = world.nodes.get(&ObjectRef::<Node>::new(&node));
+    let labels = node.map(|node| node.labels().clone()).unwrap_or_default();
+    let alike = |prefix: &str| {
+        let of = labels.iter().filter(|(name, _)| name.starts_with(prefix));
+        of.map(|(name, value)| (name.clone(), value.clone())).collect::<BTreeMap<_, _>>()
+    };
+    match model.as_deref() {
+        // The guest has what its node has.
+        None | Some("host-model" | "host-passthrough") => {
+            let mut wanted = alike("cpu-vendor.node.kubevirt.io/");
+            wanted.extend(alike("cpu-feature.node.kubevirt.io/"));
+            wanted
+        }
+        Some(model) => {
+            BTreeMap::from([(format!("cpu-model.node.kubevirt.io/{model}"), "true".into())])
+        }
+    }
+}
+
+fn turn_of(
+    world: &World,
+    admitted: &Admitted,
+    migration: &Migration,
+    cluster: Option<&KubeVirt>,
+) -> Result<(), String> {
+    // N.B. one at a time: two that are let in at once know of each other.
+    let mut admitted = admitted.lock().unwrap_or_else(PoisonError::into_inner);
+    let all = world.migrations.state();
+    let uids: HashSet<String> = all.iter().filter_map(|m| m.uid()).collect();
+    admitted.retain(|uid| uids.contains(uid));
+    let one = |m: &Arc<Migration>| {
+        let status = m.status.as_ref();
+        let uid = m.uid().unwrap_or_default();
+        let seen = status.map(|status| status.phase).unwrap_or_default();
+        if seen > Phase::Pending {
+            admitted.remove(&uid);
+        }
+        let vmi = get(&world.vmis, &(m.namespace().unwrap_or_default(), m.spec.vmi_name.clone()));
+        let of_vmi = vmi.as_ref().and_then(|vmi| vmi.status.as_ref());
+        let moves =
+            of_vmi.and_then(|s| s.migration_state.as_ref()).filter(|_| seen.is_handed_off());
+        let node = moves.map_or_else(|| of_vmi?.node_name.clone(), |s| s.source_node.clone());
+        turn::One {
+            phase: if admitted.contains(&uid) { Phase::Scheduling } else { seen },
+            weight: turn::weight(m.spec.priority.as_deref()),
+            made: m.creation_timestamp().map(|at| at.0.as_second()).unwrap_or_default(),
+            node: node.unwrap_or_default(),
+            uid,
+        }
+    };
+    let ones: Vec<turn::One> = all.iter().map(one).collect();
+    let limits = cluster.map(|c| c.spec.configuration.migrations.clone()).unwrap_or_default();
+    let own = migration.uid().unwrap_or_default();
+    turn::turn(&own, &ones, &limits)?;
+    if migration.status.as_ref().is_none_or(|status| status.phase <= Phase::Pending) {
+        admitted.insert(own);
+    }
+    Ok(())
+}
+
+/// How many migrations of the same VMI are over and were made after this one.
+fn later(world: &World, migration: &Migration) -> usize {
+    let made = |m: &Migration| m.creation_timestamp().map(|at| at.0);
+    let all = world.migrations.state();
+    let counts = |m: &&Arc<Migration>| {
+        m.namespace() == migration.namespace()
+            && m.spec.vmi_name == migration.spec.vmi_name
+            && m.status.as_ref().is_some_and(|status| status.phase.is_final())
+            && (made(m), m.name_any()) > (made(migration), migration.name_any())
+    };
+    all.iter().filter(counts).count()
+}
+
+async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Result<()> {
+    let migration = &snapshot.migration;
+    let (namespace, name) = key(&**migration);
+    let migrations = world.api::<Migration>(&namespace);
+    match action {
+        Action::CreatePod(pod) => {
+            match world.api::<Pod>(&namespace).create(&PostParams::default(), pod).await {
+                Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
+                other => {
+                    let message = format!("Created migration target pod {}", other?.name_any());
+                    let about = reference(&**migration);
+                    world.events.say(&about, Kind::Normal, "SuccessfulCreate", &message).await;
+                }
+            }
+        }
+        Action::DeletePod(pod) => {
+            let pods = world.api::<Pod>(&namespace);
+            ignore_gone(pods.delete(pod, &DeleteParams::default()).await)?;
+        }
+        Action::Label(labels) => {
+            let vmis = world.api::<VirtualMachineInstance>(&namespace);
+            let patch = json!({"metadata": {"labels": labels}});
+            let of = &migration.spec.vmi_name;
+            ignore_gone(vmis.patch(of, &PatchParams::default(), &Patch::Merge(&patch)).await)?;
+        }
+        Action::PatchVmi(status) => patch_vmi(world, snapshot, status).await?,
+        Action::Patch(patch) => {
+            let patch = Patch::Merge(patch);
+            ignore_gone(migrations.patch(&name, &PatchParams::default(), &patch).await)?;
+        }
+        Action::PatchStatus(status) => {
+            let read = json!({"resourceVersion": migration.resource_version()});
+            let patch = json!({"metadata": read, "status": status});
+            let patch = Patch::Merge(&patch);
+            ignore_gone(migrations.patch_status(&name, &PatchParams::default(), &patch).await)?;
+        }
+        Action::Delete => {
+            ignore_gone(migrations.delete(&name, &DeleteParams::default()).await)?;
+        }
+        Action::Say { warning, reason, message } => {
+            let kind = if *warning { Kind::Warning } else { Kind::Normal };
+            world.events.say(&reference(&**migration), kind, reason, message).await;
+        }
+    }
+    Ok(())
+}
+
+/// N.B. only the VMI that was looked at, as it was: handlers write it as well, and one that was made
+/// anew has its name.
+async fn patch_vmi(world: &World, snapshot: &Snapshot, status: &Value) -> kube::Result<()> {
+    let Some(vmi) = &snapshot.vmi else { return Ok(()) };
+    let (namespace, name) = key(&**vmi);
+    let vmis = world.api::<VirtualMachineInstance>(&namespace);
+    let patch = json!({"metadata": {
+        "uid": vmi.uid(), "resourceVersion": vmi.resource_version(),
+    }, "status": status});
+    ignore_gone(vmis.patch_status(&name, &PatchParams::default(), &Patch::Merge(&patch)).await)
+}

@@ -1,0 +1,411 @@
+//! What is to be done about a migration. Pure.
+
+use crate::vmi::pod::{Target, Wanted};
+use crate::vmi::{is_ready, is_terminal, trouble};
+use api::conditions::{self, Condition, moment};
+use api::keys;
+use api::migration::{Options, Phase, State, Status, VirtualMachineInstanceMigration};
+use api::owner::OwnerRecord;
+use api::vmi::{self, Spec, VirtualMachineInstance};
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use kube::ResourceExt;
+use serde_json::{Value, json};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// What nobody rings for is looked at again after this.
+const AGAIN: Duration = Duration::from_secs(1);
+/// A pod that was just made may not be seen yet.
+const UNSEEN: SignedDuration = SignedDuration::from_secs(10);
+/// A pod that finds no node is given up after this; as KubeVirt.
+const UNSCHEDULABLE: SignedDuration = SignedDuration::from_mins(5);
+/// A pod that does not become ready is given up after this; as KubeVirt.
+const PENDING: SignedDuration = SignedDuration::from_mins(15);
+/// A source's handler begins within this time, or says why not: it has a deadline itself.
+const BEGIN: SignedDuration = SignedDuration::from_mins(6);
+/// A source that is silent although its guest runs at the target.
+const SILENT: SignedDuration = SignedDuration::from_mins(1);
+/// Migrations of a VMI that are kept when they are over; as KubeVirt.
+const KEPT: usize = 5;
+/// The quota lets no pod in.
+pub const QUOTA: &str = "migrationRejectedByResourceQuota";
+/// It is not wanted any more.
+const ABORT: &str = "migrationAbortRequested";
+
+/// A migration and what there is of it.
+pub struct Snapshot {
+    /// The migration.
+    pub migration: Arc<VirtualMachineInstanceMigration>,
+    /// Its VMI.
+    pub vmi: Option<Arc<VirtualMachineInstance>>,
+    /// The claims that the VMI names, that there are.
+    pub claims: Vec<(String, Arc<PersistentVolumeClaim>)>,
+    /// The VMI's pods.
+    pub pods: Vec<Arc<Pod>>,
+    /// Who may run the guest.
+    pub owner: Option<Arc<OwnerRecord>>,
+    /// Whether it may begin, or why not.
+    pub turn: Result<(), String>,
+    /// How it is made, and by which policy.
+    pub options: (Option<String>, Options),
+    /// What the target's node must have, for the guest's processor.
+    pub processor: BTreeMap<String, String>,
+    /// How many migrations of the VMI are over and were made after this one.
+    pub later: usize,
+    /// Now.
+    pub now: Timestamp,
+}
+
+/// What is to be done, in this order.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// Each is done once the one before is.
+    pub actions: Vec<Action>,
+    /// When to look again though nothing has changed.
+    pub again: Option<Duration>,
+}
+
+/// One thing to be done.
+#[derive(Debug)]
+pub enum Action {
+    /// Make the target's pod.
+    CreatePod(Box<Pod>),
+    /// Delete it.
+    DeletePod(String),
+    /// Change the VMI's labels.
+    Label(Value),
+    /// Change the VMI's status.
+    PatchVmi(Value),
+    /// Change the migration itself.
+    Patch(Value),
+    /// Change its status.
+    PatchStatus(Value),
+    /// Delete it.
+    Delete,
+    /// Tell people.
+    Say {
+        /// Something is wrong.
+        warning: bool,
+        /// In one word.
+        reason: &'static str,
+        /// What.
+        message: String,
+    },
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Action::CreatePod(pod) => write!(f, "create pod {}", pod.name_any()),
+            Action::DeletePod(pod) => write!(f, "delete pod {pod}"),
+            Action::Label(_) | Action::PatchVmi(_) => f.write_str("change the instance"),
+            Action::Patch(_) => f.write_str("change the migration"),
+            Action::PatchStatus(_) => f.write_str("write the migration's status"),
+            Action::Delete => f.write_str("delete the migration"),
+            Action::Say { .. } => f.write_str("tell of it"),
+        }
+    }
+}
+
+impl Snapshot {
+    fn uid(&self) -> String {
+        self.migration.uid().unwrap_or_default()
+    }
+
+    /// The target's pod.
+    fn target(&self) -> Option<&Arc<Pod>> {
+        let uid = self.uid();
+        self.pods.iter().find(|pod| pod.labels().get(keys::MIGRATION) == Some(&uid))
+    }
+
+    fn leaves(&self) -> bool {
+        self.migration.metadata.deletion_timestamp.is_some()
+    }
+
+    /// What the VMI says of this migration.
+    fn state(&self) -> Option<State> {
+        let state = self.vmi.as_ref()?.status.as_ref()?.migration_state.clone()?;
+        (state.migration_uid == self.migration.uid()).then_some(state)
+    }
+
+    /// Whether the guest may be that pod's now, or may become so: then the pod stays.
+    fn may_own(&self, pod: &str) -> bool {
+        let Some(record) = self.owner.as_ref().and_then(|owner| owner.status.as_ref()) else {
+            return false;
+        };
+        let open = ["armed", "committed"].contains(&&*record.state)
+            && record.of.as_ref().is_some_and(|of| of.attempt == self.uid())
+            && !record.is_over();
+        open || record.pod.as_deref() == Some(pod) && !record.is_over()
+    }
+
+    /// Seconds that the migration says by an annotation, or the default.
+    fn patience(&self, key: &str, default: SignedDuration) -> SignedDuration {
+        let said = self.migration.annotations().get(key).and_then(|text| text.parse::<u32>().ok());
+        said.map_or(default, |seconds| SignedDuration::from_secs(seconds.into()))
+    }
+}
+
+/// What is to be done.
+pub fn plan(snapshot: &Snapshot) -> Plan {
+    let mut plan = Plan::default();
+    let before = snapshot.migration.status.clone().unwrap_or_default();
+    let mut status = before.clone();
+    match status.phase.is_final() {
+        true => clear_away(snapshot, &status, &mut plan),
+        false => advance(snapshot, &mut status, &mut plan),
+    }
+    if let Some(state) = snapshot.state() {
+        status.migration_state = Some(state);
+    }
+    if status != before {
+        let status = serde_json::to_value(&status).unwrap_or_default();
+        plan.actions.push(Action::PatchStatus(status));
+    }
+    plan
+}
+
+fn advance(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
+    if status.phase == Phase::Unset {
+        status.enter(Phase::Pending, snapshot.now);
+    }
+    let found = snapshot.vmi.as_ref().and_then(|vmi| Some((vmi, vmi.status.as_ref()?)));
+    let Some((vmi, of_vmi)) = found.filter(|(_, status)| !status.phase.is_final()) else {
+        let why = "its virtual machine instance has ended or is gone";
+        return fail(snapshot, status, why, plan);
+    };
+    if snapshot.leaves() && !conditions::is(&status.conditions, ABORT) {
+        let wanted = Condition::new(ABORT, true, "MigrationDeleted", "it was deleted");
+        status.conditions = conditions::merge(&status.conditions, vec![wanted], &[], snapshot.now);
+    }
+    match status.phase {
+        phase if phase.is_handed_off() => follow(snapshot, status, plan),
+        _ if snapshot.leaves() => fail(snapshot, status, "it was cancelled before it began", plan),
+        Phase::Pending => begin(snapshot, vmi, of_vmi, status, plan),
+        _ => hand_off(snapshot, of_vmi, status, plan),
+    }
+}
+
+/// One that waits for its turn.
+fn begin(
+    snapshot: &Snapshot,
+    vmi: &Arc<VirtualMachineInstance>,
+    of_vmi: &vmi::Status,
+    status: &mut Status,
+    plan: &mut Plan,
+) {
+    let waits = match &snapshot.turn {
+        Err(why) => Some(why.clone()),
+        Ok(()) if of_vmi.phase != vmi::Phase::Running => {
+            Some(format!("{} does not run yet", vmi.name_any()))
+        }
+        Ok(()) if of_vmi.active_pods.len() > 1 => {
+            Some("an earlier pod of it is not gone yet".into())
+        }
+        Ok(()) => None,
+    };
+    if waits.is_some() {
+        plan.again = Some(AGAIN);
+        return;
+    }
+    let pod = match target_pod(snapshot, vmi) {
+        Ok(pod) => pod,
+        Err(why) => return fail(snapshot, status, &why, plan),
+    };
+    if snapshot.target().is_none() {
+        plan.actions.push(Action::CreatePod(Box::new(pod)));
+    }
+    status.conditions = conditions::merge(&status.conditions, Vec::new(), &[QUOTA], snapshot.now);
+    status.enter(Phase::Scheduling, snapshot.now);
+}
+
+fn target_pod(snapshot: &Snapshot, vmi: &VirtualMachineInstance) -> Result<Pod, String> {
+    let spec: Spec = vmi.parse()?;
+    let claims: Vec<(&str, &PersistentVolumeClaim)> =
+        snapshot.claims.iter().map(|(name, claim)| (&**name, &**claim)).collect();
+    // What the VM asks for cannot be widened by who moves it.
+    let mut selector = snapshot.migration.spec.added_node_selector.clone();
+    selector.extend(snapshot.processor.clone());
+    let name = snapshot.migration.name_any();
+    let uid = snapshot.uid();
+    let suffix: String = uid.chars().filter(|c| *c != '-').take(8).collect();
+    let target = Target { migration: &uid, name: &name, selector: &selector };
+    let wanted = Wanted {
+        vmi,
+        spec: &spec,
+        claims: &claims,
+        suffix: &suffix,
+        binds: false,
+        target: Some(target),
+    };
+    wanted.pod().map_err(|error| format!("the target's pod cannot be made: {error}"))
+}
+
+/// One whose target's pod is being made ready; when it is, handlers are told.
+fn hand_off(snapshot: &Snapshot, of_vmi: &vmi::Status, status: &mut Status, plan: &mut Plan) {
+    let now = snapshot.now;
+    let since = status.since().unwrap_or(now);
+    let waited = now.duration_since(since);
+    let Some(pod) = snapshot.target() else {
+        if waited < UNSEEN {
+            plan.again = Some(AGAIN);
+            return;
+        }
+        return fail(snapshot, status, "the target's pod is gone", plan);
+    };
+    if is_terminal(pod) || pod.metadata.deletion_timestamp.is_some() {
+        let why = format!("the target's pod {} ended before it was used", pod.name_any());
+        return fail(snapshot, status, &why, plan);
+    }
+    let node = pod.spec.as_ref().and_then(|spec| spec.node_name.clone());
+    let Some(node) = node.filter(|_| is_ready(pod)) else {
+        let why = trouble(pod);
+        let unschedulable = why.as_ref().is_some_and(|(reason, _)| reason == "Unschedulable");
+        let patience = match unschedulable {
+            true => snapshot.patience(keys::UNSCHEDULABLE_TIMEOUT, UNSCHEDULABLE),
+            false => snapshot.patience(keys::PENDING_TIMEOUT, PENDING),
+        };
+        if waited > patience {
+            let why = why.map_or(String::new(), |(reason, text)| format!(": {reason}: {text}"));
+            let seconds = patience.as_secs();
+            let why = format!("the target's pod was not ready within {seconds} s{why}");
+            return fail(snapshot, status, &why, plan);
+        }
+        plan.again = Some(AGAIN);
+        return;
+    };
+    if status.phase == Phase::Scheduling {
+        status.enter(Phase::Scheduled, now);
+    }
+    // N.B. handlers are told once: they have written more since.
+    if snapshot.state().is_some() {
+        return status.enter(Phase::PreparingTarget, now);
+    }
+    let busy = of_vmi.migration_state.as_ref().is_some_and(|state| {
+        !state.is_over() && state.migration_uid.as_deref() != Some(&*snapshot.uid())
+    });
+    if busy {
+        plan.again = Some(AGAIN);
+        return;
+    }
+    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.clone()).unwrap_or_default();
+    let (policy, options) = snapshot.options.clone();
+    let state = State {
+        migration_uid: Some(snapshot.uid()),
+        source_node: of_vmi.node_name.clone(),
+        source_pod: record.pod,
+        target_node: Some(node.clone()),
+        target_pod: Some(pod.name_any()),
+        migration_policy_name: policy,
+        migration_configuration: Some(options),
+        migration_network_type: Some("Pod".into()),
+        ..State::default()
+    };
+    plan.actions.push(Action::Label(json!({keys::TARGET_NODE: node})));
+    plan.actions.push(Action::PatchVmi(json!({"migrationState": state})));
+    status.enter(Phase::PreparingTarget, now);
+}
+
+/// One that handlers and launchers have in hand.
+fn follow(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
+    let now = snapshot.now;
+    let Some(state) = snapshot.state() else {
+        // It may not be seen yet, right after it was written.
+        if status.since().is_some_and(|since| now.duration_since(since) < UNSEEN) {
+            plan.again = Some(AGAIN);
+            return;
+        }
+        return fail(snapshot, status, "another migration has taken its place", plan);
+    };
+    if state.failed == Some(true) {
+        let why = state.failure_reason.unwrap_or_else(|| "nobody says why".into());
+        return fail(snapshot, status, &why, plan);
+    }
+    if state.target_node_address.is_some() && status.phase < Phase::TargetReady {
+        status.enter(Phase::TargetReady, now);
+    }
+    if state.start_timestamp.is_some() {
+        status.enter(Phase::Running, now);
+    }
+    if state.completed == Some(true) {
+        status.enter(Phase::Succeeded, now);
+        let message = "Source node reported migration succeeded".into();
+        plan.actions.push(Action::Say { warning: false, reason: "SuccessfulMigration", message });
+        return;
+    }
+    if state.target_node_domain_ready_timestamp.is_some() {
+        return settle(snapshot, &state, plan);
+    }
+    let begun = state.start_timestamp.is_some();
+    let late = !begun && status.since().is_some_and(|since| now.duration_since(since) > BEGIN);
+    if !begun {
+        plan.again = Some(AGAIN * 10);
+    }
+    if (snapshot.leaves() || late) && state.abort_requested != Some(true) {
+        plan.actions.push(Action::PatchVmi(json!({"migrationState": {"abortRequested": true}})));
+    }
+}
+
+/// The guest runs at the target, but its source has not said that it has left.
+fn settle(snapshot: &Snapshot, state: &State, plan: &mut Plan) {
+    let source = snapshot.pods.iter().find(|pod| pod.metadata.name == state.source_pod);
+    let ready = state.target_node_domain_ready_timestamp.as_deref();
+    let ready = ready.and_then(|at| at.parse::<Timestamp>().ok());
+    let silent = ready.is_some_and(|at| snapshot.now.duration_since(at) > SILENT);
+    if source.is_none_or(|pod| is_terminal(pod)) || silent {
+        let end = moment(snapshot.now);
+        plan.actions.push(Action::PatchVmi(json!({
+            "migrationState": {"completed": true, "endTimestamp": end},
+        })));
+    } else {
+        plan.again = Some(AGAIN * 10);
+    }
+}
+
+fn fail(snapshot: &Snapshot, status: &mut Status, why: &str, plan: &mut Plan) {
+    status.enter(Phase::Failed, snapshot.now);
+    let state = status.migration_state.get_or_insert_default();
+    state.failed = Some(true);
+    state.failure_reason.get_or_insert_with(|| why.to_owned());
+    plan.actions.push(Action::Say {
+        warning: true,
+        reason: "FailedMigration",
+        message: format!("Migration failed: {why}"),
+    });
+}
+
+/// One that is over: what it has made goes, and then what holds it.
+fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
+    let uid = snapshot.uid();
+    let target = snapshot.target().filter(|_| status.phase == Phase::Failed);
+    if let Some(pod) = target.map(|pod| pod.name_any()) {
+        if snapshot.may_own(&pod) {
+            // The owner record rings when that is decided.
+            return;
+        }
+        if snapshot.target().is_some_and(|pod| pod.metadata.deletion_timestamp.is_none()) {
+            plan.actions.push(Action::DeletePod(pod));
+        }
+    }
+    let labelled = snapshot.vmi.as_ref().is_some_and(|vmi| {
+        let state = vmi.status.as_ref().and_then(|status| status.migration_state.as_ref());
+        vmi.labels().contains_key(keys::TARGET_NODE)
+            && state.is_none_or(|state| state.migration_uid.as_deref() == Some(&*uid))
+    });
+    if labelled {
+        plan.actions.push(Action::Label(json!({keys::TARGET_NODE: null})));
+    }
+    let finalizers = snapshot.migration.finalizers();
+    if finalizers.iter().any(|f| f == keys::MIGRATION_FINALIZER) {
+        let kept: Vec<_> = finalizers.iter().filter(|f| *f != keys::MIGRATION_FINALIZER).collect();
+        let version = snapshot.migration.resource_version();
+        plan.actions.push(Action::Patch(
+            json!({"metadata": {"finalizers": kept, "resourceVersion": version}}),
+        ));
+    } else if snapshot.later >= KEPT && !snapshot.leaves() {
+        plan.actions.push(Action::Delete);
+    }
+}
