@@ -75,6 +75,11 @@ impl Cluster {
         Ok(cluster)
     }
 
+    /// The program that runs it.
+    pub fn program(&self) -> &Path {
+        &self.program
+    }
+
     /// The folder of the clusters' folders.
     pub fn dir(&self) -> &Path {
         self.dir.path()
@@ -167,8 +172,8 @@ impl Cluster {
             match found {
                 Ok(object) if holds(&object) => return Ok(object),
                 found if began.elapsed() > SOON => {
-                    let log = std::fs::read_to_string(self.path("log")).unwrap_or_default();
-                    bail!("{path} is not as awaited: {found:?}\n{log}");
+                    let logs = self.keep_logs();
+                    bail!("{path} is not as awaited: {found:?}; logs are in {}", logs.display());
                 }
                 _ => tokio::time::sleep(Duration::from_millis(20)).await,
             }
@@ -186,6 +191,30 @@ impl Cluster {
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
         Ok(())
+    }
+
+    /// Keeps all that it has logged, of what went wrong; says where.
+    pub fn keep_logs(&self) -> PathBuf {
+        let name = self.dir.path().file_name().unwrap_or_default();
+        let kept = crate::guest::root().join("target/failed").join(name);
+        let mut folders = vec![self.path("")];
+        while let Some(folder) = folders.pop() {
+            for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+                let path = entry.path();
+                let is_log = path.to_string_lossy().contains("log");
+                match entry.file_type() {
+                    Ok(kind) if kind.is_dir() => folders.push(path),
+                    Ok(kind) if kind.is_file() && is_log => {
+                        let place = path.strip_prefix(self.path("")).unwrap_or(&path);
+                        let flat = place.to_string_lossy().replace('/', "+");
+                        let _ = std::fs::create_dir_all(&kept);
+                        let _ = std::fs::copy(&path, kept.join(flat));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        kept
     }
 
     /// Reads a pod's log.

@@ -8,6 +8,7 @@ pub mod media;
 pub mod registry;
 pub mod scene;
 pub mod terminal;
+pub mod vms;
 pub mod witness;
 pub mod world;
 

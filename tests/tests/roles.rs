@@ -5,80 +5,21 @@ use anyhow::{Context, Result, bail, ensure};
 use e2e::cluster::{Cluster, SOON};
 use e2e::guest;
 use e2e::registry::Registry;
-use e2e::terminal::Terminal;
+use e2e::vms::{SETTINGS, VMS, is_alive, kill, shows, vm};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
-const VMS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachines";
 const OWNER: &str = "/apis/godwit.dev/v1alpha1/namespaces/default/ownerrecords/web";
-const SETTINGS: &str = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts/kubevirt";
 const BUNDLE: &str = "/api/v1/namespaces/kubevirt/configmaps/kubevirt-ca";
 const EXTERNAL: &str = "/api/v1/namespaces/kubevirt/configmaps/kubevirt-external-ca";
 const LEASE: &str = "/apis/coordination.k8s.io/v1/namespaces/kubevirt/leases/virt-controller";
 const UP: [&str; 3] = ["--separate", "--storage", "1Gi"];
 
-fn vm(name: &str, strategy: &str, image: &str) -> Value {
-    json!({
-        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": name},
-        "spec": {
-            "runStrategy": strategy,
-            "template": {"spec": {
-                "terminationGracePeriodSeconds": 20,
-                "domain": {
-                    "memory": {"guest": "128Mi"},
-                    "devices": {"disks": [{"name": "root", "disk": {"bus": "virtio"}}]},
-                },
-                "volumes": [{"name": "root", "containerDisk": {"image": image}}],
-            }},
-        },
-    })
-}
-
-fn shows(status: &'static str) -> impl Fn(&Value) -> bool {
-    move |vm| vm["status"]["printableStatus"] == status
-}
-
-/// What a person does with `godwit vm`.
-fn does(cluster: &Cluster, arguments: &[&str]) -> Result<()> {
-    let mut run = Command::new(PROGRAM);
-    run.arg("vm").args(arguments).arg("--kubeconfig").arg(cluster.path("kubeconfig"));
-    let run = run.output()?;
-    ensure!(run.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&run.stderr));
-    Ok(())
-}
-
-/// The same, until it works.
-fn does_soon(cluster: &Cluster, arguments: &[&str]) -> Result<()> {
-    let began = Instant::now();
-    while let Err(error) = does(cluster, arguments) {
-        if began.elapsed() > SOON {
-            return Err(error);
-        }
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    Ok(())
-}
-
-fn is_alive(pid: i32) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
-}
-
-fn kill(pid: i32) -> Result<()> {
-    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
-    Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
-}
-
-/// QEMUs that run for a cluster.
-fn qemus(cluster: &Cluster) -> Result<Vec<i32>> {
-    let is_qemu = |pid: &i32| {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        name.starts_with("qemu-system")
-    };
-    Ok(cluster.processes()?.into_iter().filter(is_qemu).collect())
+/// A VM whose root is an image's disk.
+fn of_image(name: &str, strategy: &str, image: &str) -> Value {
+    vm(name, strategy, vec![json!({"name": "root", "containerDisk": {"image": image}})], vec![])
 }
 
 /// The roles that run, as `godwit status` tells them.
@@ -114,17 +55,17 @@ async fn a_guest_goes_on_whichever_role_is_killed() -> Result<()> {
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let mut cluster = Cluster::new(PROGRAM, &UP).await?;
-    cluster.create(VMS, vm("web", "Always", &image)).await?;
+    cluster.create(VMS, of_image("web", "Always", &image)).await?;
     let web = format!("{VMS}/web");
     cluster.until(&web, shows("Running")).await?;
-    let guest = qemus(&cluster)?;
+    let guest = cluster.qemus()?;
     ensure!(guest.len() == 1 && epoch(&cluster).await? == 1, "{guest:?}");
 
     let controller = another(&cluster, "controller", None)?;
     kill(controller)?;
     another(&cluster, "controller", Some(controller))?;
     // The next one does its work, without waiting for the lease of the last to run out.
-    cluster.create(VMS, vm("next", "Halted", &image)).await?;
+    cluster.create(VMS, of_image("next", "Halted", &image)).await?;
     cluster.until(&format!("{VMS}/next"), shows("Stopped")).await?;
     let lease = cluster.send("GET", LEASE, None).await?;
     ensure!(lease["spec"]["leaseTransitions"] == 0, "{lease}");
@@ -132,8 +73,8 @@ async fn a_guest_goes_on_whichever_role_is_killed() -> Result<()> {
     let handler = another(&cluster, "handler-local-1", None)?;
     kill(handler)?;
     another(&cluster, "handler-local-1", Some(handler))?;
-    does_soon(&cluster, &["pause", "web"])?;
-    does(&cluster, &["unpause", "web"])?;
+    cluster.does_soon(&["vm", "pause", "web"])?;
+    cluster.does(&["vm", "unpause", "web"])?;
 
     let before = roles(&cluster)?;
     let record: Value = serde_json::from_slice(&std::fs::read(cluster.path("cluster.json"))?)?;
@@ -147,17 +88,17 @@ async fn a_guest_goes_on_whichever_role_is_killed() -> Result<()> {
     cluster.up(&UP)?;
     cluster.client = e2e::cluster::client(cluster.dir()).await?;
     ensure!(another(&cluster, "controller", None)? != before["controller"]);
-    does_soon(&cluster, &["pause", "web"])?;
-    does(&cluster, &["unpause", "web"])?;
-    ensure!(qemus(&cluster)? == guest, "the guest is not the one that it was");
+    cluster.does_soon(&["vm", "pause", "web"])?;
+    cluster.does(&["vm", "unpause", "web"])?;
+    ensure!(cluster.qemus()? == guest, "the guest is not the one that it was");
     ensure!(epoch(&cluster).await? == 1, "somebody else has taken it");
 
-    does(&cluster, &["stop", "web"])?;
+    cluster.does(&["vm", "stop", "web"])?;
     cluster.until(&web, shows("Stopped")).await?;
-    ensure!(qemus(&cluster)?.is_empty(), "a guest that was stopped runs");
-    does(&cluster, &["start", "web"])?;
+    ensure!(cluster.qemus()?.is_empty(), "a guest that was stopped runs");
+    cluster.does(&["vm", "start", "web"])?;
     cluster.until(&web, shows("Running")).await?;
-    ensure!(epoch(&cluster).await? == 2 && qemus(&cluster)?.len() == 1);
+    ensure!(epoch(&cluster).await? == 2 && cluster.qemus()?.len() == 1);
 
     let last = roles(&cluster)?;
     ensure!(last.len() == 2, "{last:?}");
@@ -176,10 +117,9 @@ async fn renews(more: &[&str]) -> Result<()> {
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let cluster = Cluster::new(PROGRAM, &[&["--storage", "1Gi"], more].concat()).await?;
-    cluster.create(VMS, vm("web", "Always", &image)).await?;
+    cluster.create(VMS, of_image("web", "Always", &image)).await?;
     cluster.until(&format!("{VMS}/web"), shows("Running")).await?;
-    let mut console = Terminal::open(PROGRAM, &cluster.path("kubeconfig"), "web")?;
-    console.wait_for_shell()?;
+    let mut console = cluster.terminal("web")?;
     let others = json!({"data": {"ca-bundle": "another cluster's"}});
     cluster.send("PATCH", EXTERNAL, Some(others.clone())).await?;
     let terms = json!({"spec": {"certificateRotateStrategy": {"selfSigned": {
@@ -197,8 +137,8 @@ async fn renews(more: &[&str]) -> Result<()> {
         let bundle = certificates(bundle["data"]["ca-bundle"].as_str().context("a bundle")?);
         ensure!(bundle.len() <= 4, "ended CAs are believed");
         seen.extend(bundle);
-        does(&cluster, &["pause", "web"])?;
-        does(&cluster, &["unpause", "web"])?;
+        cluster.does(&["vm", "pause", "web"])?;
+        cluster.does(&["vm", "unpause", "web"])?;
         std::thread::sleep(Duration::from_millis(200));
     }
     ensure!(console.run("echo still he''re")?.trim() == "still here");

@@ -4,73 +4,12 @@ use anyhow::{Context, Result, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
 use e2e::registry::Registry;
-use e2e::terminal::Terminal;
+use e2e::vms::{OWNERS, PODS, VMIS, VMS, holds, is_running, kill, vm};
 use serde_json::{Value, json};
 use std::process::Command;
 use std::time::Duration;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
-const VMS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachines";
-const VMIS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstances";
-const PODS: &str = "/api/v1/namespaces/default/pods";
-const OWNERS: &str = "/apis/godwit.dev/v1alpha1/namespaces/default/ownerrecords";
-
-/// A VM with these volumes, each on a virtio disk, the first its root.
-fn vm(name: &str, strategy: &str, volumes: Vec<Value>, templates: Vec<Value>) -> Value {
-    let disk = |volume: &Value| json!({"name": volume["name"], "disk": {"bus": "virtio"}});
-    json!({
-        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": name},
-        "spec": {
-            "runStrategy": strategy,
-            "dataVolumeTemplates": templates,
-            "template": {"spec": {
-                "terminationGracePeriodSeconds": 20,
-                "domain": {
-                    "memory": {"guest": "128Mi"},
-                    "devices": {"disks": volumes.iter().map(disk).collect::<Vec<_>>()},
-                },
-                "volumes": volumes,
-            }},
-        },
-    })
-}
-
-fn is_running(vm: &Value) -> bool {
-    vm["status"]["printableStatus"] == "Running"
-}
-
-fn terminal(cluster: &Cluster, vm: &str) -> Result<Terminal> {
-    let mut terminal = Terminal::open(PROGRAM, &cluster.path("kubeconfig"), vm)?;
-    terminal.wait_for_shell()?;
-    Ok(terminal)
-}
-
-/// What a person does with `godwit vm`.
-fn does(cluster: &Cluster, arguments: &[&str]) -> Result<String> {
-    let run = Command::new(PROGRAM)
-        .arg("vm")
-        .args(arguments)
-        .arg("--kubeconfig")
-        .arg(cluster.path("kubeconfig"))
-        .output()?;
-    let said = String::from_utf8_lossy(&run.stderr).into_owned();
-    ensure!(run.status.success(), "{arguments:?}: {said}");
-    Ok(String::from_utf8_lossy(&run.stdout).into_owned())
-}
-
-/// QEMUs that run for a cluster.
-fn qemus(cluster: &Cluster) -> Result<Vec<i32>> {
-    let is_qemu = |pid: &i32| {
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
-        name.starts_with("qemu-system")
-    };
-    Ok(cluster.processes()?.into_iter().filter(is_qemu).collect())
-}
-
-fn kill(pid: i32) -> Result<()> {
-    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
-    Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
-}
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_boots_from_an_imported_disk_and_what_its_guest_writes_survives() -> Result<()> {
@@ -88,24 +27,24 @@ async fn a_vm_boots_from_an_imported_disk_and_what_its_guest_writes_survives() -
     cluster.create(VMS, vm("web", "Always", vec![root], vec![template])).await?;
     let path = format!("{VMS}/web");
     cluster.until(&path, is_running).await?;
-    let mut console = terminal(&cluster, "web")?;
+    let mut console = cluster.terminal("web")?;
     console.run("echo kept > /data/file; sync")?;
     ensure!(console.run("grep -c ttyS0 /proc/cmdline")?.trim() == "1");
     drop(console);
 
-    does(&cluster, &["stop", "web"])?;
+    cluster.does(&["vm", "stop", "web"])?;
     cluster.until(&path, |vm| vm["status"]["printableStatus"] == "Stopped").await?;
-    ensure!(qemus(&cluster)?.is_empty(), "a guest that was stopped runs");
-    does(&cluster, &["start", "web"])?;
+    ensure!(cluster.qemus()?.is_empty(), "a guest that was stopped runs");
+    cluster.does(&["vm", "start", "web"])?;
     cluster.until(&path, is_running).await?;
-    let mut console = terminal(&cluster, "web")?;
+    let mut console = cluster.terminal("web")?;
     ensure!(console.run("cat /data/file")?.trim() == "kept");
     let record = cluster.send("GET", &format!("{OWNERS}/web"), None).await?;
     ensure!(record["status"]["epoch"] == 2, "{record}");
 
-    does(&cluster, &["delete", "web"])?;
+    cluster.does(&["vm", "delete", "web"])?;
     cluster.until_gone(&format!("{OWNERS}/web")).await?;
-    ensure!(qemus(&cluster)?.is_empty(), "a guest that was deleted runs");
+    ensure!(cluster.qemus()?.is_empty(), "a guest that was deleted runs");
     Ok(())
 }
 
@@ -128,9 +67,9 @@ async fn every_run_strategy_acts_on_a_guest_that_ends() -> Result<()> {
             let path = format!("{VMIS}/{name}");
             let first = began(&cluster.send("GET", &path, None).await?);
             match crash {
-                true => qemus(&cluster)?.into_iter().try_for_each(kill)?,
+                true => cluster.qemus()?.into_iter().try_for_each(kill)?,
                 false => {
-                    let mut console = terminal(&cluster, &name)?;
+                    let mut console = cluster.terminal(&name)?;
                     // It ends before it could answer.
                     let _ = console.run("poweroff -f");
                 }
@@ -150,7 +89,7 @@ async fn every_run_strategy_acts_on_a_guest_that_ends() -> Result<()> {
                 let vmi = cluster.send("GET", &path, None).await?;
                 ensure!(began(&vmi) == first, "{what}: it was started again");
             }
-            does(&cluster, &["delete", &name])?;
+            cluster.does(&["vm", "delete", &name])?;
         }
     }
     Ok(())
@@ -168,7 +107,7 @@ async fn a_node_that_is_cut_off_keeps_its_guest_and_nobody_else_starts_it() -> R
     cluster.create(VMS, lonely).await?;
     let path = format!("{VMS}/lonely");
     cluster.until(&path, is_running).await?;
-    let guest = qemus(&cluster)?;
+    let guest = cluster.qemus()?;
     ensure!(guest.len() == 1, "{guest:?}");
 
     // The second node's agent and handler are gone; its guest is not.
@@ -183,14 +122,10 @@ async fn a_node_that_is_cut_off_keeps_its_guest_and_nobody_else_starts_it() -> R
     let forced = json!({"gracePeriodSeconds": 0});
     cluster.send("DELETE", &format!("{PODS}/{pod}"), Some(forced)).await?;
     cluster.send("DELETE", &format!("{VMIS}/lonely"), None).await?;
-    let doubts = |vmi: &Value| {
-        let conditions = vmi["status"]["conditions"].as_array();
-        conditions
-            .is_some_and(|all| all.iter().any(|c| c["type"] == "InDoubt" && c["status"] == "True"))
-    };
+    let doubts = |vmi: &Value| holds(vmi, "InDoubt");
     cluster.until(&format!("{VMIS}/lonely"), doubts).await?;
     tokio::time::sleep(Duration::from_secs(3)).await;
-    ensure!(qemus(&cluster)? == guest, "another guest runs, or the first does not");
+    ensure!(cluster.qemus()? == guest, "another guest runs, or the first does not");
 
     // The machine is off, and a person says so.
     kill(guest[0])?;
@@ -201,7 +136,7 @@ async fn a_node_that_is_cut_off_keeps_its_guest_and_nobody_else_starts_it() -> R
     let elsewhere =
         |vmi: &Value| vmi["status"]["phase"] == "Running" && vmi["status"]["nodeName"] == "local-1";
     cluster.until(&format!("{VMIS}/lonely"), elsewhere).await?;
-    ensure!(qemus(&cluster)?.len() == 1);
+    ensure!(cluster.qemus()?.len() == 1);
     let record = cluster.send("GET", &format!("{OWNERS}/lonely"), None).await?;
     ensure!(record["status"]["epoch"] == 2, "{record}");
     Ok(())
@@ -230,7 +165,7 @@ async fn a_file_of_this_machine_becomes_a_disk_that_a_vm_boots_from() -> Result<
     let root = json!({"name": "root", "dataVolume": {"name": "uploaded"}});
     cluster.create(VMS, vm("web", "Always", vec![root], vec![])).await?;
     cluster.until(&format!("{VMS}/web"), is_running).await?;
-    terminal(&cluster, "web")?;
+    cluster.terminal("web")?;
     Ok(())
 }
 
@@ -261,7 +196,7 @@ async fn seeds_files_and_cards_are_what_the_guest_sees() -> Result<()> {
     all["spec"]["template"]["spec"]["networks"] = json!([{"name": "default", "pod": {}}]);
     cluster.create(VMS, all).await?;
     cluster.until(&format!("{VMS}/all"), is_running).await?;
-    let mut console = terminal(&cluster, "all")?;
+    let mut console = cluster.terminal("all")?;
     for (command, shown) in [
         ("nproc", "2"),
         // ISO 9660: names and contents are there as they are.

@@ -1,0 +1,233 @@
+//! VMs of an embedded cluster, as their users have them.
+
+use crate::cluster::{Cluster, SOON};
+use crate::terminal::Terminal;
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::{Value, json};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+/// VMs of the namespace `default`.
+pub const VMS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachines";
+/// VMIs of the namespace `default`.
+pub const VMIS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstances";
+/// Migrations of the namespace `default`.
+pub const MOVES: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstancemigrations";
+/// Pods of the namespace `default`.
+pub const PODS: &str = "/api/v1/namespaces/default/pods";
+/// Owner records of the namespace `default`.
+pub const OWNERS: &str = "/apis/godwit.dev/v1alpha1/namespaces/default/ownerrecords";
+/// Claims of the namespace `default`.
+pub const CLAIMS: &str = "/api/v1/namespaces/default/persistentvolumeclaims";
+/// DataVolumes of the namespace `default`.
+pub const DISKS: &str = "/apis/cdi.kubevirt.io/v1beta1/namespaces/default/datavolumes";
+/// The cluster's settings.
+pub const SETTINGS: &str = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts/kubevirt";
+
+/// A VM with these volumes, each on a virtio disk, the first its root.
+pub fn vm(name: &str, strategy: &str, volumes: Vec<Value>, templates: Vec<Value>) -> Value {
+    let disk = |volume: &Value| json!({"name": volume["name"], "disk": {"bus": "virtio"}});
+    json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine", "metadata": {"name": name},
+        "spec": {
+            "runStrategy": strategy,
+            "dataVolumeTemplates": templates,
+            "template": {"spec": {
+                "terminationGracePeriodSeconds": 20,
+                "domain": {
+                    "memory": {"guest": "128Mi"},
+                    "devices": {"disks": volumes.iter().map(disk).collect::<Vec<_>>()},
+                },
+                "volumes": volumes,
+            }},
+        },
+    })
+}
+
+/// A DataVolume's template, or the DataVolume, that imports an image.
+pub fn import(name: &str, image: &str, storage: Value) -> Value {
+    json!({
+        "apiVersion": "cdi.kubevirt.io/v1beta1", "kind": "DataVolume", "metadata": {"name": name},
+        "spec": {"source": {"registry": {"url": format!("docker://{image}")}}, "storage": storage},
+    })
+}
+
+/// A migration of a VMI.
+pub fn migration(name: &str, vmi: &str) -> Value {
+    json!({
+        "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration",
+        "metadata": {"name": name}, "spec": {"vmiName": vmi},
+    })
+}
+
+/// Whether a VM is said to be in a state.
+pub fn shows(status: &'static str) -> impl Fn(&Value) -> bool {
+    move |vm| vm["status"]["printableStatus"] == status
+}
+
+/// Whether a VM is said to run.
+pub fn is_running(vm: &Value) -> bool {
+    shows("Running")(vm)
+}
+
+/// Whether an object has a condition that holds.
+pub fn holds(object: &Value, kind: &str) -> bool {
+    let conditions = object["status"]["conditions"].as_array();
+    conditions.is_some_and(|all| all.iter().any(|c| c["type"] == kind && c["status"] == "True"))
+}
+
+/// Ends a process at once.
+///
+/// # Errors
+/// When there is none.
+pub fn kill(pid: i32) -> Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
+    Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
+}
+
+/// Whether a process lives.
+pub fn is_alive(pid: i32) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(") ").is_some_and(|(_, rest)| !rest.starts_with('Z'))
+}
+
+impl Cluster {
+    /// What a person does with `godwit`, and what it prints.
+    ///
+    /// # Errors
+    /// What it says.
+    pub fn does(&self, arguments: &[&str]) -> Result<String> {
+        let mut run = Command::new(self.program());
+        run.args(arguments).arg("--kubeconfig").arg(self.path("kubeconfig"));
+        let run = run.output()?;
+        let said = String::from_utf8_lossy(&run.stderr).into_owned();
+        ensure!(run.status.success(), "{arguments:?}: {said}");
+        Ok(String::from_utf8_lossy(&run.stdout).into_owned())
+    }
+
+    /// The same, until it works.
+    ///
+    /// # Errors
+    /// What it says last.
+    pub fn does_soon(&self, arguments: &[&str]) -> Result<()> {
+        let began = Instant::now();
+        while let Err(error) = self.does(arguments) {
+            if began.elapsed() > SOON {
+                return Err(error);
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        Ok(())
+    }
+
+    /// A VM's console, at its shell.
+    ///
+    /// # Errors
+    /// When it does not come.
+    pub fn terminal(&self, vm: &str) -> Result<Terminal> {
+        let mut terminal = self.console(vm)?;
+        terminal.wait_for_shell()?;
+        Ok(terminal)
+    }
+
+    /// A VM's console, whatever it shows.
+    ///
+    /// # Errors
+    /// When it cannot be opened.
+    pub fn console(&self, vm: &str) -> Result<Terminal> {
+        let program = self.program().to_str().context("no text")?;
+        Terminal::open(program, &self.path("kubeconfig"), vm)
+    }
+
+    /// QEMUs that run.
+    ///
+    /// # Errors
+    /// When nobody can tell.
+    pub fn qemus(&self) -> Result<Vec<i32>> {
+        let is_qemu = |pid: &i32| {
+            let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).unwrap_or_default();
+            name.starts_with("qemu-system")
+        };
+        Ok(self.processes()?.into_iter().filter(is_qemu).collect())
+    }
+
+    /// Waits until as many QEMUs run.
+    ///
+    /// # Errors
+    /// When they never do.
+    pub fn until_qemus(&self, count: usize) -> Result<Vec<i32>> {
+        let began = Instant::now();
+        loop {
+            let found = self.qemus()?;
+            match found.len() == count {
+                true => return Ok(found),
+                false if began.elapsed() > SOON => bail!("{found:?} run, not {count}"),
+                false => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
+    }
+
+    /// Waits until a migration is over.
+    ///
+    /// # Errors
+    /// When it ends otherwise than awaited.
+    pub async fn until_moved(&self, migration: &str, phase: &str) -> Result<Value> {
+        let over = |m: &Value| {
+            let phase = m["status"]["phase"].as_str().unwrap_or_default();
+            ["Succeeded", "Failed"].contains(&phase)
+        };
+        let path = format!("{MOVES}/{migration}");
+        let found = self.until(&path, over).await?;
+        if found["status"]["phase"] != phase {
+            let (status, logs) = (&found["status"], self.keep_logs());
+            bail!("migration {migration} is not {phase}: {status}; logs are in {}", logs.display());
+        }
+        Ok(found)
+    }
+}
+
+/// The oracle in a guest, run from its shell: it writes to the root disk and keeps pages of memory,
+/// and finds by itself what was lost of them.
+pub struct Oracle<'a>(&'a mut Terminal);
+
+impl<'a> Oracle<'a> {
+    /// Begins to write and to count.
+    ///
+    /// # Errors
+    /// When the guest does not.
+    pub fn begin(terminal: &'a mut Terminal) -> Result<Self> {
+        terminal.run(
+            "mkfifo /tmp/ask; oracle serve </tmp/ask >/tmp/told 2>&1 & exec 3>/tmp/ask; \
+             echo 'write start dev=/dev/vda2 len=4M seed=7 rate=100' >&3; \
+             echo 'memory start mib=4' >&3; echo tick start >&3",
+        )?;
+        Ok(Self(terminal))
+    }
+
+    /// The same oracle, at a console that was opened anew.
+    pub fn again(terminal: &'a mut Terminal) -> Self {
+        Self(terminal)
+    }
+
+    /// Has everything compared; returns how many writes were acknowledged.
+    ///
+    /// # Errors
+    /// What was lost.
+    pub fn check(&mut self) -> Result<u64> {
+        const TOLD: &str = "grep -E '^(LOST|CHECK|ERR|DIED)' /tmp/told";
+        let before = self.0.run(TOLD)?.lines().count();
+        self.0.run("echo check >&3")?;
+        let began = Instant::now();
+        loop {
+            let told = self.0.run(TOLD)?;
+            if let Some(line) = told.lines().nth(before) {
+                let fine = line.contains(" lost=0 ") && line.ends_with(" stale=0");
+                ensure!(fine && line.starts_with("CHECK"), "{told}");
+                let writes = line.split_once("writes=").context("no writes")?.1;
+                return Ok(writes.split(' ').next().unwrap_or_default().parse()?);
+            }
+            ensure!(began.elapsed() < SOON, "no answer");
+            std::thread::sleep(Duration::from_millis(200));
+        }
+    }
+}
