@@ -22,6 +22,8 @@ pub mod types {
     pub const LIVE_MIGRATABLE: &str = "LiveMigratable";
     /// The guest can move with its disks.
     pub const STORAGE_LIVE_MIGRATABLE: &str = "StorageLiveMigratable";
+    /// The guest's disks are to move to other claims.
+    pub const VOLUMES_CHANGE: &str = "VolumesChange";
     /// The processor is emulated.
     pub const SOFTWARE_EMULATION: &str = "SoftwareEmulation";
     /// The spec has fields that have no effect here.
@@ -74,6 +76,11 @@ pub struct Condition {
 }
 
 impl Condition {
+    /// Since when it is as it is.
+    pub fn since(&self) -> Option<Timestamp> {
+        self.last_transition_time.as_deref()?.parse().ok()
+    }
+
     /// One that holds, does not, or is unknown, since it is set.
     pub fn new(kind: &str, status: impl Into<Is>, reason: &str, message: &str) -> Self {
         let text = |text: &str| (!text.is_empty()).then(|| text.to_owned());

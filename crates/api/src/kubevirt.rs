@@ -24,6 +24,17 @@ pub struct Spec {
     pub configuration: Configuration,
     /// How long certificates last.
     pub certificate_rotate_strategy: CertificateRotateStrategy,
+    /// How VMs that run come to what is new.
+    pub workload_update_strategy: WorkloadUpdateStrategy,
+}
+
+/// How VMs that run come to what is new.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct WorkloadUpdateStrategy {
+    /// `LiveMigrate`, `Evict`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub workload_update_methods: Vec<String>,
 }
 
 /// How long certificates last.

@@ -70,6 +70,13 @@ pub mod keys {
     pub const UNSCHEDULABLE_TIMEOUT: &str = "kubevirt.io/migrationUnschedulablePodTimeoutSeconds";
     /// Annotation of a migration: seconds for which its pod may be unready.
     pub const PENDING_TIMEOUT: &str = "kubevirt.io/migrationPendingPodTimeoutSeconds";
+    /// Label of a migration that brings a VM's disks to other claims: the VM's name, or its VMI's
+    /// uid where that is too long.
+    pub const VOLUME_UPDATE: &str = "kubevirt.io/volume-update-migration";
+    /// Annotation of a claim: a VM's disk is being copied to it, and is not whole.
+    pub const INCOMPLETE: &str = "godwit.dev/incomplete";
+    /// Annotation of a claim: a VM has left it and goes on elsewhere; it holds old data.
+    pub const SUPERSEDED: &str = "godwit.dev/superseded";
     /// Taint with which a person says that a node is off.
     pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
     /// Annotation of a claim: what a DataVolume has done with it.

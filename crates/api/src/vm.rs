@@ -1,6 +1,7 @@
 //! VirtualMachine: what a person wants to run, and when.
 
 use crate::conditions::Condition;
+use crate::vmi::MigratedVolume;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
@@ -109,6 +110,24 @@ pub struct Status {
     /// The strategy that is followed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run_strategy: Option<RunStrategy>,
+    /// Disks that are on their way to others. N.B. always said: `null` removes it.
+    pub volume_update_state: Option<VolumeUpdateState>,
+}
+
+/// What becomes of a VM's volumes.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct VolumeUpdateState {
+    /// Those that move.
+    pub volume_migration_state: VolumeMigrationState,
+}
+
+/// Volumes that move.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct VolumeMigrationState {
+    /// Which, and between which claims.
+    pub migrated_volumes: Vec<MigratedVolume>,
 }
 
 /// A VM in one word.

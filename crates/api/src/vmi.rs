@@ -124,6 +124,9 @@ pub struct Status {
     /// `LiveMigration`, or `BlockMigration` where disks are copied.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration_method: Option<String>,
+    /// Volumes whose disks are to move to other claims.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub migrated_volumes: Vec<MigratedVolume>,
     /// `Unix`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration_transport: Option<String>,
@@ -184,6 +187,20 @@ pub struct VolumeStatus {
     /// The claim behind it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub persistent_volume_claim_info: Option<ClaimInfo>,
+}
+
+/// A volume whose disk moves from one claim to another.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct MigratedVolume {
+    /// As in the spec.
+    pub volume_name: String,
+    /// The claim that it leaves.
+    #[serde(rename = "sourcePVCInfo")]
+    pub source: ClaimInfo,
+    /// The claim to which it goes.
+    #[serde(rename = "destinationPVCInfo")]
+    pub destination: ClaimInfo,
 }
 
 /// A claim that is used.

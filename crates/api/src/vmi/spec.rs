@@ -453,6 +453,29 @@ impl Volume {
 }
 
 impl Spec {
+    /// The claims of its volumes, by the volumes' names.
+    pub fn claims(&self) -> BTreeMap<String, String> {
+        let claims = self
+            .volumes
+            .iter()
+            .filter_map(|volume| Some((volume.name.clone(), volume.claim()?.to_owned())));
+        claims.collect()
+    }
+
+    /// Lets volumes be other claims: those that are given for their names.
+    pub fn use_claims(&mut self, claims: &BTreeMap<String, String>) {
+        for volume in &mut self.volumes {
+            let own = volume.claim().map(str::to_owned);
+            let given = claims.get(&volume.name).filter(|claim| Some(*claim) != own.as_ref());
+            if let (Some(claim), true) = (given, own.is_some()) {
+                let read_only = volume.persistent_volume_claim.as_ref().and_then(|c| c.read_only);
+                volume.data_volume = None;
+                volume.persistent_volume_claim =
+                    Some(Claim { claim_name: claim.clone(), read_only });
+            }
+        }
+    }
+
     /// The volume of a name.
     pub fn volume(&self, name: &str) -> Option<&Volume> {
         self.volumes.iter().find(|volume| volume.name == name)
