@@ -59,6 +59,7 @@ pub fn handler() -> Value {
             rule(&["godwit.dev"], &["ownerrecords"], &READ),
             rule(&["godwit.dev"], &["ownerrecords/status"], &["patch"]),
             rule(&[""], &["pods", "persistentvolumeclaims"], &READ),
+            rule(&[""], &["persistentvolumeclaims"], &["patch"]),
             rule(&[""], &["nodes"], &["get", "patch"]),
             rule(&[""], &["events"], &["create", "patch"]),
             rule(&[""], &["secrets", "configmaps"], &["get"]),

@@ -517,14 +517,13 @@ impl VmSpec {
         found.compare("serials", serials, &other.serials);
         found.compare("disks", &names(disks, |d| &d.name), &names(&other.disks, |d| &d.name));
         for (disk, other) in disks.iter().zip(&other.disks).filter(|(a, b)| a.name == b.name) {
-            let Disk { name, path: _, bus, read_only, shared, cdrom, serial, boot_order, .. } =
-                disk;
+            // N.B. whether it is shared is the target's to say: what it does not share is copied.
+            let Disk { name, path: _, bus, read_only, cdrom, serial, boot_order, .. } = disk;
             found.compare(&format!("disk {name}: cdrom"), cdrom, &other.cdrom);
             found.compare(&format!("disk {name}: serial"), serial, &other.serial);
             found.compare(&format!("disk {name}: bootOrder"), boot_order, &other.boot_order);
             found.compare(&format!("disk {name}: bus"), bus, &other.bus);
             found.compare(&format!("disk {name}: readOnly"), read_only, &other.read_only);
-            found.compare(&format!("disk {name}: shared"), shared, &other.shared);
         }
         found.compare("nics", &names(nics, |n| &n.name), &names(&other.nics, |n| &n.name));
         for (nic, other) in nics.iter().zip(&other.nics).filter(|(a, b)| a.name == b.name) {

@@ -158,7 +158,7 @@ impl Place<'_> {
         watch(shared, self.watched, key, pod, &launcher, found.generation);
         let guest = Guest { shared, key, vmi: Arc::clone(vmi), pod: Arc::clone(pod), launcher, vm };
         let looked = match self.is_owner(&found) {
-            true if moves::is_elsewhere(vmi, &shared.config.node) => guest.arrive(&found).await,
+            true if moves::is_new_here(vmi, &shared.config.node, pod) => guest.arrive(&found).await,
             true => guest.look_after(&found).await,
             false => guest.move_along(&found).await,
         };
@@ -280,7 +280,39 @@ impl Guest<'_> {
         }
     }
 
+    /// The claims that this pod has in other places than the VMI's, by their volumes.
+    pub(super) fn other_claims(&self) -> BTreeMap<String, String> {
+        let own = self.vmi.parse().map(|spec| spec.claims()).unwrap_or_default();
+        let mut claims = records::volumes(&self.pod);
+        claims.retain(|volume, claim| own.get(volume).is_some_and(|own| own != claim));
+        claims
+    }
+
+    /// Refuses disks that hold old data, or half of it; the owner record knows the VM's own.
+    fn check_disks(&self) -> Result<(), Refusal> {
+        let record = get(&self.shared.owners, self.key);
+        let own = record.and_then(|record| record.status.clone()).unwrap_or_default().volumes;
+        for (volume, claim) in records::volumes(&self.pod) {
+            let key = (self.key.0.clone(), claim.clone());
+            let Some(found) = get(&self.shared.claims, &key) else { continue };
+            let note = |key: &'static str| Some((key, found.annotations().get(key)?));
+            let stale = note(keys::INCOMPLETE).or_else(|| note(keys::SUPERSEDED));
+            if let Some((key, note)) = stale.filter(|_| own.get(&volume) != Some(&claim)) {
+                return Err(Refusal {
+                    reason: "StaleDisk",
+                    message: format!(
+                        "claim {claim} of volume {volume} is not to be started from ({note}): name the \
+                         claim with the VM's data, or remove annotation {key} if you know better"
+                    ),
+                    is_final: false,
+                });
+            }
+        }
+        Ok(())
+    }
+
     async fn try_begin(&self, cluster: &KubeVirt) -> Result<(), Refusal> {
+        self.check_disks()?;
         let (spec, vm) = self.arrange(cluster).await?;
         let started = match spec.start_strategy.as_deref() {
             Some("Paused") => self.launcher.start_paused(&vm).await,
@@ -297,8 +329,11 @@ impl Guest<'_> {
     pub(super) async fn arrange(&self, cluster: &KubeVirt) -> Result<(Spec, VmSpec), Refusal> {
         let last = |message: String| Refusal { reason: "SyncFailed", message, is_final: true };
         let mut spec = self.vmi.parse().map_err(last)?;
-        translate::use_claims(&mut spec, &records::volumes(&self.pod));
-        let (blocks, shared, sizes) = self.claims(&spec, cluster);
+        // A guest that moves may come to other disks than it has.
+        spec.use_claims(&records::volumes(&self.pod));
+        let (blocks, mut shared, sizes) = self.claims(&spec, cluster);
+        // Those are copied, whoever else could use them.
+        shared.extend(self.other_claims().into_values().map(|claim| (claim, false)));
         let pod = doors::folder(&self.shared.config.pods(), &self.pod);
         let taps = network::prepare(&spec, &pod).await.map_err(|message| Refusal {
             reason: "FailedNetwork",

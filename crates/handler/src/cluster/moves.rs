@@ -25,11 +25,14 @@ use api::migration::State;
 use api::vmi::VirtualMachineInstance;
 use channel::gateway::Gateway;
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
+use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use launcher::spec::VmSpec;
 use launcher::status::{Phase as Does, Status as Found};
 use reconcile::events::Kind;
 use reconcile::queue::Next;
+use serde_json::json;
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
@@ -45,9 +48,17 @@ pub struct Moves {
 #[derive(Default)]
 struct Memory {
     /// By the target's pod: how the guest is to be run there, or why it cannot be yet.
-    arranged: HashMap<String, Result<VmSpec, String>>,
+    arranged: HashMap<String, Result<Arranged, String>>,
     /// By the migration.
     known: HashMap<String, Known>,
+}
+
+/// How a guest is to be run at a target.
+#[derive(Debug, Clone)]
+struct Arranged {
+    vm: VmSpec,
+    /// The claims to which disks are copied.
+    copied: Vec<String>,
 }
 
 /// What is known of one migration.
@@ -98,10 +109,28 @@ pub async fn elsewhere(
     Ok(vmis.get_opt(name).await?.map(Arc::new))
 }
 
-/// Whether a VMI is said to be on another node.
-pub fn is_elsewhere(vmi: &VirtualMachineInstance, node: &str) -> bool {
-    let status = vmi.status.as_ref();
-    status.and_then(|status| status.node_name.as_deref()).is_some_and(|named| named != node)
+/// Writes, or removes, what is to be known of a claim.
+async fn annotate(
+    shared: &Shared,
+    namespace: &str,
+    claim: &str,
+    key: &str,
+    note: Option<&str>,
+) -> kube::Result<()> {
+    let claims: Api<PersistentVolumeClaim> = Api::namespaced(shared.client.clone(), namespace);
+    let patch = Patch::Merge(json!({"metadata": {"annotations": {key: note}}}));
+    claims.patch(claim, &PatchParams::default(), &patch).await.map(|_| ())
+}
+
+/// Whether a guest that is in a pod of a node is not said to be there yet.
+pub fn is_new_here(vmi: &VirtualMachineInstance, node: &str, pod: &Pod) -> bool {
+    let Some(status) = &vmi.status else { return false };
+    let comes = status.migration_state.as_ref().is_some_and(|state| {
+        !state.is_over()
+            && state.target_pod == pod.metadata.name
+            && state.target_node_domain_ready_timestamp.is_none()
+    });
+    comes || status.node_name.as_deref().is_some_and(|named| named != node)
 }
 
 impl Guest<'_> {
@@ -129,6 +158,10 @@ impl Guest<'_> {
             state.target_node_domain_detected = Some(true);
         }
         self.write(status).await?;
+        // N.B. the owner record names them as the VM's: until this is done they are not refused.
+        for claim in self.other_claims().into_values() {
+            annotate(self.shared, &self.key.0, &claim, keys::INCOMPLETE, None).await?;
+        }
         let message = format!("The VirtualMachineInstance migrated to node {node}.");
         self.say(Kind::Normal, "Migrated", &message).await;
         // The controller labels it, and so it comes to this handler's own.
@@ -159,7 +192,10 @@ impl Guest<'_> {
             self.say(Kind::Warning, refusal.reason, &refusal.message).await;
         }
         let arranged = arranged
-            .map(|(_, vm)| translate::arriving(vm))
+            .map(|(_, vm)| Arranged {
+                vm: translate::arriving(vm),
+                copied: self.other_claims().into_values().collect(),
+            })
             .map_err(|refusal| format!("{}: {}", refusal.reason, refusal.message));
         self.shared.moves.memory().arranged.insert(uid, arranged);
         Ok(next)

@@ -1,7 +1,7 @@
 //! A VMI as its launcher knows it. Pure.
 
 use api::kubevirt::KubeVirt;
-use api::vmi::{Claim, Disk, Interface, Spec, Volume};
+use api::vmi::{Disk, Interface, Spec, Volume};
 use launcher::spec::{
     Accelerator, Backend, Bus, DirectBoot, Disk as VmDisk, Forward, Nic, Topology, Uefi, VmSpec,
 };
@@ -62,19 +62,6 @@ pub fn place(volume: &Volume, blocks: &BTreeMap<String, bool>) -> PathBuf {
             Path::new("/host").join(&volume.name).join(name)
         }
         None => Path::new(PREPARED).join(&volume.name),
-    }
-}
-
-/// Lets volumes be those claims that a pod has in their stead: a guest that moves may come to other
-/// disks than it has.
-pub fn use_claims(vmi: &mut Spec, claims: &BTreeMap<String, String>) {
-    for volume in &mut vmi.volumes {
-        let own = volume.claim().map(str::to_owned);
-        if let Some(claim) = claims.get(&volume.name).filter(|claim| Some(*claim) != own.as_ref()) {
-            let read_only = volume.persistent_volume_claim.as_ref().and_then(|c| c.read_only);
-            volume.data_volume = None;
-            volume.persistent_volume_claim = Some(Claim { claim_name: claim.clone(), read_only });
-        }
     }
 }
 

@@ -9,14 +9,22 @@ pub type Hindrance = (&'static str, String);
 
 const DISKS: &str = "DisksNotLiveMigratable";
 
-/// Those of a VMI. `shared`: whether a claim can be used on several nodes at once.
-pub fn hindrances(spec: &Spec, shared: impl Fn(&str) -> Option<bool>) -> Vec<Hindrance> {
-    let mut found = Vec::new();
-    for volume in &spec.volumes {
+/// Those that nothing but another VM would change.
+fn fixed(spec: &Spec) -> Vec<Hindrance> {
+    let files = spec.volumes.iter().filter(|volume| volume.host_disk.is_some());
+    files.map(|volume| (DISKS, format!("volume {} is a file of its node", volume.name))).collect()
+}
+
+/// Those of a VMI. `shared`: whether a claim can be used on several nodes at once; `moves`: whether
+/// a volume's disk goes to another claim.
+pub fn hindrances(
+    spec: &Spec,
+    shared: impl Fn(&str) -> Option<bool>,
+    moves: impl Fn(&str) -> bool,
+) -> Vec<Hindrance> {
+    let mut found = fixed(spec);
+    for volume in spec.volumes.iter().filter(|volume| !moves(&volume.name)) {
         let name = &volume.name;
-        if volume.host_disk.is_some() {
-            found.push((DISKS, format!("volume {name} is a file of its node")));
-        }
         match volume.claim().map(|claim| (claim, shared(claim))) {
             Some((claim, Some(false))) => found.push((
                 DISKS,
@@ -45,24 +53,28 @@ impl Guest<'_> {
             let modes = get(&self.shared.claims, &key)?.spec.clone()?.access_modes;
             Some(modes.unwrap_or_default().iter().any(|mode| mode == "ReadWriteMany"))
         };
-        let found = hindrances(&spec, shared);
-        let method = if copies(&spec) { "BlockMigration" } else { "LiveMigration" };
+        let moved = status.migrated_volumes.clone();
+        let moves = |name: &str| moved.iter().any(|moved| moved.volume_name == name);
+        let found = hindrances(&spec, shared, moves);
+        let method =
+            if copies(&spec) || !moved.is_empty() { "BlockMigration" } else { "LiveMigration" };
         status.migration_method = Some(method.into());
         status.migration_transport = Some("Unix".into());
-        let live = match found.first() {
-            None => Condition::new(types::LIVE_MIGRATABLE, true, "", ""),
-            Some((reason, _)) => {
-                let all: Vec<&str> = found.iter().map(|(_, message)| &**message).collect();
-                Condition::new(types::LIVE_MIGRATABLE, false, reason, &all.join("; "))
-            }
-        };
-        let storage = Condition::new(
-            types::STORAGE_LIVE_MIGRATABLE,
-            false,
-            "NotMigratable",
-            "moves to other storage are not built yet",
-        );
+        let live = condition(types::LIVE_MIGRATABLE, &found);
+        let storage = condition(types::STORAGE_LIVE_MIGRATABLE, &fixed(&spec));
         vec![live, storage]
+    }
+}
+
+fn condition(kind: &str, found: &[Hindrance]) -> Condition {
+    let all: Vec<&str> = found.iter().map(|(_, message)| &**message).collect();
+    match found.first() {
+        None => Condition::new(kind, true, "", ""),
+        // As KubeVirt has it: the first for one, all for the other.
+        Some(_) if kind == types::STORAGE_LIVE_MIGRATABLE => {
+            Condition::new(kind, false, "NotMigratable", &all.join("; "))
+        }
+        Some((reason, _)) => Condition::new(kind, false, reason, &all.join("; ")),
     }
 }
 
@@ -84,11 +96,14 @@ mod test {
             "rwo" => Some(false),
             _ => None,
         };
-        let count = |volumes| hindrances(&spec(volumes), shared).len();
+        let count = |volumes| hindrances(&spec(volumes), shared, |_| false).len();
         assert_eq!(count(json!([claim("rwx")])), 0);
         for one in [claim("rwo"), claim("gone"), host.clone()] {
             assert_eq!(count(json!([claim("rwx"), one])), 1);
         }
-        assert_eq!(count(json!([claim("rwo"), claim("gone"), host])), 3);
+        let all = json!([claim("rwo"), claim("gone"), host]);
+        assert_eq!(count(all.clone()), 3);
+        // Those that move to other claims are no hindrance.
+        assert_eq!(hindrances(&spec(all), shared, |name| name != "host").len(), 1);
     }
 }

@@ -1,6 +1,7 @@
 //! What the source's handler asks of the target's, before anything moves.
 
 use super::super::{Shared, doors, guests};
+use super::{Arranged, annotate};
 use api::keys;
 use api::vmi::VirtualMachineInstance;
 use channel::gateway::{Answer, Service};
@@ -116,11 +117,11 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
         return why;
     }
     let uid = found.uid().unwrap_or_default();
-    let spec = match shared.moves.memory().arranged.get(&uid).cloned() {
-        Some(Ok(spec)) => spec,
+    let arranged = match shared.moves.memory().arranged.get(&uid).cloned() {
+        Some(Ok(arranged)) => arranged,
         Some(Err(why)) => return not_yet(why),
         None => {
-            shared.queue.ring(key);
+            shared.queue.ring(key.clone());
             return not_yet(format!(
                 "what the guest needs on node {} is prepared",
                 shared.config.node
@@ -128,6 +129,7 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
         }
     };
     let folder = doors::folder(&shared.config.pods(), &found);
+    let Arranged { vm: spec, copied } = arranged;
     let launcher = Launcher::new(&folder, &spec.name);
     match launcher.status().await {
         Ok(status) if status.phase == Does::Receiving => {
@@ -137,6 +139,14 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
         }
         Ok(_) => {}
         Err(error) => return not_yet(launcher::chain(&error)),
+    }
+    // N.B. before the first byte is written: what is half a disk is known as such.
+    for claim in copied {
+        let note = format!("a copy of {} by migration {migration}", spec.name);
+        let marked = annotate(shared, &key.0, &claim, keys::INCOMPLETE, Some(&note)).await;
+        if let Err(error) = marked {
+            return not_yet(format!("claim {claim} cannot be marked: {}", why(&error)));
+        }
     }
     match launcher.prepare(&PrepareRequest { migration, from, spec, policy }).await {
         Ok(ticket) => Told::Prepared { ticket: Box::new(ticket) },
