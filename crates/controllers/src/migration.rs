@@ -18,6 +18,7 @@ use crate::AT_ONCE;
 use crate::vm::ignore_gone;
 use crate::world::{Key, World, get, key};
 use api::conditions::{self, Condition};
+use api::datavolume::Phase as Making;
 use api::kubevirt::KubeVirt;
 use api::migration::{Phase, VirtualMachineInstanceMigration as Migration};
 use api::vmi::VirtualMachineInstance;
@@ -125,14 +126,18 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
     let vmi = get(&world.vmis, &of_vmi);
     let cluster = world.cluster();
     let spec = vmi.as_ref().and_then(|vmi| vmi.parse().ok()).unwrap_or_default();
-    let names = spec.volumes.iter().filter_map(|volume| volume.claim());
-    let claims = names.filter_map(|name| {
-        let claim = get(&world.claims, &(namespace.clone(), name.to_owned()))?;
-        Some((name.to_owned(), claim))
+    let found = vmi.as_ref().and_then(|vmi| vmi.status.as_ref());
+    let moves = found.map(|status| status.migrated_volumes.clone()).unwrap_or_default();
+    let to: Vec<String> = moves.into_iter().map(|moved| moved.destination.claim_name).collect();
+    let unmade = unmade(world, &namespace, &to);
+    let claims = spec.claims().into_values().chain(to).filter_map(|name| {
+        let claim = get(&world.claims, &(namespace.clone(), name.clone()))?;
+        Some((name, claim))
     });
     let uid = vmi.as_ref().and_then(|vmi| vmi.uid()).unwrap_or_default();
     Snapshot {
         claims: claims.collect(),
+        unmade,
         pods: world.pods_of(&uid),
         owner: get(&world.owners, &of_vmi),
         turn: turn_of(world, admitted, &migration, cluster.as_deref()),
@@ -143,6 +148,16 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
         vmi,
         migration,
     }
+}
+
+/// Whether one of these disks is being made, and waits for its first consumer.
+fn unmade(world: &World, namespace: &str, claims: &[String]) -> Option<bool> {
+    let phases = claims.iter().filter_map(|name| {
+        let volume = get(&world.volumes, &(namespace.to_owned(), name.clone()))?;
+        Some(volume.status.as_ref().map(|status| status.phase).unwrap_or_default())
+    });
+    let phases: Vec<_> = phases.filter(|phase| *phase != Making::Succeeded).collect();
+    (!phases.is_empty()).then(|| phases.contains(&Making::WaitForFirstConsumer))
 }
 
 fn options(

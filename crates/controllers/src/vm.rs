@@ -3,13 +3,17 @@
 #[cfg(test)]
 mod laws;
 mod plan;
+mod volumes;
 
 use crate::AT_ONCE;
 use crate::world::{Key, World, get, key};
 use api::datavolume::DataVolume;
+use api::keys;
+use api::migration::VirtualMachineInstanceMigration;
 use api::vm::VirtualMachine;
 use api::vmi::VirtualMachineInstance;
 use jiff::Timestamp;
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use plan::{Action, Snapshot};
@@ -17,6 +21,8 @@ use reconcile::events::{Kind, why};
 use reconcile::kept::reference;
 use reconcile::queue::Next;
 use serde_json::{Value, json};
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Runs the reconciler. Never ends by itself.
@@ -37,13 +43,15 @@ async fn reconcile(world: &World, key: &Key) -> Next {
         vmi: get(&world.vmis, key),
         owner: get(&world.owners, key),
         volumes: volumes(world, &vm),
+        claims: claims(world, &vm),
+        moves: world.moves_of(key),
         cluster: world.cluster(),
         now,
         vm,
     };
     let plan = plan::plan(&snapshot);
     for action in &plan.actions {
-        if let Err(error) = act(world, &snapshot.vm, action).await {
+        if let Err(error) = act(world, &snapshot, action).await {
             // Another was faster: the change that it made rings again.
             if matches!(&error, kube::Error::Api(status) if status.code == 409) {
                 return Next::After(Duration::from_millis(100));
@@ -62,10 +70,7 @@ async fn reconcile(world: &World, key: &Key) -> Next {
 }
 
 /// The DataVolumes that it names, with their templates' numbers or without.
-fn volumes(
-    world: &World,
-    vm: &VirtualMachine,
-) -> Vec<(String, Option<std::sync::Arc<DataVolume>>)> {
+fn volumes(world: &World, vm: &VirtualMachine) -> Vec<(String, Option<Arc<DataVolume>>)> {
     let namespace = vm.namespace().unwrap_or_default();
     let names = plan::data_volumes(vm);
     let find = |name: String| {
@@ -75,7 +80,23 @@ fn volumes(
     names.into_iter().map(find).collect()
 }
 
-async fn act(world: &World, vm: &VirtualMachine, action: &Action) -> kube::Result<()> {
+/// The claims that it and its VMI name.
+fn claims(world: &World, vm: &VirtualMachine) -> Vec<(String, Option<Arc<PersistentVolumeClaim>>)> {
+    let (namespace, name) = key(vm);
+    let vmi = get(&world.vmis, &(namespace.clone(), name));
+    let has = vmi.and_then(|vmi| vmi.parse().ok()).unwrap_or_default().claims();
+    let wanted = api::support::parse::<api::vmi::Spec>(&vm.spec.template.spec);
+    let wanted = wanted.map(|(spec, _)| spec.claims()).unwrap_or_default();
+    let names: BTreeSet<String> = has.into_values().chain(wanted.into_values()).collect();
+    let find = |name: String| {
+        let claim = get(&world.claims, &(namespace.clone(), name.clone()));
+        (name, claim)
+    };
+    names.into_iter().map(find).collect()
+}
+
+async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Result<()> {
+    let vm = &*snapshot.vm;
     let (namespace, name) = key(vm);
     let vms: Api<VirtualMachine> = world.api(&namespace);
     let vmis: Api<VirtualMachineInstance> = world.api(&namespace);
@@ -144,6 +165,36 @@ async fn act(world: &World, vm: &VirtualMachine, action: &Action) -> kube::Resul
             let patch = json!({"metadata": read, "status": status});
             let patch = Patch::Merge(&patch);
             ignore_gone(vms.patch_status(&name, &PatchParams::default(), &patch).await)?;
+        }
+        Action::PatchVmi(patch) => {
+            let Some(vmi) = &snapshot.vmi else { return Ok(()) };
+            let mut patch = patch.clone();
+            // N.B. its handler writes it as well.
+            patch["metadata"] = json!({
+                "uid": vmi.uid(), "resourceVersion": vmi.resource_version(),
+            });
+            let patch = Patch::Merge(patch);
+            ignore_gone(vmis.patch_status(&name, &PatchParams::default(), &patch).await)?;
+        }
+        Action::UseVolumes(volumes) => {
+            let Some(vmi) = &snapshot.vmi else { return Ok(()) };
+            let patch = json!({"metadata": {"uid": vmi.uid()}, "spec": {"volumes": volumes}});
+            ignore_gone(vmis.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await)?;
+        }
+        Action::Supersede { claim, note } => {
+            let claims: Api<PersistentVolumeClaim> = world.api(&namespace);
+            let patch = json!({"metadata": {"annotations": {keys::SUPERSEDED: note}}});
+            ignore_gone(claims.patch(claim, &PatchParams::default(), &Patch::Merge(patch)).await)?;
+        }
+        Action::Migrate(object) => {
+            let moves: Api<VirtualMachineInstanceMigration> = world.api(&namespace);
+            let made = moves.create(&create, &made(object)?).await?.name_any();
+            let message = format!("Created migration {made} to bring the disks to other claims");
+            world.events.say(&reference(vm), Kind::Normal, "SuccessfulCreate", &message).await;
+        }
+        Action::Cancel(migration) => {
+            let moves: Api<VirtualMachineInstanceMigration> = world.api(&namespace);
+            ignore_gone(moves.delete(migration, &DeleteParams::default()).await)?;
         }
         Action::Say { warning, reason, message } => {
             let kind = if *warning { Kind::Warning } else { Kind::Normal };

@@ -7,7 +7,7 @@
 mod laws;
 pub(crate) mod plan;
 pub(crate) mod pod;
-pub(crate) use plan::{is_ready, is_terminal, trouble};
+pub(crate) use plan::{claim_info, is_ready, is_terminal, trouble};
 pub(crate) use pod::is_block;
 
 use crate::AT_ONCE;
@@ -218,6 +218,6 @@ async fn fence(
 }
 
 /// A launcher's pod, not one that only binds claims.
-fn launches(pod: &Pod) -> bool {
+pub(crate) fn launches(pod: &Pod) -> bool {
     label(pod, keys::BINDS).is_none()
 }

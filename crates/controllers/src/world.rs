@@ -114,7 +114,7 @@ impl World {
             move |vmi: &Key| ring_moves(&migrations, &queue, vmi)
         };
         let (vm, vmi, dv, kv) = (&vm_queue, &vmi_queue, &volume_queue, &settings_queue);
-        let vms = keeper.keep_and(Api::all(client.clone()), all(), {
+        let vms: Store<VirtualMachine> = keeper.keep_and(Api::all(client.clone()), all(), {
             let (vm, vmi) = (vm.clone(), vmi.clone());
             move |object: &VirtualMachine| {
                 vm.ring(key(object));
@@ -141,8 +141,10 @@ impl World {
         });
         let volumes: Store<DataVolume> = keeper.keep_and(Api::all(client.clone()), all(), {
             let (vm, vmi, dv, waiting) = (vm.clone(), vmi.clone(), dv.clone(), vmis.clone());
+            let vms = vms.clone();
             move |object: &DataVolume| {
                 dv.ring(key(object));
+                ring_changing(&vms, &vm, &key(object));
                 ring_waiting(&waiting, &vmi, &key(object));
                 if let Some(owner) = owner_of(object, "VirtualMachine") {
                     vm.ring(owner.clone());
@@ -151,9 +153,11 @@ impl World {
             }
         });
         let claims = keeper.keep_and(Api::all(client.clone()), all(), {
-            let (vmi, dv, waiting) = (vmi.clone(), dv.clone(), vmis.clone());
+            let (vm, vmi, dv, waiting) = (vm.clone(), vmi.clone(), dv.clone(), vmis.clone());
+            let vms = vms.clone();
             move |object: &PersistentVolumeClaim| {
                 dv.ring(key(object));
+                ring_changing(&vms, &vm, &key(object));
                 ring_waiting(&waiting, &vmi, &key(object));
             }
         });
@@ -232,11 +236,35 @@ impl World {
         self.settings.state().into_iter().min_by_key(|settings| key(&**settings))
     }
 
+    /// The migrations of a VMI.
+    pub fn moves_of(&self, (namespace, name): &Key) -> Vec<Arc<VirtualMachineInstanceMigration>> {
+        let mut all = self.migrations.state();
+        all.retain(|m| m.spec.vmi_name == *name && m.namespace().as_ref() == Some(namespace));
+        all
+    }
+
     /// The pods that an object controls.
     pub fn pods_of(&self, uid: &str) -> Vec<Arc<Pod>> {
         let owned = |pod: &Arc<Pod>| pod.owner_references().iter().any(|owner| owner.uid == uid);
         self.pods.state().into_iter().filter(owned).collect()
     }
+}
+
+/// Rings for the VMs whose disks are to move to a claim.
+fn ring_changing(vms: &Store<VirtualMachine>, queue: &Queue<Key>, (namespace, claim): &Key) {
+    let names = |vm: &VirtualMachine| {
+        let volumes = vm.spec.template.spec["volumes"].as_array();
+        volumes.into_iter().flatten().any(|volume| {
+            volume["persistentVolumeClaim"]["claimName"] == **claim
+                || volume["dataVolume"]["name"] == **claim
+        })
+    };
+    let changes = |vm: &VirtualMachine| {
+        vm.spec.update_volumes_strategy.as_deref() == Some("Migration")
+            && vm.namespace().as_ref() == Some(namespace)
+            && names(vm)
+    };
+    vms.state().iter().filter(|vm| changes(vm)).for_each(|vm| queue.ring(key(&**vm)));
 }
 
 /// Rings for the migrations of a VMI.

@@ -1,7 +1,7 @@
 //! What is to be done about a migration. Pure.
 
 use crate::vmi::pod::{Target, Wanted};
-use crate::vmi::{is_ready, is_terminal, trouble};
+use crate::vmi::{is_ready, is_terminal, launches, trouble};
 use api::conditions::{self, Condition, moment};
 use api::keys;
 use api::migration::{Options, Phase, State, Status, VirtualMachineInstanceMigration};
@@ -41,8 +41,10 @@ pub struct Snapshot {
     pub migration: Arc<VirtualMachineInstanceMigration>,
     /// Its VMI.
     pub vmi: Option<Arc<VirtualMachineInstance>>,
-    /// The claims that the VMI names, that there are.
+    /// The claims that the VMI names or goes to, that there are.
     pub claims: Vec<(String, Arc<PersistentVolumeClaim>)>,
+    /// Whether a disk to which it goes is being made, and whether it waits for a first consumer.
+    pub unmade: Option<bool>,
     /// The VMI's pods.
     pub pods: Vec<Arc<Pod>>,
     /// Who may run the guest.
@@ -117,8 +119,17 @@ impl Snapshot {
 
     /// The target's pod.
     fn target(&self) -> Option<&Arc<Pod>> {
-        let uid = self.uid();
-        self.pods.iter().find(|pod| pod.labels().get(keys::MIGRATION) == Some(&uid))
+        self.of_migration().find(|pod| launches(pod))
+    }
+
+    /// The pod that has the target's claims bound.
+    fn binder(&self) -> Option<&Arc<Pod>> {
+        self.of_migration().find(|pod| !launches(pod))
+    }
+
+    fn of_migration(&self) -> impl Iterator<Item = &Arc<Pod>> {
+        let uid = self.migration.uid();
+        self.pods.iter().filter(move |pod| pod.labels().get(keys::MIGRATION) == uid.as_ref())
     }
 
     fn leaves(&self) -> bool {
@@ -211,10 +222,22 @@ fn begin(
         plan.again = Some(AGAIN);
         return;
     }
-    let pod = match target_pod(snapshot, vmi) {
+    let binds = snapshot.unmade.is_some();
+    let pod = match target_pod(snapshot, vmi, binds) {
         Ok(pod) => pod,
         Err(why) => return fail(snapshot, status, &why, plan),
     };
+    if let Some(waits) = snapshot.unmade {
+        // N.B. the disk is made first: whoever makes it would write to it beside the guest.
+        if waits && snapshot.binder().is_none() {
+            plan.actions.push(Action::CreatePod(Box::new(pod)));
+        }
+        plan.again = Some(AGAIN);
+        return;
+    }
+    if let Some(binder) = snapshot.binder() {
+        plan.actions.push(Action::DeletePod(binder.name_any()));
+    }
     if snapshot.target().is_none() {
         plan.actions.push(Action::CreatePod(Box::new(pod)));
     }
@@ -222,8 +245,17 @@ fn begin(
     status.enter(Phase::Scheduling, snapshot.now);
 }
 
-fn target_pod(snapshot: &Snapshot, vmi: &VirtualMachineInstance) -> Result<Pod, String> {
-    let spec: Spec = vmi.parse()?;
+fn target_pod(
+    snapshot: &Snapshot,
+    vmi: &VirtualMachineInstance,
+    binds: bool,
+) -> Result<Pod, String> {
+    let mut spec: Spec = vmi.parse()?;
+    let moves = vmi.status.as_ref().map(|status| &status.migrated_volumes).into_iter().flatten();
+    let to: BTreeMap<String, String> = moves
+        .map(|moved| (moved.volume_name.clone(), moved.destination.claim_name.clone()))
+        .collect();
+    spec.use_claims(&to);
     let claims: Vec<(&str, &PersistentVolumeClaim)> =
         snapshot.claims.iter().map(|(name, claim)| (&**name, &**claim)).collect();
     // What the VM asks for cannot be widened by who moves it.
@@ -231,16 +263,15 @@ fn target_pod(snapshot: &Snapshot, vmi: &VirtualMachineInstance) -> Result<Pod, 
     selector.extend(snapshot.processor.clone());
     let name = snapshot.migration.name_any();
     let uid = snapshot.uid();
-    let suffix: String = uid.chars().filter(|c| *c != '-').take(8).collect();
-    let target = Target { migration: &uid, name: &name, selector: &selector };
-    let wanted = Wanted {
-        vmi,
-        spec: &spec,
-        claims: &claims,
-        suffix: &suffix,
-        binds: false,
-        target: Some(target),
-    };
+    let mut suffix: String = uid.chars().filter(|c| *c != '-').take(8).collect();
+    if binds {
+        suffix.push_str("-binds");
+    }
+    // Disks may move to other storage of the same node.
+    let apart = to.is_empty();
+    let target = Target { migration: &uid, name: &name, selector: &selector, apart };
+    let wanted =
+        Wanted { vmi, spec: &spec, claims: &claims, suffix: &suffix, binds, target: Some(target) };
     wanted.pod().map_err(|error| format!("the target's pod cannot be made: {error}"))
 }
 
@@ -389,6 +420,9 @@ fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
         if snapshot.target().is_some_and(|pod| pod.metadata.deletion_timestamp.is_none()) {
             plan.actions.push(Action::DeletePod(pod));
         }
+    }
+    if let Some(binder) = snapshot.binder().filter(|p| p.metadata.deletion_timestamp.is_none()) {
+        plan.actions.push(Action::DeletePod(binder.name_any()));
     }
     let labelled = snapshot.vmi.as_ref().is_some_and(|vmi| {
         let state = vmi.status.as_ref().and_then(|status| status.migration_state.as_ref());

@@ -98,6 +98,8 @@ fn snapshot(case: &Case) -> Snapshot {
     let cluster =
         made::<KubeVirt>(json!({"metadata": {"name": "k", "namespace": "kubevirt"}, "spec": {}}));
     Snapshot {
+        claims: Vec::new(),
+        moves: Vec::new(),
         vm,
         vmi,
         owner: case.owned.then(|| {

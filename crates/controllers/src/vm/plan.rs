@@ -1,17 +1,21 @@
 //! What is to be done about a VM. Pure.
 
+use super::volumes::{self, Change};
 use api::conditions::{self, Condition, types};
 use api::datavolume::{self, DataVolume};
 use api::keys;
 use api::kubevirt::KubeVirt;
+use api::migration::VirtualMachineInstanceMigration;
 use api::owner::OwnerRecord;
 use api::vm::{
     Action as Asked, Printable, Request, RunStrategy, StartFailure, Status, VirtualMachine,
 };
 use api::vmi::{Phase, VirtualMachineInstance};
 use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::{Resource, ResourceExt};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
 
@@ -31,6 +35,10 @@ pub struct Snapshot {
     pub owner: Option<Arc<OwnerRecord>>,
     /// The DataVolumes that it names, and those of them that are there.
     pub volumes: Vec<(String, Option<Arc<DataVolume>>)>,
+    /// The claims that it and its VMI name, and those of them that are there.
+    pub claims: Vec<(String, Option<Arc<PersistentVolumeClaim>>)>,
+    /// Its VMI's migrations.
+    pub moves: Vec<Arc<VirtualMachineInstanceMigration>>,
     /// The cluster's settings.
     pub cluster: Option<Arc<KubeVirt>>,
     /// Now.
@@ -64,6 +72,21 @@ pub enum Action {
     Patch(Value),
     /// Change its status.
     PatchStatus(Value),
+    /// Change the VMI's status, if it is as it was read.
+    PatchVmi(Value),
+    /// Let the VMI say which volumes its guest has.
+    UseVolumes(Value),
+    /// Mark a claim that the guest has left.
+    Supersede {
+        /// Which.
+        claim: String,
+        /// Who left it, when, and for what.
+        note: String,
+    },
+    /// Have the guest moved.
+    Migrate(Value),
+    /// Cancel a migration.
+    Cancel(String),
     /// Tell people.
     Say {
         /// Something is wrong.
@@ -97,6 +120,12 @@ impl fmt::Display for Action {
             Action::Stop { .. } => f.write_str("delete the virtual machine instance"),
             Action::Patch(_) => f.write_str("change the virtual machine"),
             Action::PatchStatus(_) => f.write_str("write the virtual machine's status"),
+            Action::PatchVmi(_) | Action::UseVolumes(_) => {
+                f.write_str("change the virtual machine instance")
+            }
+            Action::Supersede { claim, .. } => write!(f, "mark claim {claim} as superseded"),
+            Action::Migrate(_) => f.write_str("create a migration"),
+            Action::Cancel(name) => write!(f, "cancel migration {name}"),
             Action::Say { .. } => f.write_str("tell of it"),
         }
     }
@@ -145,10 +174,11 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
     let mut status = vm.status.clone().unwrap_or_default();
     make_volumes(snapshot, &mut plan);
     count_failures(snapshot, &mut status);
+    let change = volumes::follow(snapshot, &mut status, &mut plan);
     let wish = wish(snapshot, &status);
     let done = follow(snapshot, &wish, &mut plan);
     status.state_change_requests = left_over(snapshot, &status.state_change_requests);
-    show(snapshot, &wish, done, &mut status);
+    show(snapshot, &wish, done, &change, &mut status);
     write(snapshot, status, &mut plan);
     plan
 }
@@ -319,7 +349,8 @@ fn follow(snapshot: &Snapshot, wish: &Wish, plan: &mut Plan) -> bool {
                 plan.again = Some(snapshot.now + SignedDuration::from_secs(1));
                 return false;
             }
-            plan.actions.push(Action::Start(instance(&snapshot.vm, *paused)));
+            let claims = volumes::not_left(snapshot);
+            plan.actions.push(Action::Start(instance(&snapshot.vm, *paused, &claims)));
             return true;
         }
         Wish::Stop(why) => {
@@ -330,12 +361,15 @@ fn follow(snapshot: &Snapshot, wish: &Wish, plan: &mut Plan) -> bool {
     snapshot.vmi.is_some()
 }
 
-/// The VMI of a VM.
-fn instance(vm: &VirtualMachine, paused: bool) -> Value {
+/// The VMI of a VM; `claims` are its disks where the template names others.
+fn instance(vm: &VirtualMachine, paused: bool, claims: &BTreeMap<String, String>) -> Value {
     let template = vm.spec.template.metadata.clone().unwrap_or_default();
     let mut labels = template.labels.unwrap_or_default();
     labels.insert(keys::VM.into(), vm.name_any());
     let mut spec = vm.spec.template.spec.clone();
+    if !claims.is_empty() {
+        spec["volumes"] = volumes::with_claims(&spec["volumes"], claims);
+    }
     if paused {
         spec["startStrategy"] = "Paused".into();
     }
@@ -379,7 +413,7 @@ fn left_over(snapshot: &Snapshot, requests: &[Request]) -> Vec<Request> {
     requests.iter().filter(open).cloned().collect()
 }
 
-fn show(snapshot: &Snapshot, wish: &Wish, created: bool, status: &mut Status) {
+fn show(snapshot: &Snapshot, wish: &Wish, created: bool, change: &Change, status: &mut Status) {
     let vm = &snapshot.vm;
     let found = snapshot.vmi.as_ref().and_then(|vmi| vmi.status.clone());
     let ready = found.as_ref().is_some_and(|s| conditions::is(&s.conditions, types::READY));
@@ -394,7 +428,12 @@ fn show(snapshot: &Snapshot, wish: &Wish, created: bool, status: &mut Status) {
         Some(ready) => new.push(ready.clone()),
         None => new.push(Condition::new(types::READY, false, "VMINotExists", "VMI does not exist")),
     }
-    let mut gone = vec![types::PAUSED, types::LIVE_MIGRATABLE, types::STORAGE_LIVE_MIGRATABLE];
+    let mut gone = vec![
+        types::PAUSED,
+        types::LIVE_MIGRATABLE,
+        types::STORAGE_LIVE_MIGRATABLE,
+        types::VOLUMES_CHANGE,
+    ];
     for kind in gone.clone() {
         let mirrored = found.as_ref().and_then(|s| s.conditions.iter().find(|c| c.kind == kind));
         new.extend(mirrored.cloned());
@@ -403,6 +442,8 @@ fn show(snapshot: &Snapshot, wish: &Wish, created: bool, status: &mut Status) {
     if needs_restart(snapshot) {
         let message = "the template has changed since the virtual machine instance was started";
         new.push(Condition::new(types::RESTART_REQUIRED, true, "SpecChanged", message));
+    } else if let Change::Restart(why) = change {
+        new.push(Condition::new(types::RESTART_REQUIRED, true, "VolumesChanged", why));
     }
     let template = api::support::parse::<api::vmi::Spec>(&vm.spec.template.spec);
     if let Ok((_, unknown)) = &template
@@ -430,13 +471,18 @@ fn needs_restart(snapshot: &Snapshot) -> bool {
     else {
         return false;
     };
-    let wanted = instance(&snapshot.vm, false)["spec"].clone();
+    let mut wanted = instance(&snapshot.vm, false, &Default::default())["spec"].clone();
+    // Other claims are not a restart's matter alone: see `volumes`.
+    let has = vmi.parse().map(|spec| spec.claims()).unwrap_or_default();
+    wanted["volumes"] = volumes::with_claims(&wanted["volumes"], &has);
+    let found = volumes::with_claims(&vmi.spec.0["volumes"], &has);
     // What was filled in when it was made is not a change; nor is how it began.
     let fills = |field: &&str| !matches!(*field, "startStrategy");
     let fields = wanted.as_object().into_iter().flatten();
-    fields
-        .filter(|(name, _)| fills(&name.as_str()))
-        .any(|(name, value)| !within(value, &vmi.spec.0[name]))
+    fields.filter(|(name, _)| fills(&name.as_str())).any(|(name, value)| match name.as_str() {
+        "volumes" => !within(value, &found),
+        name => !within(value, &vmi.spec.0[name]),
+    })
 }
 
 /// Whether everything that `wanted` says is in `found`: lists as wholes.

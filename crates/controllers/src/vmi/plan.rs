@@ -521,14 +521,7 @@ fn volumes(snapshot: &Snapshot) -> Vec<VolumeStatus> {
     let Ok(spec) = &snapshot.spec else { return Vec::new() };
     let info = |name: &str| {
         let claim = snapshot.claims.iter().find(|(n, _, _)| n == name)?.1.clone()?;
-        let asked = claim.spec.clone().unwrap_or_default();
-        Some(ClaimInfo {
-            claim_name: name.into(),
-            access_modes: asked.access_modes.clone().unwrap_or_default(),
-            volume_mode: Some(if is_block(&claim) { "Block" } else { "Filesystem" }.into()),
-            capacity: claim.status.as_ref().and_then(|s| s.capacity.clone()).unwrap_or_default(),
-            requests: asked.resources.and_then(|r| r.requests).unwrap_or_default(),
-        })
+        Some(claim_info(&claim))
     };
     let of = |volume: &api::vmi::Volume| VolumeStatus {
         name: volume.name.clone(),
@@ -536,6 +529,18 @@ fn volumes(snapshot: &Snapshot) -> Vec<VolumeStatus> {
         ..VolumeStatus::default()
     };
     spec.volumes.iter().map(of).collect()
+}
+
+/// What a VMI's status says of a claim.
+pub(crate) fn claim_info(claim: &PersistentVolumeClaim) -> ClaimInfo {
+    let asked = claim.spec.clone().unwrap_or_default();
+    ClaimInfo {
+        claim_name: claim.name_any(),
+        access_modes: asked.access_modes.clone().unwrap_or_default(),
+        volume_mode: Some(if is_block(claim) { "Block" } else { "Filesystem" }.into()),
+        capacity: claim.status.as_ref().and_then(|s| s.capacity.clone()).unwrap_or_default(),
+        requests: asked.resources.and_then(|r| r.requests).unwrap_or_default(),
+    }
 }
 
 fn write(snapshot: &Snapshot, status: Status, plan: &mut Plan) {

@@ -49,6 +49,8 @@ pub struct Target<'a> {
     pub name: &'a str,
     /// What its node must have, besides what the VM says.
     pub selector: &'a BTreeMap<String, String>,
+    /// It is to be on another node than its source.
+    pub apart: bool,
 }
 
 /// Bytes of memory that a launcher needs besides its guest's.
@@ -144,10 +146,10 @@ impl Wanted<'_> {
         }))
     }
 
-    /// What the VM says; and a target keeps away from its source.
+    /// What the VM says; and a target keeps away from its source, where it has to.
     fn affinity(&self) -> Value {
         let mut affinity = json!(self.spec.affinity);
-        if self.target.is_none() {
+        if self.target.as_ref().is_none_or(|target| !target.apart) {
             return affinity;
         }
         let apart = json!({
