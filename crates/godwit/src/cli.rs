@@ -1,9 +1,10 @@
 //! What can be said on the command line.
 
+mod migrate;
 mod role;
 
 use crate::view::Output;
-use crate::{cluster, deploy, host, importing, moving, roles, serving};
+use crate::{cluster, deploy, host, importing, migrating, moving, roles, serving};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mover::codec::Compression;
@@ -12,6 +13,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+pub use migrate::{Migrate, Watch};
 pub use role::{Controller, Gateway, Handler, Launcher};
 
 /// Moves running virtual machines between hosts without stopping them.
@@ -40,6 +42,10 @@ pub enum Command {
     Move(Move),
     /// Compare the disks that a VM left with those that it runs on now.
     Verify(Verify),
+    /// Move a running VM of a cluster to another node, or its disks to other storage.
+    Migrate(Migrate),
+    /// Watch a VM of a cluster move.
+    Watch(Watch),
     /// Virtual machines of a cluster.
     Vm(VmCommand),
     /// Disk images of a cluster.
@@ -535,6 +541,8 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Image(ImageCommand { act: ImageAct::Upload(arguments) }) => {
             crate::uploading::run(arguments).await
         }
+        Command::Migrate(arguments) => migrating::run(arguments).await,
+        Command::Watch(arguments) => migrating::watch(arguments).await,
         Command::Vm(command) => crate::vms::run(command).await,
         Command::Console(arguments) => crate::vms::console_of(arguments).await,
         Command::Up(arguments) => cluster::up(arguments).await,

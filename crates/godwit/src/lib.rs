@@ -5,6 +5,7 @@ mod cluster;
 mod deploy;
 mod host;
 mod importing;
+mod migrating;
 mod moving;
 mod rights;
 mod roles;

@@ -1,0 +1,40 @@
+//! `godwit migrate` and `godwit watch`.
+
+use super::Place;
+use crate::view::Output;
+use clap::Args;
+
+/// `godwit migrate`
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// Where.
+    #[command(flatten)]
+    pub place: Place,
+    /// The VM: `vm/NAME`, or `NAME`.
+    pub vm: String,
+    /// The node to which it is to go; default: one that fits.
+    #[arg(long)]
+    pub to_node: Option<String>,
+    /// The class of storage to which its disks are to go, while it runs.
+    #[arg(long, conflicts_with = "to_node")]
+    pub storage_class: Option<String>,
+    /// Do not wait for its end.
+    #[arg(long)]
+    pub no_wait: bool,
+    /// How it is shown.
+    #[arg(short, long, value_enum, default_value = "text")]
+    pub output: Output,
+}
+
+/// `godwit watch`
+#[derive(Debug, Args)]
+pub struct Watch {
+    /// Where.
+    #[command(flatten)]
+    pub place: Place,
+    /// The VM: `vm/NAME`, or `NAME`.
+    pub vm: String,
+    /// How it is shown.
+    #[arg(short, long, value_enum, default_value = "text")]
+    pub output: Output,
+}

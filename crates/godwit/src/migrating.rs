@@ -1,0 +1,226 @@
+//! `godwit migrate` and `godwit watch`: a VM of a cluster is moved, and one sees how far it is.
+
+use crate::cli::{Migrate, Watch};
+use crate::view::View;
+use crate::vms::{Cluster, plain};
+use anyhow::{Context, Result, bail, ensure};
+use api::conditions::{Is, types};
+use api::migration::{Phase, Spec, VirtualMachineInstanceMigration as Migration};
+use api::vm::VirtualMachine;
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use kube::api::{DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::core::ApiResource;
+use kube::{Api, ResourceExt};
+use launcher::migration::status::Status as Move;
+use serde_json::{Value, json};
+use std::collections::{BTreeMap, BTreeSet};
+use std::process::ExitCode;
+use std::time::{Duration, Instant};
+
+/// How often one looks.
+const LOOK: Duration = Duration::from_millis(250);
+/// Controllers take a change of volumes up within this time, or say why not.
+const TAKEN_UP: Duration = Duration::from_secs(60);
+
+/// Moves a VM.
+///
+/// # Errors
+/// When it cannot begin. A move that fails is an exit code.
+pub async fn run(arguments: Migrate) -> Result<ExitCode> {
+    let cluster = Cluster::open(&arguments.place).await?;
+    let vm = name_of(&arguments.vm)?;
+    let migration = match &arguments.storage_class {
+        Some(class) => to_class(&cluster, vm, class).await?,
+        None => to_node(&cluster, vm, arguments.to_node.as_deref()).await?,
+    };
+    if arguments.no_wait {
+        println!("{migration}");
+        return Ok(ExitCode::SUCCESS);
+    }
+    follow(&cluster, &migration, View::new(arguments.output)).await
+}
+
+/// Watches the migration of a VM that is under way, or the one that comes.
+///
+/// # Errors
+/// When the cluster cannot be asked.
+pub async fn watch(arguments: Watch) -> Result<ExitCode> {
+    let cluster = Cluster::open(&arguments.place).await?;
+    let vm = name_of(&arguments.vm)?;
+    let mut told = false;
+    loop {
+        if let Some(name) = under_way(&cluster, vm).await? {
+            return follow(&cluster, &name, View::new(arguments.output)).await;
+        }
+        if !told {
+            eprintln!("{vm} does not move; waiting until it does (Ctrl-C ends this)");
+            told = true;
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// `vm/web` and `web` are the same.
+fn name_of(vm: &str) -> Result<&str> {
+    match vm.split_once('/') {
+        None => Ok(vm),
+        Some(("vm" | "vmi" | "virtualmachine" | "virtualmachineinstance", name)) => Ok(name),
+        Some((kind, _)) => bail!("only VMs can be moved, not '{kind}': say vm/NAME"),
+    }
+}
+
+fn api<K>(cluster: &Cluster) -> Api<K>
+where
+    K: kube::Resource<Scope = k8s_openapi::NamespaceResourceScope, DynamicType = ()>,
+{
+    Api::namespaced(cluster.client.clone(), &cluster.namespace)
+}
+
+/// The migration of a VM that is not over.
+async fn under_way(cluster: &Cluster, vm: &str) -> Result<Option<String>> {
+    let all = api::<Migration>(cluster).list(&ListParams::default()).await.map_err(plain)?;
+    let open = |m: &Migration| {
+        let over = m.status.as_ref().is_some_and(|status| status.phase.is_final());
+        m.spec.vmi_name == vm && !over
+    };
+    Ok(all.items.iter().find(|m| open(m)).map(ResourceExt::name_any))
+}
+
+async fn to_node(cluster: &Cluster, vm: &str, node: Option<&str>) -> Result<String> {
+    let selector = node.map(|node| ("kubernetes.io/hostname".to_owned(), node.to_owned()));
+    let spec = Spec {
+        vmi_name: vm.to_owned(),
+        added_node_selector: BTreeMap::from_iter(selector),
+        ..Spec::default()
+    };
+    let mut migration = Migration::new("", spec);
+    migration.metadata.name = None;
+    migration.metadata.generate_name = Some(format!("{vm}-"));
+    let made = api::<Migration>(cluster).create(&PostParams::default(), &migration).await;
+    Ok(made.map_err(plain)?.name_any())
+}
+
+/// Lets all disks of a VM go to new claims of a class; returns the migration that does it.
+async fn to_class(cluster: &Cluster, vm: &str, class: &str) -> Result<String> {
+    let vms = api::<VirtualMachine>(cluster);
+    let found = vms.get(vm).await.map_err(plain)?;
+    if let Some(other) = under_way(cluster, vm).await? {
+        bail!("{vm} is moved already by migration {other}: wait for its end, or delete it");
+    }
+    let patch = onto_class(cluster, &found, class).await?;
+    vms.patch(vm, &PatchParams::default(), &Patch::Merge(&patch)).await.map_err(plain)?;
+    let since = Instant::now();
+    loop {
+        if let Some(name) = under_way(cluster, vm).await? {
+            return Ok(name);
+        }
+        let now = vms.get(vm).await.map_err(plain)?.status.unwrap_or_default();
+        let restart = now.conditions.iter().find(|c| c.kind == types::RESTART_REQUIRED);
+        if let Some(why) = restart.filter(|c| c.status == Is::True) {
+            let why = why.message.clone().unwrap_or_default();
+            bail!(
+                "the disks of {vm} cannot move while it runs: {why}. Its next start is on the new \
+                 ones, which are empty: put the old volumes back into its template"
+            );
+        }
+        ensure!(
+            since.elapsed() < TAKEN_UP,
+            "nobody has begun to move the disks of {vm} within {TAKEN_UP:?}: see `godwit vm describe {vm}`"
+        );
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+/// The change of a VM that has its disks go to new, blank ones of a class.
+async fn onto_class(cluster: &Cluster, vm: &VirtualMachine, class: &str) -> Result<Value> {
+    let name = vm.name_any();
+    let template = api::support::parse::<api::vmi::Spec>(&vm.spec.template.spec);
+    let (spec, _) = template.map_err(|why| anyhow::anyhow!("{name}: {why}"))?;
+    let old = spec.claims();
+    ensure!(!old.is_empty(), "{name} has no disks on claims that could go to another class");
+    let claims = api::<PersistentVolumeClaim>(cluster);
+    let taken = claims.list(&ListParams::default()).await.map_err(plain)?;
+    let mut taken: BTreeSet<String> = taken.items.iter().map(ResourceExt::name_any).collect();
+    let mut templates = serde_json::to_value(&vm.spec.data_volume_templates)?;
+    let mut volumes = vm.spec.template.spec["volumes"].clone();
+    for (volume, claim) in &old {
+        let found = claims.get(claim).await.map_err(plain)?;
+        let has = found.status.and_then(|status| status.capacity?.get("storage").cloned());
+        let size = has.with_context(|| format!("claim {claim} has no size yet"))?;
+        let to = free_name(claim, class, &taken);
+        taken.insert(to.clone());
+        let list = templates.as_array_mut().context("templates are no list")?;
+        list.retain(|template| template["metadata"]["name"] != **claim);
+        list.push(json!({
+            "metadata": {"name": to},
+            "spec": {"source": {"blank": {}}, "storage": {
+                "storageClassName": class, "resources": {"requests": {"storage": size}},
+            }},
+        }));
+        for of in volumes.as_array_mut().into_iter().flatten().filter(|v| v["name"] == **volume) {
+            *of = json!({"name": volume, "dataVolume": {"name": to}});
+        }
+    }
+    Ok(json!({"metadata": {"resourceVersion": vm.metadata.resource_version}, "spec": {
+        "updateVolumesStrategy": "Migration", "dataVolumeTemplates": templates,
+        "template": {"spec": {"volumes": volumes}},
+    }}))
+}
+
+/// A name for a disk of a class that nothing has yet: `web-root-fast`, `web-root-fast-2`.
+fn free_name(claim: &str, class: &str, taken: &BTreeSet<String>) -> String {
+    const LONGEST: usize = 200;
+    let stem: String = format!("{claim}-{class}").chars().take(LONGEST).collect();
+    let numbered = (2..).map(|number| format!("{stem}-{number}"));
+    std::iter::once(stem.clone()).chain(numbered).find(|n| !taken.contains(n)).unwrap_or(stem)
+}
+
+/// Shows a migration until it is over.
+async fn follow(cluster: &Cluster, name: &str, mut view: View) -> Result<ExitCode> {
+    // N.B. with what the types here do not have: its progress is the launcher's.
+    let kind = ApiResource::erase::<Migration>(&());
+    let migrations: Api<DynamicObject> =
+        Api::namespaced_with(cluster.client.clone(), &cluster.namespace, &kind);
+    let mut shown = (String::new(), Value::Null);
+    loop {
+        let found = migrations.get(name).await.map_err(plain)?;
+        let status = &found.data["status"];
+        let phase: Phase = serde_json::from_value(status["phase"].clone()).unwrap_or_default();
+        let progress = &status["progress"];
+        if let Ok(of) = serde_json::from_value::<Move>(progress.clone())
+            && *progress != shown.1
+        {
+            view.show(&of);
+            shown.1.clone_from(progress);
+        } else if progress.is_null() && shown.0 != phase.to_string() {
+            eprintln!("{name}: {phase}");
+        }
+        shown.0 = phase.to_string();
+        match phase {
+            Phase::Succeeded => {
+                let node = status["migrationState"]["targetNode"].as_str().unwrap_or_default();
+                eprintln!("{} runs on node {node}", found.data["spec"]["vmiName"]);
+                return Ok(ExitCode::SUCCESS);
+            }
+            Phase::Failed => {
+                let why = status["migrationState"]["failureReason"].as_str();
+                let vm = &found.data["spec"]["vmiName"];
+                eprintln!("{vm} is where it was: {}", why.unwrap_or("nobody says why"));
+                return Ok(ExitCode::FAILURE);
+            }
+            _ => tokio::time::sleep(LOOK).await,
+        }
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_disk_of_a_class_gets_a_name_that_is_free() {
+        let taken = BTreeSet::from(["root-fast".to_owned(), "root-fast-2".to_owned()]);
+        assert_eq!(free_name("root", "fast", &taken), "root-fast-3");
+        assert_eq!(free_name("root", "slow", &taken), "root-slow");
+    }
+}
