@@ -77,6 +77,10 @@ pub mod keys {
     pub const INCOMPLETE: &str = "godwit.dev/incomplete";
     /// Annotation of a claim: a VM has left it and goes on elsewhere; it holds old data.
     pub const SUPERSEDED: &str = "godwit.dev/superseded";
+    /// Annotation of a claim: the VM and the volume whose disk it is or was, `VM/VOLUME`.
+    pub const LEFT_BY: &str = "godwit.dev/disk-of";
+    /// Annotation of a claim that was made for a disk which followed its guest: the first claim.
+    pub const COPY_OF: &str = "godwit.dev/copy-of";
     /// Taint with which a person says that a node is off.
     pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
     /// Annotation of a claim: what a DataVolume has done with it.

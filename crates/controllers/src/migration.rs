@@ -8,11 +8,14 @@
 //!
 //! Who runs the guest says the owner record: a target's pod goes only when the guest cannot be its.
 
+mod disks;
 #[cfg(test)]
 mod laws;
 mod plan;
 mod policy;
 mod turn;
+
+pub(crate) use disks::left_by;
 
 use crate::AT_ONCE;
 use crate::vm::ignore_gone;
@@ -23,7 +26,7 @@ use api::kubevirt::KubeVirt;
 use api::migration::{Phase, VirtualMachineInstanceMigration as Migration};
 use api::vmi::VirtualMachineInstance;
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Node, Pod};
+use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use kube::ResourceExt;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::runtime::reflector::ObjectRef;
@@ -137,6 +140,7 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
     let uid = vmi.as_ref().and_then(|vmi| vmi.uid()).unwrap_or_default();
     Snapshot {
         claims: claims.collect(),
+        left: left(world, &of_vmi),
         unmade,
         pods: world.pods_of(&uid),
         owner: get(&world.owners, &of_vmi),
@@ -148,6 +152,17 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
         vmi,
         migration,
     }
+}
+
+/// The claims that are or were disks of a VMI that has moved.
+fn left(world: &World, (namespace, name): &Key) -> Vec<Arc<PersistentVolumeClaim>> {
+    let mut all = world.claims.state();
+    let of = |claim: &PersistentVolumeClaim| {
+        let note = claim.annotations().get(api::keys::LEFT_BY);
+        note.and_then(|note| note.split_once('/')).is_some_and(|(vm, _)| vm == name)
+    };
+    all.retain(|claim| claim.namespace().as_ref() == Some(namespace) && of(claim));
+    all
 }
 
 /// Whether one of these disks is being made, and waits for its first consumer.
@@ -279,6 +294,22 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
         Action::DeletePod(pod) => {
             let pods = world.api::<Pod>(&namespace);
             ignore_gone(pods.delete(pod, &DeleteParams::default()).await)?;
+        }
+        Action::CreateClaim(object) => {
+            let claim = serde_json::from_value(object.clone()).map_err(kube::Error::SerdeError)?;
+            let claims = world.api::<PersistentVolumeClaim>(&namespace);
+            match claims.create(&PostParams::default(), &claim).await {
+                Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
+                other => {
+                    let message = format!("Created claim {} for a disk", other?.name_any());
+                    let about = reference(&**migration);
+                    world.events.say(&about, Kind::Normal, "SuccessfulCreate", &message).await;
+                }
+            }
+        }
+        Action::DeleteClaim(claim) => {
+            let claims = world.api::<PersistentVolumeClaim>(&namespace);
+            ignore_gone(claims.delete(claim, &DeleteParams::default()).await)?;
         }
         Action::Label(labels) => {
             let vmis = world.api::<VirtualMachineInstance>(&namespace);

@@ -181,9 +181,11 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
             let patch = json!({"metadata": {"uid": vmi.uid()}, "spec": {"volumes": volumes}});
             ignore_gone(vmis.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await)?;
         }
-        Action::Supersede { claim, note } => {
+        Action::Supersede { claim, note, left_by } => {
             let claims: Api<PersistentVolumeClaim> = world.api(&namespace);
-            let patch = json!({"metadata": {"annotations": {keys::SUPERSEDED: note}}});
+            let patch = json!({"metadata": {"annotations": {
+                keys::SUPERSEDED: note, keys::LEFT_BY: left_by,
+            }}});
             ignore_gone(claims.patch(claim, &PatchParams::default(), &Patch::Merge(patch)).await)?;
         }
         Action::Migrate(object) => {

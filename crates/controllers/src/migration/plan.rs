@@ -1,5 +1,6 @@
 //! What is to be done about a migration. Pure.
 
+use super::disks;
 use crate::vmi::pod::{Target, Wanted};
 use crate::vmi::{is_ready, is_terminal, launches, trouble};
 use api::conditions::{self, Condition, moment};
@@ -43,6 +44,8 @@ pub struct Snapshot {
     pub vmi: Option<Arc<VirtualMachineInstance>>,
     /// The claims that the VMI names or goes to, that there are.
     pub claims: Vec<(String, Arc<PersistentVolumeClaim>)>,
+    /// The claims that the VMI has left, or may have.
+    pub left: Vec<Arc<PersistentVolumeClaim>>,
     /// Whether a disk to which it goes is being made, and whether it waits for a first consumer.
     pub unmade: Option<bool>,
     /// The VMI's pods.
@@ -77,6 +80,10 @@ pub enum Action {
     CreatePod(Box<Pod>),
     /// Delete it.
     DeletePod(String),
+    /// Make a claim for a disk that follows.
+    CreateClaim(Value),
+    /// Delete a claim that was made for it.
+    DeleteClaim(String),
     /// Change the VMI's labels.
     Label(Value),
     /// Change the VMI's status.
@@ -103,6 +110,8 @@ impl fmt::Display for Action {
         match self {
             Action::CreatePod(pod) => write!(f, "create pod {}", pod.name_any()),
             Action::DeletePod(pod) => write!(f, "delete pod {pod}"),
+            Action::CreateClaim(claim) => write!(f, "create claim {}", claim["metadata"]["name"]),
+            Action::DeleteClaim(claim) => write!(f, "delete claim {claim}"),
             Action::Label(_) | Action::PatchVmi(_) => f.write_str("change the instance"),
             Action::Patch(_) => f.write_str("change the migration"),
             Action::PatchStatus(_) => f.write_str("write the migration's status"),
@@ -130,6 +139,11 @@ impl Snapshot {
     fn of_migration(&self) -> impl Iterator<Item = &Arc<Pod>> {
         let uid = self.migration.uid();
         self.pods.iter().filter(move |pod| pod.labels().get(keys::MIGRATION) == uid.as_ref())
+    }
+
+    /// Whether it is made for disks that are to go to claims which the VM's template names.
+    fn is_volume_update(&self) -> bool {
+        self.migration.labels().contains_key(keys::VOLUME_UPDATE)
     }
 
     fn leaves(&self) -> bool {
@@ -222,6 +236,11 @@ fn begin(
         plan.again = Some(AGAIN);
         return;
     }
+    match follow_disks(snapshot, vmi, plan) {
+        Ok(true) => {}
+        Ok(false) => return,
+        Err(why) => return fail(snapshot, status, &why, plan),
+    }
     let binds = snapshot.unmade.is_some();
     let pod = match target_pod(snapshot, vmi, binds) {
         Ok(pod) => pod,
@@ -243,6 +262,25 @@ fn begin(
     }
     status.conditions = conditions::merge(&status.conditions, Vec::new(), &[QUOTA], snapshot.now);
     status.enter(Phase::Scheduling, snapshot.now);
+}
+
+/// Whether all disks have places to go to; those that have none get some.
+fn follow_disks(
+    snapshot: &Snapshot,
+    vmi: &VirtualMachineInstance,
+    plan: &mut Plan,
+) -> Result<bool, String> {
+    if snapshot.is_volume_update() {
+        return Ok(true);
+    }
+    let disks::Follow { claims, moves } = disks::follow(snapshot, vmi, &vmi.parse()?)?;
+    if moves.is_empty() {
+        return Ok(true);
+    }
+    plan.actions.extend(claims.into_iter().map(Action::CreateClaim));
+    plan.actions.push(Action::PatchVmi(json!({"migratedVolumes": moves})));
+    plan.again = Some(AGAIN);
+    Ok(false)
 }
 
 fn target_pod(
@@ -268,7 +306,7 @@ fn target_pod(
         suffix.push_str("-binds");
     }
     // Disks may move to other storage of the same node.
-    let apart = to.is_empty();
+    let apart = !snapshot.is_volume_update();
     let target = Target { migration: &uid, name: &name, selector: &selector, apart };
     let wanted =
         Wanted { vmi, spec: &spec, claims: &claims, suffix: &suffix, binds, target: Some(target) };
@@ -421,6 +459,9 @@ fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
             plan.actions.push(Action::DeletePod(pod));
         }
     }
+    if status.phase == Phase::Failed && !forget_disks(snapshot, plan) {
+        return;
+    }
     if let Some(binder) = snapshot.binder().filter(|p| p.metadata.deletion_timestamp.is_none()) {
         plan.actions.push(Action::DeletePod(binder.name_any()));
     }
@@ -442,4 +483,30 @@ fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
     } else if snapshot.later >= KEPT && !snapshot.leaves() {
         plan.actions.push(Action::Delete);
     }
+}
+
+/// Disks that were to follow stay: whether nothing is left of that.
+fn forget_disks(snapshot: &Snapshot, plan: &mut Plan) -> bool {
+    let found = snapshot.vmi.as_ref().and_then(|vmi| vmi.status.as_ref());
+    let moves = found.is_some_and(|status| !status.migrated_volumes.is_empty());
+    if moves && !snapshot.is_volume_update() {
+        plan.actions.push(Action::PatchVmi(json!({"migratedVolumes": null})));
+    }
+    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.clone()).unwrap_or_default();
+    let own = snapshot.left.iter().filter(|claim| {
+        claim.labels().get(keys::MIGRATION) == snapshot.migration.uid().as_ref()
+            && claim.metadata.deletion_timestamp.is_none()
+            && !record.volumes.values().any(|volume| *volume == claim.name_any())
+    });
+    let own: Vec<String> = own.map(|claim| claim.name_any()).collect();
+    if own.is_empty() {
+        return true;
+    }
+    // The pod that has them goes first.
+    if snapshot.of_migration().next().is_none() {
+        plan.actions.extend(own.into_iter().map(Action::DeleteClaim));
+        return true;
+    }
+    plan.again = Some(AGAIN);
+    false
 }

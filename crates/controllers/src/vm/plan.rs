@@ -82,6 +82,8 @@ pub enum Action {
         claim: String,
         /// Who left it, when, and for what.
         note: String,
+        /// Of which VM and volume it was.
+        left_by: String,
     },
     /// Have the guest moved.
     Migrate(Value),
@@ -347,6 +349,12 @@ fn follow(snapshot: &Snapshot, wish: &Wish, plan: &mut Plan) -> bool {
             }
             if snapshot.owner.as_ref().is_some_and(|o| o.metadata.deletion_timestamp.is_some()) {
                 plan.again = Some(snapshot.now + SignedDuration::from_secs(1));
+                return false;
+            }
+            let followed = volumes::followed(snapshot);
+            if !followed.is_empty() {
+                // The start comes with the change.
+                plan.actions.push(Action::Patch(volumes::template_with(snapshot, &followed)));
                 return false;
             }
             let claims = volumes::not_left(snapshot);

@@ -88,6 +88,42 @@ fn migrates(snapshot: &Snapshot) -> bool {
     snapshot.vm.spec.update_volumes_strategy.as_deref() == Some("Migration")
 }
 
+/// Disks that have followed a guest which ended before its template knew: those the template names,
+/// from now on and when it is started now.
+pub fn followed(snapshot: &Snapshot) -> Claims {
+    let status = snapshot.vm.status.clone().unwrap_or_default();
+    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.clone()).unwrap_or_default();
+    let wanted = api::support::parse::<Spec>(&snapshot.vm.spec.template.spec);
+    let wanted = wanted.map(|(spec, _)| spec.claims()).unwrap_or_default();
+    let moves = status.volume_update_state.unwrap_or_default().volume_migration_state;
+    let done = moves.migrated_volumes.into_iter().filter(|moved| {
+        let to = Some(&moved.destination.claim_name);
+        record.volumes.get(&moved.volume_name) == to
+            && wanted.get(&moved.volume_name) == Some(&moved.source.claim_name)
+    });
+    done.map(|moved| (moved.volume_name, moved.destination.claim_name)).collect()
+}
+
+/// The change of a VM that has its template name other claims.
+pub fn template_with(snapshot: &Snapshot, claims: &Claims) -> Value {
+    let vm = &snapshot.vm;
+    let template = &vm.spec.template.spec;
+    let named = api::support::parse::<Spec>(template).map(|(spec, _)| spec.claims());
+    let named = named.unwrap_or_default();
+    let left = |name: Option<&str>| {
+        named.iter().any(|(volume, claim)| claims.contains_key(volume) && Some(&**claim) == name)
+    };
+    let templates = vm.spec.data_volume_templates.iter();
+    let kept: Vec<_> = templates.filter(|t| !left(t.metadata.name.as_deref())).collect();
+    json!({
+        "metadata": {"resourceVersion": vm.metadata.resource_version},
+        "spec": {
+            "dataVolumeTemplates": kept,
+            "template": {"spec": {"volumes": with_claims(&template["volumes"], claims)}},
+        },
+    })
+}
+
 /// A template's volumes with other claims.
 pub fn with_claims(volumes: &Value, claims: &Claims) -> Value {
     let mut volumes = volumes.clone();
@@ -124,6 +160,7 @@ impl Look<'_> {
                     self.vmi.name_any(),
                     moved[name]
                 ),
+                left_by: crate::migration::left_by(&self.vmi.name_any(), name),
             });
         }
         let found = self.vmi.status.clone().unwrap_or_default();
@@ -131,6 +168,7 @@ impl Look<'_> {
         let kept = conditions::merge(&found.conditions, Vec::new(), &gone, self.snapshot.now);
         let told = json!({"migratedVolumes": null, "conditions": kept});
         plan.actions.push(Action::PatchVmi(json!({"status": told})));
+        self.have_template_follow(&moved, plan);
         // N.B. last: by it all of this is known to be done.
         let volumes = with_claims(&self.vmi.spec.0["volumes"], &moved);
         plan.actions.push(Action::UseVolumes(volumes));
@@ -138,6 +176,17 @@ impl Look<'_> {
         let message = "The disks are on the claims that the template names".into();
         plan.actions.push(Action::Say { warning: false, reason: "VolumesMigrated", message });
         true
+    }
+
+    /// Disks that have followed their guest to another node are the template's from now on.
+    fn have_template_follow(&self, moved: &Claims, plan: &mut Plan) {
+        let has = self.has.claims();
+        let wanted = self.wanted.claims();
+        let stale = |name: &String| wanted.get(name) == has.get(name);
+        let moved: Claims = moved.clone().into_iter().filter(|(name, _)| stale(name)).collect();
+        if !moved.is_empty() {
+            plan.actions.push(Action::Patch(template_with(self.snapshot, &moved)));
+        }
     }
 
     /// Volumes of the template whose claims are not the guest's.
@@ -279,6 +328,11 @@ impl Look<'_> {
     }
 
     fn go_on(&self, moves: &[MigratedVolume], status: &mut Status, plan: &mut Plan) -> Change {
+        if self.follows() {
+            let volume_migration_state = VolumeMigrationState { migrated_volumes: moves.to_vec() };
+            status.volume_update_state = Some(VolumeUpdateState { volume_migration_state });
+            return Change::Live;
+        }
         let changed = self.changed();
         let to = |(old, new): &(&Volume, &Volume)| {
             moves.iter().any(|moved| {
@@ -302,6 +356,14 @@ impl Look<'_> {
         }
         self.migrate(plan);
         Change::Live
+    }
+
+    /// Whether disks follow a guest that a migration brings to another node.
+    fn follows(&self) -> bool {
+        self.snapshot.moves.iter().any(|m| {
+            !m.labels().contains_key(keys::VOLUME_UPDATE)
+                && m.finalizers().iter().any(|f| f == keys::MIGRATION_FINALIZER)
+        })
     }
 
     fn cancel(&self, status: &mut Status, plan: &mut Plan) {

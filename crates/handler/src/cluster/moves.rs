@@ -160,7 +160,9 @@ impl Guest<'_> {
         self.write(status).await?;
         // N.B. the owner record names them as the VM's: until this is done they are not refused.
         for claim in self.other_claims().into_values() {
-            annotate(self.shared, &self.key.0, &claim, keys::INCOMPLETE, None).await?;
+            for key in [keys::INCOMPLETE, keys::SUPERSEDED] {
+                annotate(self.shared, &self.key.0, &claim, key, None).await?;
+            }
         }
         let message = format!("The VirtualMachineInstance migrated to node {node}.");
         self.say(Kind::Normal, "Migrated", &message).await;

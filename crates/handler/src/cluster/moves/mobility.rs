@@ -15,27 +15,13 @@ fn fixed(spec: &Spec) -> Vec<Hindrance> {
     files.map(|volume| (DISKS, format!("volume {} is a file of its node", volume.name))).collect()
 }
 
-/// Those of a VMI. `shared`: whether a claim can be used on several nodes at once; `moves`: whether
-/// a volume's disk goes to another claim.
-pub fn hindrances(
-    spec: &Spec,
-    shared: impl Fn(&str) -> Option<bool>,
-    moves: impl Fn(&str) -> bool,
-) -> Vec<Hindrance> {
+/// Those of a VMI. `known`: whether a claim is. One that only its node can use is none: its disk
+/// follows.
+pub fn hindrances(spec: &Spec, known: impl Fn(&str) -> bool) -> Vec<Hindrance> {
     let mut found = fixed(spec);
-    for volume in spec.volumes.iter().filter(|volume| !moves(&volume.name)) {
-        let name = &volume.name;
-        match volume.claim().map(|claim| (claim, shared(claim))) {
-            Some((claim, Some(false))) => found.push((
-                DISKS,
-                format!("claim {claim} of volume {name} is not ReadWriteMany: one node has it"),
-            )),
-            Some((claim, None)) => {
-                found.push((DISKS, format!("claim {claim} of volume {name} is not known")));
-            }
-            _ => {}
-        }
-    }
+    let unknown = spec.claims().into_iter().filter(|(_, claim)| !known(claim));
+    let say = |(name, claim)| (DISKS, format!("claim {claim} of volume {name} is not known"));
+    found.extend(unknown.map(say));
     found
 }
 
@@ -48,16 +34,15 @@ impl Guest<'_> {
     /// Whether the guest can move, as conditions; and how, in its status.
     pub(in super::super) fn mobility(&self, status: &mut Status) -> Vec<Condition> {
         let Ok(spec) = self.vmi.parse() else { return Vec::new() };
-        let shared = |claim: &str| {
-            let key = (self.key.0.clone(), claim.to_owned());
-            let modes = get(&self.shared.claims, &key)?.spec.clone()?.access_modes;
-            Some(modes.unwrap_or_default().iter().any(|mode| mode == "ReadWriteMany"))
+        let of = |claim: &str| get(&self.shared.claims, &(self.key.0.clone(), claim.to_owned()));
+        let found = hindrances(&spec, |claim| of(claim).is_some());
+        let is_shared = |claim: &str| {
+            let modes = of(claim).and_then(|claim| claim.spec.clone()?.access_modes);
+            modes.unwrap_or_default().iter().any(|mode| mode == "ReadWriteMany")
         };
-        let moved = status.migrated_volumes.clone();
-        let moves = |name: &str| moved.iter().any(|moved| moved.volume_name == name);
-        let found = hindrances(&spec, shared, moves);
-        let method =
-            if copies(&spec) || !moved.is_empty() { "BlockMigration" } else { "LiveMigration" };
+        let follows = spec.claims().values().any(|claim| !is_shared(claim));
+        let copied = copies(&spec) || follows || !status.migrated_volumes.is_empty();
+        let method = if copied { "BlockMigration" } else { "LiveMigration" };
         status.migration_method = Some(method.into());
         status.migration_transport = Some("Unix".into());
         let live = condition(types::LIVE_MIGRATABLE, &found);
@@ -91,19 +76,11 @@ mod test {
         let claim =
             |name: &str| json!({"name": name, "persistentVolumeClaim": {"claimName": name}});
         let host = json!({"name": "host", "hostDisk": {"path": "/a", "type": "Disk"}});
-        let shared = |name: &str| match name {
-            "rwx" => Some(true),
-            "rwo" => Some(false),
-            _ => None,
-        };
-        let count = |volumes| hindrances(&spec(volumes), shared, |_| false).len();
-        assert_eq!(count(json!([claim("rwx")])), 0);
-        for one in [claim("rwo"), claim("gone"), host.clone()] {
-            assert_eq!(count(json!([claim("rwx"), one])), 1);
+        let count = |volumes| hindrances(&spec(volumes), |name| name != "gone").len();
+        assert_eq!(count(json!([claim("disk")])), 0);
+        for one in [claim("gone"), host.clone()] {
+            assert_eq!(count(json!([claim("disk"), one])), 1);
         }
-        let all = json!([claim("rwo"), claim("gone"), host]);
-        assert_eq!(count(all.clone()), 3);
-        // Those that move to other claims are no hindrance.
-        assert_eq!(hindrances(&spec(all), shared, |name| name != "host").len(), 1);
+        assert_eq!(count(json!([claim("gone"), host])), 2);
     }
 }
