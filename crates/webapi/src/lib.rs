@@ -11,6 +11,7 @@
 //! what they decide, as a client of the API with rights of its own. It is an extension of an
 //! embedded API; other API servers reach it through [`server`], and know of it by [`registration`].
 
+mod access;
 pub mod admission;
 mod aggregator;
 pub mod metrics;
@@ -22,8 +23,10 @@ mod subresources;
 mod webhooks;
 
 use admission::Facts;
+use api::datavolume::FromClaim;
 use api::migration::VirtualMachineInstanceMigration;
 use api::vmi::VirtualMachineInstance;
+use apiserver::auth::User;
 use apiserver::body::Answer;
 use apiserver::extension::{Extension, Later, Request, Review};
 use apiserver::local::failure_of;
@@ -105,7 +108,27 @@ impl WebApi {
             let all = migrations.list(&ListParams::default()).await.map_err(failure)?;
             facts.migrations = all.items;
         }
+        let askers = admission::clones::askers(review, object);
+        for source in admission::clones::foreign(review, object) {
+            if !self.may_clone(&askers, &source).await? {
+                facts.forbidden.push(source);
+            }
+        }
         Ok(facts)
+    }
+
+    /// Whether one of some users may clone a claim.
+    async fn may_clone(&self, askers: &[User], source: &FromClaim) -> Result<bool, Failure> {
+        for what in admission::clones::permissions(source) {
+            for user in askers {
+                match access::permit(&self.client, user, &what).await {
+                    Ok(()) => return Ok(true),
+                    Err(failure) if failure.code == 403 => {}
+                    Err(failure) => return Err(failure),
+                }
+            }
+        }
+        Ok(false)
     }
 }
 

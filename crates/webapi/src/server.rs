@@ -9,8 +9,8 @@
 //! Webhooks are answered whoever asks: an answer changes nothing.
 
 use crate::aggregator::Aggregator;
-use crate::{WebApi, failure, webhooks};
-use apiserver::auth::{Attributes, MASTERS, User, rbac};
+use crate::{WebApi, access, webhooks};
+use apiserver::auth::{Attributes, User};
 use apiserver::body::{self, Answer};
 use apiserver::extension::{self, Extension};
 use apiserver::request::{Info, Path, Verb, query};
@@ -24,7 +24,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -237,37 +237,6 @@ impl Site {
     /// Asks the cluster whether a user may do something. It has said so already of what it passes
     /// on; but only to that path, and not of what came by another way.
     async fn permit(&self, user: &User, what: &Attributes) -> Result<(), Failure> {
-        if user.is_in(MASTERS) {
-            return Ok(());
-        }
-        let path = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
-        let request = http::Request::post(path)
-            .header("Content-Type", "application/json")
-            .body(question(user, what).to_string().into_bytes())
-            .map_err(|error| Failure::internal(error.to_string()))?;
-        let answer: Value = self.client.request(request).await.map_err(failure)?;
-        let status = &answer["status"];
-        match status["allowed"] == true && status["denied"] != true {
-            true => Ok(()),
-            false => Err(rbac::denied(user, what, status["reason"].as_str().unwrap_or_default())),
-        }
+        access::permit(&self.client, user, what).await
     }
-}
-
-fn question(user: &User, what: &Attributes) -> Value {
-    let mut spec = json!({
-        "user": user.name, "uid": user.uid, "groups": user.groups, "extra": user.extra,
-    });
-    if what.path.is_empty() {
-        spec["resourceAttributes"] = json!({
-            "verb": what.verb, "group": what.group, "version": what.version,
-            "resource": what.resource, "subresource": what.subresource,
-            "namespace": what.namespace, "name": what.name,
-        });
-    } else {
-        spec["nonResourceAttributes"] = json!({"verb": what.verb, "path": what.path});
-    }
-    json!({
-        "apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec,
-    })
 }

@@ -1,0 +1,46 @@
+//! Whether the cluster lets somebody do something: by its own answer.
+
+use crate::failure;
+use apiserver::auth::{Attributes, MASTERS, User, rbac};
+use apiserver::status::Failure;
+use kube::Client;
+use serde_json::{Value, json};
+
+/// Asks the cluster whether a user may do something.
+///
+/// # Errors
+/// 403 when they may not, and the API's.
+pub async fn permit(client: &Client, user: &User, what: &Attributes) -> Result<(), Failure> {
+    if user.is_in(MASTERS) {
+        return Ok(());
+    }
+    let path = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
+    let request = http::Request::post(path)
+        .header("Content-Type", "application/json")
+        .body(question(user, what).to_string().into_bytes())
+        .map_err(|error| Failure::internal(error.to_string()))?;
+    let answer: Value = client.request(request).await.map_err(failure)?;
+    let status = &answer["status"];
+    match status["allowed"] == true && status["denied"] != true {
+        true => Ok(()),
+        false => Err(rbac::denied(user, what, status["reason"].as_str().unwrap_or_default())),
+    }
+}
+
+fn question(user: &User, what: &Attributes) -> Value {
+    let mut spec = json!({
+        "user": user.name, "uid": user.uid, "groups": user.groups, "extra": user.extra,
+    });
+    if what.path.is_empty() {
+        spec["resourceAttributes"] = json!({
+            "verb": what.verb, "group": what.group, "version": what.version,
+            "resource": what.resource, "subresource": what.subresource,
+            "namespace": what.namespace, "name": what.name,
+        });
+    } else {
+        spec["nonResourceAttributes"] = json!({"verb": what.verb, "path": what.path});
+    }
+    json!({
+        "apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec,
+    })
+}
