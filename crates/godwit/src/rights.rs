@@ -79,6 +79,7 @@ pub fn api() -> Value {
         rule(&["kubevirt.io"], &["kubevirts"], &["list"]),
         rule(&[""], &["nodes"], &["get"]),
         rule(&["authorization.k8s.io"], &["subjectaccessreviews"], &["create"]),
+        rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
     ];
     for (group, plural, name) in registered() {
         let mut own = rule(&[group], &[&plural], &["get", "patch"]);

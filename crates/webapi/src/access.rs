@@ -1,8 +1,9 @@
-//! Whether the cluster lets somebody do something: by its own answer.
+//! Who asks, and whether the cluster lets them do something: by its own answer.
 
 use crate::failure;
 use apiserver::auth::{Attributes, MASTERS, User, rbac};
 use apiserver::status::Failure;
+use http::HeaderMap;
 use kube::Client;
 use serde_json::{Value, json};
 
@@ -15,16 +16,43 @@ pub async fn permit(client: &Client, user: &User, what: &Attributes) -> Result<(
         return Ok(());
     }
     let path = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
-    let request = http::Request::post(path)
-        .header("Content-Type", "application/json")
-        .body(question(user, what).to_string().into_bytes())
-        .map_err(|error| Failure::internal(error.to_string()))?;
-    let answer: Value = client.request(request).await.map_err(failure)?;
+    let answer = ask(client, path, &question(user, what)).await?;
     let status = &answer["status"];
     match status["allowed"] == true && status["denied"] != true {
         true => Ok(()),
         false => Err(rbac::denied(user, what, status["reason"].as_str().unwrap_or_default())),
     }
+}
+
+/// The token that a request has.
+pub fn token(headers: &HeaderMap) -> Option<&str> {
+    let given = headers.get("Authorization")?.to_str().ok()?;
+    given.strip_prefix("Bearer ").filter(|token| !token.is_empty())
+}
+
+/// Asks the cluster whose token it is.
+///
+/// # Errors
+/// 401 when it is nobody's, and the API's.
+pub async fn authenticate(client: &Client, token: &str) -> Result<User, Failure> {
+    let review = json!({
+        "apiVersion": "authentication.k8s.io/v1", "kind": "TokenReview", "spec": {"token": token},
+    });
+    let path = "/apis/authentication.k8s.io/v1/tokenreviews";
+    let answer = ask(client, path, &review).await?;
+    let status = &answer["status"];
+    match status["authenticated"] == true {
+        true => Ok(User::from_json(&status["user"])),
+        false => Err(Failure::unauthorized()),
+    }
+}
+
+async fn ask(client: &Client, path: &str, review: &Value) -> Result<Value, Failure> {
+    let request = http::Request::post(path)
+        .header("Content-Type", "application/json")
+        .body(review.to_string().into_bytes())
+        .map_err(|error| Failure::internal(error.to_string()))?;
+    client.request(request).await.map_err(failure)
 }
 
 fn question(user: &User, what: &Attributes) -> Value {

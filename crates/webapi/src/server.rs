@@ -3,7 +3,8 @@
 //! ```text
 //! API server --> /mutate, /validate           -> webhooks
 //!            --> /apis/subresources.kubevirt.io -> aggregator: who asks -> may they -> subresources
-//! kubelet, Prometheus --> /healthz, /metrics
+//! kubelet    --> /healthz
+//! Prometheus --> /metrics                      -> token: who asks -> may they
 //! ```
 //!
 //! Webhooks are answered whoever asks: an answer changes nothing.
@@ -164,7 +165,7 @@ impl Service for Site {
             ("POST", "/mutate") => self.mutate(sent).await,
             ("POST", "/validate") => self.validate(sent).await,
             ("GET", "/healthz" | "/livez" | "/readyz") => Ok(text("ok".into())),
-            ("GET", "/metrics") => self.web.metrics().await.map(text),
+            ("GET", "/metrics") => self.metrics(&head, aggregator).await,
             _ => match aggregator.and_then(|()| self.aggregator.borrow().user(&head.headers)) {
                 Some(user) => self.pass_on(head, sent, user).await,
                 None => Err(Failure::unauthorized()),
@@ -194,6 +195,20 @@ impl Site {
             Info::Resource(path) => self.resource(head, sent, path, user).await,
             Info::Other(path) => self.page(&head.method, path, &user).await,
         }
+    }
+
+    /// The metrics, for who may see those of the cluster's API server as well.
+    async fn metrics(&self, head: &Parts, aggregator: Option<()>) -> Result<Answer, Failure> {
+        let passed_on = aggregator.and_then(|()| self.aggregator.borrow().user(&head.headers));
+        let user = match (passed_on, access::token(&head.headers)) {
+            (Some(user), _) => user,
+            (None, Some(token)) => access::authenticate(&self.client, token).await?,
+            (None, None) => return Err(Failure::unauthorized()),
+        };
+        let what =
+            Attributes { verb: "get".into(), path: "/metrics".into(), ..Attributes::default() };
+        self.permit(&user, &what).await?;
+        self.web.metrics().await.map(text)
     }
 
     async fn resource(
