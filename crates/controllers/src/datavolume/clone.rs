@@ -12,6 +12,9 @@
 //! their own namespaces. N.B. whether anybody may clone a claim of another namespace is judged when
 //! the DataVolume is written: see `webapi::admission`.
 
+#[cfg(test)]
+mod laws;
+
 use super::Waits;
 use super::plan::{Action, OFTEN, Plan, SELDOM, Snapshot, delete, due};
 use super::pod::{self, BORROWS, Seen};
