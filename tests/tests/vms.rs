@@ -31,6 +31,7 @@ async fn a_vm_boots_from_an_imported_disk_and_what_its_guest_writes_survives() -
     console.run("echo kept > /data/file; sync")?;
     ensure!(console.run("grep -c ttyS0 /proc/cmdline")?.trim() == "1");
     drop(console);
+    is_measured(&cluster).await?;
 
     cluster.does(&["vm", "stop", "web"])?;
     cluster.until(&path, |vm| vm["status"]["printableStatus"] == "Stopped").await?;
@@ -45,6 +46,31 @@ async fn a_vm_boots_from_an_imported_disk_and_what_its_guest_writes_survives() -
     cluster.does(&["vm", "delete", "web"])?;
     cluster.until_gone(&format!("{OWNERS}/web")).await?;
     ensure!(cluster.qemus()?.is_empty(), "a guest that was deleted runs");
+    Ok(())
+}
+
+/// The cluster's one page of metrics has what the guest has used.
+async fn is_measured(cluster: &Cluster) -> Result<()> {
+    let page = cluster.text("/metrics").await?;
+    let value = |metric: &str, label: &str| {
+        let is = |line: &&str| {
+            line.starts_with(&format!("{metric}{{"))
+                && line.contains("name=\"web\"")
+                && line.contains(label)
+        };
+        let line = page.lines().find(is).and_then(|line| line.rsplit_once(' '));
+        line.and_then(|(_, value)| value.parse::<f64>().ok())
+    };
+    for (metric, label) in [
+        ("kubevirt_vmi_cpu_usage_seconds_total", "namespace=\"default\""),
+        ("kubevirt_vmi_vcpu_seconds_total", "id=\"0\""),
+        ("kubevirt_vmi_memory_resident_bytes", "node=\""),
+        ("kubevirt_vmi_storage_write_traffic_bytes_total", "drive=\"root\""),
+    ] {
+        ensure!(value(metric, label).is_some_and(|value| value > 0.0), "{metric}: {page}");
+    }
+    let phases = "kubevirt_vmi_phase_transition_time_seconds_count{phase=\"Running\"";
+    ensure!(page.contains(phases) && page.contains("apiserver_request_total"), "{page}");
     Ok(())
 }
 

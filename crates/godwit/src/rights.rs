@@ -77,7 +77,7 @@ pub fn api() -> Value {
         rule(&["kubevirt.io"], &statuses, &["patch"]),
         rule(&["kubevirt.io"], &moves, &["list", "create"]),
         rule(&["kubevirt.io"], &["kubevirts"], &["list"]),
-        rule(&[""], &["nodes"], &["get"]),
+        rule(&[""], &["nodes"], &["get", "list"]),
         rule(&["authorization.k8s.io"], &["subjectaccessreviews"], &["create"]),
         rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
     ];
