@@ -238,3 +238,55 @@ async fn seeds_files_and_cards_are_what_the_guest_sees() -> Result<()> {
     ensure!(vmi["status"]["interfaces"][0]["mac"] == mac, "{vmi}");
     Ok(())
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_of_another_namespace_is_cloned_for_who_may_read_it_there() -> Result<()> {
+    const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1/namespaces";
+    const CDI: &str = "/apis/cdi.kubevirt.io/v1beta1/namespaces";
+    let cluster =
+        Cluster::new(PROGRAM, &["--separate", "--nodes", "2", "--storage", "1Gi"]).await?;
+    let volume = |name: &str, source: Value, storage: Value| {
+        json!({
+            "apiVersion": "cdi.kubevirt.io/v1beta1", "kind": "DataVolume",
+            "metadata": {
+                "name": name,
+                "annotations": {"cdi.kubevirt.io/storage.bind.immediate.requested": "true"},
+            },
+            "spec": {"source": source, "storage": storage},
+        })
+    };
+    let binding = |role: &str| {
+        let group = "rbac.authorization.k8s.io";
+        json!({
+            "apiVersion": format!("{group}/v1"), "kind": "RoleBinding", "metadata": {"name": "dev"},
+            "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": role},
+            "subjects": [{"apiGroup": group, "kind": "User", "name": "dev"}],
+        })
+    };
+    let succeeded = |volume: &Value| volume["status"]["phase"] == "Succeeded";
+    let images = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "images"}});
+    cluster.create("/api/v1/namespaces", images).await?;
+    let size = json!({"resources": {"requests": {"storage": "32Mi"}}});
+    let golden = volume("golden", json!({"blank": {}}), size);
+    cluster.create(&format!("{CDI}/images/datavolumes"), golden).await?;
+    cluster.until(&format!("{CDI}/images/datavolumes/golden"), succeeded).await?;
+    cluster.create(&format!("{RBAC}/default/rolebindings"), binding("edit")).await?;
+    let source = json!({"pvc": {"namespace": "images", "name": "golden"}});
+    let clone = volume("clone", source, json!({})).to_string().into_bytes();
+    let ask = async || {
+        let request = http::Request::post(format!("{CDI}/default/datavolumes"))
+            .header("Content-Type", "application/json")
+            .header("Impersonate-User", "dev");
+        cluster.client.request::<Value>(request.body(clone.clone()).unwrap()).await
+    };
+    let why = format!("{:?}", ask().await);
+    ensure!(why.contains("insufficient permissions in clone source namespace images"), "{why}");
+    cluster.create(&format!("{RBAC}/images/rolebindings"), binding("view")).await?;
+    let began = std::time::Instant::now();
+    while let Err(error) = ask().await {
+        ensure!(began.elapsed() < Duration::from_secs(20), "it is never let: {error}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    cluster.until(&format!("{CDI}/default/datavolumes/clone"), succeeded).await?;
+    Ok(())
+}

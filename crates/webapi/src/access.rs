@@ -12,16 +12,27 @@ use serde_json::{Value, json};
 /// # Errors
 /// 403 when they may not, and the API's.
 pub async fn permit(client: &Client, user: &User, what: &Attributes) -> Result<(), Failure> {
+    refusal(client, user, what).await?.map_or(Ok(()), Err)
+}
+
+/// Asks the cluster what it would refuse a user with; None: it would not.
+///
+/// # Errors
+/// The API's. N.B. that this may not ask is one of them, and no answer.
+pub async fn refusal(
+    client: &Client,
+    user: &User,
+    what: &Attributes,
+) -> Result<Option<Failure>, Failure> {
     if user.is_in(MASTERS) {
-        return Ok(());
+        return Ok(None);
     }
     let path = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
     let answer = ask(client, path, &question(user, what)).await?;
     let status = &answer["status"];
-    match status["allowed"] == true && status["denied"] != true {
-        true => Ok(()),
-        false => Err(rbac::denied(user, what, status["reason"].as_str().unwrap_or_default())),
-    }
+    let allowed = status["allowed"] == true && status["denied"] != true;
+    let reason = status["reason"].as_str().unwrap_or_default();
+    Ok((!allowed).then(|| rbac::denied(user, what, reason)))
 }
 
 /// The token that a request has.
