@@ -222,10 +222,15 @@ impl Cluster {
     /// # Errors
     /// Why not.
     pub async fn log(&self, pod: &str, query: &str) -> Result<String> {
-        let request =
-            http::Request::get(format!("/api/v1/namespaces/default/pods/{pod}/log?{query}"))
-                .body(Vec::new())?;
-        Ok(self.client.request_text(request).await?)
+        self.text(&format!("/api/v1/namespaces/default/pods/{pod}/log?{query}")).await
+    }
+
+    /// Reads a page that is no object.
+    ///
+    /// # Errors
+    /// Why not.
+    pub async fn text(&self, path: &str) -> Result<String> {
+        Ok(self.client.request_text(http::Request::get(path).body(Vec::new())?).await?)
     }
 }
 

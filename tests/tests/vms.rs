@@ -31,6 +31,7 @@ async fn a_vm_boots_from_an_imported_disk_and_what_its_guest_writes_survives() -
     console.run("echo kept > /data/file; sync")?;
     ensure!(console.run("grep -c ttyS0 /proc/cmdline")?.trim() == "1");
     drop(console);
+    is_measured(&cluster).await?;
 
     cluster.does(&["vm", "stop", "web"])?;
     cluster.until(&path, |vm| vm["status"]["printableStatus"] == "Stopped").await?;
@@ -45,6 +46,31 @@ async fn a_vm_boots_from_an_imported_disk_and_what_its_guest_writes_survives() -
     cluster.does(&["vm", "delete", "web"])?;
     cluster.until_gone(&format!("{OWNERS}/web")).await?;
     ensure!(cluster.qemus()?.is_empty(), "a guest that was deleted runs");
+    Ok(())
+}
+
+/// The cluster's one page of metrics has what the guest has used.
+async fn is_measured(cluster: &Cluster) -> Result<()> {
+    let page = cluster.text("/metrics").await?;
+    let value = |metric: &str, label: &str| {
+        let is = |line: &&str| {
+            line.starts_with(&format!("{metric}{{"))
+                && line.contains("name=\"web\"")
+                && line.contains(label)
+        };
+        let line = page.lines().find(is).and_then(|line| line.rsplit_once(' '));
+        line.and_then(|(_, value)| value.parse::<f64>().ok())
+    };
+    for (metric, label) in [
+        ("kubevirt_vmi_cpu_usage_seconds_total", "namespace=\"default\""),
+        ("kubevirt_vmi_vcpu_seconds_total", "id=\"0\""),
+        ("kubevirt_vmi_memory_resident_bytes", "node=\""),
+        ("kubevirt_vmi_storage_write_traffic_bytes_total", "drive=\"root\""),
+    ] {
+        ensure!(value(metric, label).is_some_and(|value| value > 0.0), "{metric}: {page}");
+    }
+    let phases = "kubevirt_vmi_phase_transition_time_seconds_count{phase=\"Running\"";
+    ensure!(page.contains(phases) && page.contains("apiserver_request_total"), "{page}");
     Ok(())
 }
 
@@ -210,5 +236,57 @@ async fn seeds_files_and_cards_are_what_the_guest_sees() -> Result<()> {
     }
     let vmi = cluster.send("GET", &format!("{VMIS}/all"), None).await?;
     ensure!(vmi["status"]["interfaces"][0]["mac"] == mac, "{vmi}");
+    Ok(())
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_disk_of_another_namespace_is_cloned_for_who_may_read_it_there() -> Result<()> {
+    const RBAC: &str = "/apis/rbac.authorization.k8s.io/v1/namespaces";
+    const CDI: &str = "/apis/cdi.kubevirt.io/v1beta1/namespaces";
+    let cluster =
+        Cluster::new(PROGRAM, &["--separate", "--nodes", "2", "--storage", "1Gi"]).await?;
+    let volume = |name: &str, source: Value, storage: Value| {
+        json!({
+            "apiVersion": "cdi.kubevirt.io/v1beta1", "kind": "DataVolume",
+            "metadata": {
+                "name": name,
+                "annotations": {"cdi.kubevirt.io/storage.bind.immediate.requested": "true"},
+            },
+            "spec": {"source": source, "storage": storage},
+        })
+    };
+    let binding = |role: &str| {
+        let group = "rbac.authorization.k8s.io";
+        json!({
+            "apiVersion": format!("{group}/v1"), "kind": "RoleBinding", "metadata": {"name": "dev"},
+            "roleRef": {"apiGroup": group, "kind": "ClusterRole", "name": role},
+            "subjects": [{"apiGroup": group, "kind": "User", "name": "dev"}],
+        })
+    };
+    let succeeded = |volume: &Value| volume["status"]["phase"] == "Succeeded";
+    let images = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "images"}});
+    cluster.create("/api/v1/namespaces", images).await?;
+    let size = json!({"resources": {"requests": {"storage": "32Mi"}}});
+    let golden = volume("golden", json!({"blank": {}}), size);
+    cluster.create(&format!("{CDI}/images/datavolumes"), golden).await?;
+    cluster.until(&format!("{CDI}/images/datavolumes/golden"), succeeded).await?;
+    cluster.create(&format!("{RBAC}/default/rolebindings"), binding("edit")).await?;
+    let source = json!({"pvc": {"namespace": "images", "name": "golden"}});
+    let clone = volume("clone", source, json!({})).to_string().into_bytes();
+    let ask = async || {
+        let request = http::Request::post(format!("{CDI}/default/datavolumes"))
+            .header("Content-Type", "application/json")
+            .header("Impersonate-User", "dev");
+        cluster.client.request::<Value>(request.body(clone.clone()).unwrap()).await
+    };
+    let why = format!("{:?}", ask().await);
+    ensure!(why.contains("insufficient permissions in clone source namespace images"), "{why}");
+    cluster.create(&format!("{RBAC}/images/rolebindings"), binding("view")).await?;
+    let began = std::time::Instant::now();
+    while let Err(error) = ask().await {
+        ensure!(began.elapsed() < Duration::from_secs(20), "it is never let: {error}");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    cluster.until(&format!("{CDI}/default/datavolumes/clone"), succeeded).await?;
     Ok(())
 }

@@ -108,10 +108,17 @@ pub struct Registry {
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct FromClaim {
-    /// The claim's.
+    /// The claim's; empty: the DataVolume's.
     pub namespace: String,
     /// The claim's.
     pub name: String,
+}
+
+impl FromClaim {
+    /// The claim's namespace, as a DataVolume of a namespace means it.
+    pub fn namespace_in<'a>(&'a self, own: &'a str) -> &'a str {
+        if self.namespace.is_empty() { own } else { &self.namespace }
+    }
 }
 
 /// How far it is.

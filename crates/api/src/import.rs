@@ -8,6 +8,8 @@ pub const ORDER: &str = "GODWIT_IMPORT";
 pub const USER: &str = "GODWIT_IMPORT_USER";
 /// The variable with the password for the source's server.
 pub const PASSWORD: &str = "GODWIT_IMPORT_PASSWORD";
+/// The variable of a lender's pod: the path of the disk that it lends.
+pub const LEND: &str = "GODWIT_LEND";
 /// The variable with the pod's address.
 pub const ADDRESS: &str = "GODWIT_IMPORT_ADDRESS";
 /// Annotation of a DataVolume that waits for an upload: an [`Upload`], as JSON.
@@ -59,11 +61,8 @@ pub enum Source {
     },
     /// From a person, over the network.
     Upload,
-    /// From a raw disk that is mounted: a file or a device.
-    Disk {
-        /// Its path.
-        path: String,
-    },
+    /// From another claim, which a pod of that claim's namespace and node lends.
+    Clone(Lent),
 }
 
 /// Where to.
@@ -106,9 +105,23 @@ pub struct Upload {
     pub certificate: String,
 }
 
+/// Where a disk is lent: a line of a lender's standard output.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lent {
+    /// The address.
+    pub lent: String,
+    /// The one certificate to believe there, in PEM.
+    pub certificate: String,
+}
+
 /// The Secret with the token of a DataVolume's upload.
 pub fn upload_secret(volume: &str) -> String {
     format!("upload-{volume}")
+}
+
+/// The Secret with the token of a DataVolume's clone.
+pub fn clone_secret(volume: &str) -> String {
+    format!("clone-{volume}")
 }
 
 /// Whether a registry, `host:port`, is on this very machine: then it may speak without TLS, since
@@ -143,7 +156,7 @@ impl Progress {
         // The network is what takes long.
         let (from, to) = match (source, self.what) {
             (_, Step::Waiting) => return None,
-            (Source::Blank | Source::Upload | Source::Disk { .. }, _) => (0, ALL),
+            (Source::Blank | Source::Upload | Source::Clone(_), _) => (0, ALL),
             (_, Step::Downloading) => (0, 9000),
             (_, Step::Verifying) => (9000, 9200),
             (_, Step::Unpacking) => (9200, 9500),

@@ -36,6 +36,12 @@ pub mod keys {
     pub const APP: &str = "kubevirt.io";
     /// Value of [`APP`].
     pub const LAUNCHER: &str = "virt-launcher";
+    /// Value of [`APP`] of a pod that lends a claim's disk to a clone.
+    pub const LENDER: &str = "clone-source";
+    /// Annotation of a lender's pod: the clone's DataVolume, as namespace/name.
+    pub const LENDS_TO: &str = "godwit.dev/lends-to";
+    /// Label of a lender's pod: the uid of the clone's DataVolume.
+    pub const LENDS_TO_UID: &str = "godwit.dev/lends-to-uid";
     /// Label of a launcher's pod: the VMI's uid.
     pub const CREATED_BY: &str = "kubevirt.io/created-by";
     /// Annotation of a launcher's pod: the VMI's name.

@@ -148,11 +148,13 @@ impl Api {
         let user = self.impersonate(&head.headers, user)?;
         let query = crate::request::query(head.uri.query().unwrap_or_default())?;
         match Info::parse(head.uri.path())? {
-            Info::Other(path) if path == "/metrics" => {
-                let answer = self.page(&head, &path, &user)?;
-                self.with_metrics(answer).await
+            Info::Other(path) => {
+                self.permit_page(&head, &path, &user)?;
+                match &*path {
+                    "/metrics" => self.metrics().await,
+                    _ => self.page(&head, &path),
+                }
             }
-            Info::Other(path) => self.page(&head, &path, &user),
             Info::Resource(path) if self.shared.extends(&path) => {
                 self.pass_on(head, path, query, user, sent).await
             }
@@ -169,10 +171,11 @@ impl Api {
     }
 
     /// The server's own metrics, and the extension's.
-    async fn with_metrics(&self, own: Answer) -> Result<Answer, Failure> {
-        let Some(extension) = self.shared.extension.get() else { return Ok(own) };
-        let more = extension.metrics().await?;
-        let text = format!("{}{more}", self.shared.metrics());
+    async fn metrics(&self) -> Result<Answer, Failure> {
+        let mut text = self.shared.metrics();
+        if let Some(extension) = self.shared.extension.get() {
+            text.push_str(&extension.metrics().await?);
+        }
         Ok(body::answer(StatusCode::OK, "text/plain; version=0.0.4", text))
     }
 
@@ -317,14 +320,19 @@ impl Api {
         Ok(Arc::new(other))
     }
 
-    /// What is no resource.
-    fn page(&self, head: &request::Parts, path: &str, user: &User) -> Result<Answer, Failure> {
+    /// Whether a user may see what is no resource.
+    fn permit_page(&self, head: &request::Parts, path: &str, user: &User) -> Result<(), Failure> {
         let verb = head.method.as_str().to_lowercase();
         self.shared
             .permit(user, &Attributes { verb, path: path.into(), ..Attributes::default() })?;
         if head.method != http::Method::GET && head.method != http::Method::HEAD {
             return Err(Failure::no_such_verb());
         }
+        Ok(())
+    }
+
+    /// What is no resource, but for the metrics.
+    fn page(&self, head: &request::Parts, path: &str) -> Result<Answer, Failure> {
         let accept = head.headers.get(ACCEPT).and_then(|v| v.to_str().ok());
         let aggregated = crate::request::takes_aggregated_discovery(accept);
         let catalog = self.shared.catalog.load();
@@ -350,13 +358,6 @@ impl Api {
             ["version"] => Some(version()),
             ["healthz" | "livez" | "readyz", ..] => {
                 return Ok(body::answer(StatusCode::OK, "text/plain; charset=utf-8", "ok"));
-            }
-            ["metrics"] => {
-                return Ok(body::answer(
-                    StatusCode::OK,
-                    "text/plain; version=0.0.4",
-                    self.shared.metrics(),
-                ));
             }
             [] => Some(
                 json!({"paths": ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/metrics", "/openapi/v3", "/readyz", "/version"]}),

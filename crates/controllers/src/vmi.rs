@@ -12,14 +12,14 @@ pub(crate) use pod::is_block;
 
 use crate::AT_ONCE;
 use crate::vm::ignore_gone;
-use crate::world::{Key, World, get, key, label};
+use crate::world::{Key, World, claims_of, get, key, label, lends_to, mounts, refusal};
 use api::keys;
 use api::owner::OwnerRecord;
 use api::vmi::VirtualMachineInstance;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use plan::{Action, Snapshot};
 use reconcile::events::{Kind, why};
 use reconcile::kept::reference;
@@ -77,7 +77,13 @@ fn look(world: &World, key: &Key, vmi: Arc<VirtualMachineInstance>, now: Timesta
         let key = (namespace.clone(), name.clone());
         (name.clone(), get(&world.claims, &key), get(&world.volumes, &key))
     });
+    let readers = world.pods.state().into_iter().filter(|pod| {
+        let reads = || names.iter().any(|claim| mounts(pod, claim));
+        pod.namespace().as_ref() == Some(namespace) && lends_to(pod).is_some() && reads()
+    });
+    let readers = readers.filter_map(|pod| lends_to(&pod));
     Snapshot {
+        readers: readers.map(|(namespace, name)| format!("{namespace}/{name}")).collect(),
         claims: claims.collect(),
         pods: world.pods_of(&uid),
         cluster: world.cluster(),
@@ -151,6 +157,9 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
             }
         }
         Action::CreatePod(pod) => {
+            if launches(pod) && is_lent(world, &namespace, pod).await? {
+                return Err(refusal(409, "Conflict", "a claim of the pod is about to be cloned"));
+            }
             let made = world.api::<Pod>(&namespace).create(&PostParams::default(), pod).await;
             let made = match made {
                 Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => return Ok(()),
@@ -190,6 +199,14 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
         }
     }
     Ok(())
+}
+
+/// Whether a claim of a pod is lent to a clone, as the API itself shows it: see `datavolume`.
+async fn is_lent(world: &World, namespace: &str, pod: &Pod) -> kube::Result<bool> {
+    let lenders = ListParams::default().labels(&format!("{}={}", keys::APP, keys::LENDER));
+    let lenders = world.api::<Pod>(namespace).list(&lenders).await?;
+    let mut claims = claims_of(pod);
+    Ok(claims.any(|claim| lenders.iter().any(|lender| mounts(lender, claim))))
 }
 
 /// Writes down a person's word that a node is off: its guest has ended.

@@ -40,7 +40,7 @@ pub struct World {
     pub volumes: Store<DataVolume>,
     /// Claims.
     pub claims: Store<PersistentVolumeClaim>,
-    /// Launchers' and importers' pods.
+    /// Launchers', importers' and lenders' pods.
     pub pods: Store<Pod>,
     /// Owner records.
     pub owners: Store<OwnerRecord>,
@@ -161,10 +161,20 @@ impl World {
                 ring_waiting(&waiting, &vmi, &key(object));
             }
         });
-        let ours = all().labels(&format!("{} in ({}, {IMPORTER})", keys::APP, keys::LAUNCHER));
+        let kinds = [keys::LAUNCHER, IMPORTER, keys::LENDER].join(", ");
+        let ours = all().labels(&format!("{} in ({kinds})", keys::APP));
         let pods = keeper.keep_and(Api::all(client.clone()), ours, {
             let (vmi, dv, moves) = (vmi.clone(), dv.clone(), ring_moves.clone());
+            let waiting = vmis.clone();
             move |object: &Pod| {
+                if let Some(clone) = lends_to(object) {
+                    dv.ring(clone);
+                    let claims =
+                        claims_of(object).map(|claim| (object.namespace(), claim.to_owned()));
+                    for (namespace, claim) in claims {
+                        ring_waiting(&waiting, &vmi, &(namespace.unwrap_or_default(), claim));
+                    }
+                }
                 if let Some(owner) = owner_of(object, "VirtualMachineInstance") {
                     moves(&owner);
                     vmi.ring(owner);
@@ -290,6 +300,30 @@ fn ring_waiting(vmis: &Store<VirtualMachineInstance>, queue: &Queue<Key>, claim:
             && volumes().iter().any(|volume| volume.claim() == Some(&claim.1))
     };
     vmis.state().iter().filter(|vmi| waits(vmi)).for_each(|vmi| queue.ring(key(&**vmi)));
+}
+
+/// The key of the DataVolume that a lender lends to. None of other pods.
+pub fn lends_to(pod: &Pod) -> Option<Key> {
+    let lends = label(pod, keys::APP) == Some(keys::LENDER);
+    let (namespace, name) = pod.annotations().get(keys::LENDS_TO)?.split_once('/')?;
+    lends.then(|| (namespace.to_owned(), name.to_owned()))
+}
+
+/// The claims that a pod has.
+pub fn claims_of(pod: &Pod) -> impl Iterator<Item = &str> {
+    let volumes = pod.spec.iter().flat_map(|spec| spec.volumes.iter().flatten());
+    volumes.filter_map(|volume| Some(&*volume.persistent_volume_claim.as_ref()?.claim_name))
+}
+
+/// Whether a pod that has not ended has a claim.
+pub fn mounts(pod: &Pod, claim: &str) -> bool {
+    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
+    !matches!(phase, Some("Succeeded" | "Failed")) && claims_of(pod).any(|used| used == claim)
+}
+
+/// An answer as of the API, to what it was not asked because it cannot be done now.
+pub fn refusal(code: u16, reason: &str, message: &str) -> kube::Error {
+    kube::Error::Api(Box::new(kube::core::Status::failure(message, reason).with_code(code)))
 }
 
 /// The key of an object's owner of a kind.

@@ -80,6 +80,9 @@ pub enum Command {
     /// Bring a disk to where a pod's environment says.
     #[command(hide = true)]
     Import,
+    /// Read a disk for a pod elsewhere, as this pod's environment says.
+    #[command(hide = true)]
+    Lend,
     /// Become another program that may use little, and gain nothing.
     #[command(hide = true)]
     Confine {
@@ -554,6 +557,7 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Status(arguments) => cluster::list(arguments.dir.as_deref(), arguments.output),
         Command::Shutdown(arguments) => host::shutdown(&arguments).await,
         Command::Import => importing::run().await,
+        Command::Lend => importing::lend().await,
         Command::Api(arguments) => serving::run(arguments).await,
         Command::Deploy(arguments) => deploy::print(&arguments),
         // Handled before there is a runtime.

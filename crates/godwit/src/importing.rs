@@ -1,17 +1,20 @@
-//! The importer: what a DataVolume's pod runs.
+//! The importer, which is what a DataVolume's pod runs; and the lender, which is what the pod runs
+//! that reads another claim for it.
 //!
 //! It ends at once when it is asked to. What it has done is in its work folder, with which the next
 //! one goes on; that is removed once the disk is complete and says so itself.
 
+mod door;
+mod lend;
 mod upload;
 
 use crate::roles::root;
 use anyhow::{Context, Result, bail};
-use api::import::{CERTIFICATES, ORDER, Order, PASSWORD, Source, Target, USER};
-use images::{Credentials, Format, Job, Limits, Progress};
+use api::import::{CERTIFICATES, Lent, ORDER, Order, PASSWORD, Source, Target, USER};
+use images::{Credentials, Job, Limits, Peer, Progress};
 use rustix::fs::{FallocateFlags, XattrFlags};
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom, Write};
+use std::io::{Read, Write};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
@@ -34,9 +37,22 @@ const SECTOR: u64 = 512;
 /// # Errors
 /// Why it could not be brought; the pod says it as well.
 pub async fn run() -> Result<ExitCode> {
+    until_asked(import()).await
+}
+
+/// Lends a disk as the environment says.
+///
+/// # Errors
+/// Why it could not be lent; the pod says it as well.
+pub async fn lend() -> Result<ExitCode> {
+    until_asked(lend::run()).await
+}
+
+/// Does a pod's work until it is done, or is asked to end.
+async fn until_asked(work: impl Future<Output = Result<()>>) -> Result<ExitCode> {
     let mut terminate = signal(SignalKind::terminate())?;
     let outcome = tokio::select! {
-        outcome = import() => outcome,
+        outcome = work => outcome,
         _ = terminate.recv() => return Ok(ExitCode::from(143)),
     };
     if let Err(error) = &outcome {
@@ -47,10 +63,10 @@ pub async fn run() -> Result<ExitCode> {
 }
 
 /// A path of the container.
-fn place(path: &str) -> PathBuf {
+fn place(path: impl AsRef<Path>) -> PathBuf {
     match root() {
-        Some(root) => launcher::spec::beneath(&root, Path::new(path)),
-        None => path.into(),
+        Some(root) => launcher::spec::beneath(&root, path.as_ref()),
+        None => path.as_ref().into(),
     }
 }
 
@@ -59,7 +75,8 @@ async fn import() -> Result<()> {
     let order: Order =
         serde_json::from_str(&text).with_context(|| format!("{ORDER} is not understood"))?;
     let work = place(&order.work);
-    let target = target(&order)?;
+    let limits = Limits::default();
+    let target = target(&order, &limits).await?;
     let disk = match &target {
         images::Target::File { path, .. } => Some(path.clone()),
         _ => None,
@@ -70,7 +87,6 @@ async fn import() -> Result<()> {
         return Ok(());
     }
     let own = std::env::current_exe().context("cannot find this program")?;
-    let limits = Limits::default();
     let received = work.join("received");
     // What is uploaded is kept beside what is made of it.
     let (source, beside) = match &order.source {
@@ -137,10 +153,13 @@ fn source(source: &Source) -> Result<images::Source> {
         }),
         // It is waited for elsewhere.
         Source::Upload => images::Source::Blank,
-        Source::Disk { path } => {
-            images::Source::File { path: place(path), format: Some(Format::Raw) }
-        }
+        Source::Clone(lent) => images::Source::Peer(peer(lent)?),
     })
+}
+
+fn peer(lent: &Lent) -> Result<Peer> {
+    let token = std::env::var(PASSWORD).with_context(|| format!("{PASSWORD} is not set"))?;
+    Ok(Peer { url: lent.lent.clone(), certificate: lent.certificate.clone(), token })
 }
 
 fn header(text: &str) -> Result<(String, String)> {
@@ -177,12 +196,14 @@ fn certificates() -> Result<Option<String>> {
 }
 
 /// Where to. A device is one, or the file that stands for it.
-fn target(order: &Order) -> Result<images::Target> {
+async fn target(order: &Order, limits: &Limits) -> Result<images::Target> {
     match &order.target {
         Target::File { path, size } => {
             let size = match (size, &order.source) {
                 (Some(size), _) => *size,
-                (None, Source::Disk { path }) => length(&place(path))?.next_multiple_of(SECTOR),
+                (None, Source::Clone(lent)) => {
+                    images::peer::size(&peer(lent)?, limits).await?.next_multiple_of(SECTOR)
+                }
                 (None, _) => bail!("the size of the disk is not known: say it in the DataVolume"),
             };
             Ok(images::Target::File { path: place(path), size })
@@ -203,12 +224,6 @@ fn target(order: &Order) -> Result<images::Target> {
 fn open(path: &Path, write: bool) -> std::io::Result<File> {
     let flags = rustix::fs::OFlags::NOFOLLOW.bits().cast_signed();
     File::options().read(true).write(write).custom_flags(flags).open(path)
-}
-
-fn length(path: &Path) -> Result<u64> {
-    open(path, false)
-        .and_then(|mut file| file.seek(SeekFrom::End(0)))
-        .with_context(|| format!("cannot measure the source {}", path.display()))
 }
 
 /// Allocates all of a disk.

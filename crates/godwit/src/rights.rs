@@ -77,8 +77,9 @@ pub fn api() -> Value {
         rule(&["kubevirt.io"], &statuses, &["patch"]),
         rule(&["kubevirt.io"], &moves, &["list", "create"]),
         rule(&["kubevirt.io"], &["kubevirts"], &["list"]),
-        rule(&[""], &["nodes"], &["get"]),
+        rule(&[""], &["nodes"], &["get", "list"]),
         rule(&["authorization.k8s.io"], &["subjectaccessreviews"], &["create"]),
+        rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
     ];
     for (group, plural, name) in registered() {
         let mut own = rule(&[group], &[&plural], &["get", "patch"]);

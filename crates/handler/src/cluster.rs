@@ -4,7 +4,7 @@
 //! VMI, its pod --> guests: prepare files (files) -> spec (translate) -> launcher -> VMI's status
 //! launcher     --> doors --> records: the owner record, by compare-and-swap through the API
 //! QEMU's end   --> watch --> records: the owner has ended
-//! API role     --> serve: pause, console, …
+//! API role     --> serve: pause, console, …; what guests have used (measure)
 //! ```
 //!
 //! It keeps nothing that matters in memory: guests go on without it, and the next one finds them by
@@ -13,6 +13,7 @@
 pub mod doors;
 pub mod files;
 pub mod guests;
+pub mod measure;
 pub mod moves;
 pub mod network;
 pub mod node;

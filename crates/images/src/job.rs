@@ -11,7 +11,7 @@ use crate::progress::{Reports, Step, report};
 use crate::sparse::{PIECE, extent, read_up_to};
 use crate::target::{Disk, Opened, open};
 use crate::work::{self, DOWNLOAD, Held, IMAGE, Work};
-use crate::{Error, Format, Source, convert, format, http, registry, unpack};
+use crate::{Error, Format, Source, convert, format, http, peer, registry, unpack};
 
 /// The target's inode, in the work folder.
 const TARGET_STATE: &str = "target.json";
@@ -112,7 +112,7 @@ pub(crate) struct Image {
 /// # Errors
 ///
 /// See [`Error`]. Nothing is written to the target unless the image is complete, verified, in
-/// a format that is taken, and fits.
+/// a format that is taken, and fits; but what a peer lends is written as it comes.
 ///
 /// # Panics
 ///
@@ -149,6 +149,10 @@ async fn finished(job: &Job, work: &Work) -> Result<Option<Imported>, Error> {
 }
 
 async fn bring(job: &Job, work: &Work, reports: &Reports) -> Result<Imported, Error> {
+    if let Source::Peer(it) = &job.source {
+        let disk = open_target(job, work).await?;
+        return peer::bring(it, disk, work, &job.limits, reports).await;
+    }
     let (target, state) = (job.target.clone(), work.path(TARGET_STATE));
     let size = work.blocking(move |_| target.size(&state)).await?;
     let image = obtain(&job.source, work, &job.limits, size, reports).await?;
@@ -158,12 +162,16 @@ async fn bring(job: &Job, work: &Work, reports: &Reports) -> Result<Imported, Er
         }
         convert::inspect(image, work, &job.shim, size).await?;
     }
-    let (target, state) = (job.target.clone(), work.path(TARGET_STATE));
-    let disk = work.blocking(move |_| target.open(&state)).await?;
+    let disk = open_target(job, work).await?;
     write(image.as_ref(), disk, work, &job.shim, reports).await?;
     Ok(image.map_or(Imported { virtual_size: 0, format: Format::Raw, bytes_moved: 0 }, |it| {
         Imported { virtual_size: it.virtual_size, format: it.format, bytes_moved: it.bytes_moved }
     }))
+}
+
+async fn open_target(job: &Job, work: &Work) -> Result<Disk, Error> {
+    let (target, state) = (job.target.clone(), work.path(TARGET_STATE));
+    work.blocking(move |_| target.open(&state)).await
 }
 
 /// Brings an image to the work folder, decompressed, as far as it is not there yet.
@@ -177,7 +185,7 @@ async fn obtain(
     let unpacked = work.path(IMAGE);
     let mut bytes_moved = 0;
     let (path, known) = match source {
-        Source::Blank => return Ok(None),
+        Source::Blank | Source::Peer(_) => return Ok(None),
         Source::File { path, format: Some(format) } => (path.clone(), Some(*format)),
         _ if unpacked.exists() => (unpacked, None),
         Source::File { path, format: None } => {
@@ -216,7 +224,7 @@ async fn fetch(
     match source {
         Source::Http(http) => http::download(http, work, limits, reports).await,
         Source::Registry(it) => registry::download(it, work, limits, reports).await,
-        Source::Blank | Source::File { .. } => Ok(0),
+        Source::Blank | Source::Peer(_) | Source::File { .. } => Ok(0),
     }
 }
 

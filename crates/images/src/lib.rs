@@ -1,6 +1,6 @@
 //! Brings disk images to where a virtual machine's disk is: a raw file or a block device.
 //!
-//! [`import`] fetches an image from an HTTP server, a container registry or a file,
+//! [`import`] fetches an image from an HTTP server, a container registry, another node or a file,
 //! decompresses it, converts it and writes it to a [`Target`]. Everything that comes from
 //! outside is bounded and checked before the target is touched. What was done is kept in the
 //! job's work folder: the same job goes on where it was when its future was dropped or its
@@ -24,10 +24,13 @@ mod confine;
 mod convert;
 mod error;
 mod format;
+mod frames;
 mod http;
 mod job;
 mod layers;
 mod layout;
+mod lend;
+pub mod peer;
 mod progress;
 mod qcow2;
 mod registry;
@@ -44,7 +47,8 @@ pub use confine::confine;
 pub use error::Error;
 pub use format::{Format, detect, virtual_size};
 pub use job::{Imported, Job, Limits, Target, import};
+pub use lend::Lent;
 pub use progress::{Progress, Reports, Step};
 pub use qcow2::Qcow2Fault;
-pub use source::{Credentials, Http, Registry, Source};
+pub use source::{Credentials, Http, Peer, Registry, Source};
 pub use sparse::ephemeral;

@@ -14,7 +14,9 @@ pub enum Source {
     Http(Http),
     /// A container image which holds a disk.
     Registry(Registry),
-    /// A file or a device of this node: a clone of a disk, or an image that was uploaded.
+    /// A disk of another node.
+    Peer(Peer),
+    /// A file or a device of this node: an image that was uploaded, or a disk.
     File {
         /// Its path, which must not be a link. Nobody may change an image meanwhile.
         path: PathBuf,
@@ -57,6 +59,17 @@ pub struct Registry {
     pub platform: Option<String>,
 }
 
+/// A raw disk that another node lends: see [`Lent`](crate::Lent).
+#[derive(Clone)]
+pub struct Peer {
+    /// Its address, `https://`.
+    pub url: String,
+    /// The one certificate to believe there, in PEM.
+    pub certificate: String,
+    /// What lets this in.
+    pub token: String,
+}
+
 /// Who asks.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Credentials {
@@ -94,6 +107,12 @@ impl fmt::Debug for Registry {
     }
 }
 
+impl fmt::Debug for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Peer").field("url", &public(&self.url)).finish_non_exhaustive()
+    }
+}
+
 impl Source {
     /// What makes this another source than others. Credentials do not.
     pub(crate) fn identity(&self) -> String {
@@ -103,6 +122,8 @@ impl Source {
             Self::Registry(it) => {
                 format!("registry {} {:?} {:?}", it.url, it.disk_path, it.platform)
             }
+            // It may be lent by another pod the next time.
+            Self::Peer(_) => "peer".to_owned(),
             Self::File { path, format } => format!("file {path:?} {format:?}"),
         }
     }

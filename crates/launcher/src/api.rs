@@ -3,6 +3,7 @@
 //! ```text
 //! GET    /v1/status?after=N&wait=S  the status; the next one after generation N, S <= 60 s later at most
 //! GET    /v1/spec                   what the guest is; 404 when there is none
+//! GET    /v1/usage                  what the guest has used; 404 when there is none
 //! POST   /v1/start                  {spec, forced}
 //! POST   /v1/shutdown               {grace_seconds}; returns at once
 //! POST   /v1/kill  /v1/pause  /v1/resume
@@ -21,6 +22,7 @@ use crate::migration::verify::{self, Differing, VerifyReport, VerifyTicket};
 use crate::migration::{self, PrepareRequest, SendRequest};
 use crate::spec::VmSpec;
 use crate::status::Status;
+use crate::usage::{self, Usage};
 use crate::vm::{self, Begin, Handle};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Query, State};
@@ -108,6 +110,7 @@ fn router(launcher: Handle) -> Router {
     Router::new()
         .route("/v1/status", get(status))
         .route("/v1/spec", get(spec))
+        .route("/v1/usage", get(usage))
         .route("/v1/start", post(start))
         .route("/v1/shutdown", post(shut_down))
         .route("/v1/kill", post(kill))
@@ -226,6 +229,15 @@ async fn spec(State(launcher): State<Handle>) -> Answer<VmSpec> {
     let guest = vm.guest.as_ref();
     let none = || Refusal::new(StatusCode::NOT_FOUND, "no guest is here");
     guest.map(|guest| Json(guest.qemu.spec.clone())).ok_or_else(none)
+}
+
+async fn usage(State(launcher): State<Handle>) -> Answer<Usage> {
+    // N.B. a QEMU that hangs must not hold what others need.
+    let qemu = launcher.vm.lock().await.guest.as_ref().map(|guest| guest.qemu.clone());
+    let qemu = qemu.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, "no guest is here"))?;
+    let failed =
+        |error: usage::Error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(&error));
+    usage::of(&qemu).await.map(Json).map_err(failed)
 }
 
 async fn start(State(launcher): State<Handle>, body: Body<StartRequest>) -> Answer<Status> {

@@ -7,6 +7,7 @@ use crate::migration::verify::{self, Differing, VerifyReport, VerifyTicket};
 use crate::migration::{PrepareRequest, SendRequest};
 use crate::spec::VmSpec;
 use crate::status::Status;
+use crate::usage::Usage;
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::body::Bytes;
 use hyper::{Method, StatusCode, header};
@@ -118,6 +119,14 @@ impl Client {
             Err(Error::Refused { status: 404, .. }) => Ok(None),
             Err(error) => Err(error),
         }
+    }
+
+    /// What the guest has used.
+    ///
+    /// # Errors
+    /// [`Error`], also when there is none.
+    pub async fn usage(&self) -> Result<Usage, Error> {
+        self.get("/v1/usage", ANSWER).await
     }
 
     /// Starts the VM; `forced`: though it has left.

@@ -28,6 +28,7 @@ pub mod qemu;
 mod run;
 pub mod spec;
 pub mod status;
+pub mod usage;
 pub mod vm;
 
 pub use run::{Error, run};

@@ -1,9 +1,11 @@
 //! Whether and how what is written is kept: pure. The same rules serve this process and webhooks.
 
+pub(crate) mod clones;
 mod defaults;
 mod migration;
 mod writers;
 
+use api::datavolume::FromClaim;
 use api::kubevirt;
 use api::migration::VirtualMachineInstanceMigration;
 use api::validate::{self, Report};
@@ -26,6 +28,8 @@ pub struct Facts {
     pub vmi: Option<VirtualMachineInstance>,
     /// Of a new migration: all that are in its namespace.
     pub migrations: Vec<VirtualMachineInstanceMigration>,
+    /// The claims that it clones though it may not.
+    pub forbidden: Vec<FromClaim>,
 }
 
 /// Why something is not kept.
@@ -108,6 +112,9 @@ pub fn judge(
     let Some(object) = object.filter(|_| review.subresource.is_empty()) else {
         return Ok(warnings);
     };
+    if let Some(denied) = clones::denied(review, &facts.forbidden) {
+        return Err(denied);
+    }
     let mut report = content(review, object, facts);
     if let Some(old) = review.old {
         if old["spec"] == object["spec"] {

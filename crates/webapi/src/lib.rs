@@ -11,6 +11,7 @@
 //! what they decide, as a client of the API with rights of its own. It is an extension of an
 //! embedded API; other API servers reach it through [`server`], and know of it by [`registration`].
 
+mod access;
 pub mod admission;
 mod aggregator;
 pub mod metrics;
@@ -22,8 +23,10 @@ mod subresources;
 mod webhooks;
 
 use admission::Facts;
+use api::datavolume::FromClaim;
 use api::migration::VirtualMachineInstanceMigration;
 use api::vmi::VirtualMachineInstance;
+use apiserver::auth::User;
 use apiserver::body::Answer;
 use apiserver::extension::{Extension, Later, Request, Review};
 use apiserver::local::failure_of;
@@ -32,7 +35,8 @@ use kube::api::ListParams;
 use kube::{Api, Client};
 use serde_json::Value;
 use settings::Settings;
-use std::sync::Arc;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use tokio::io::{AsyncRead, AsyncWrite};
 
 pub use roles::{bindings, roles};
@@ -55,6 +59,26 @@ pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Stream for T {}
 
+/// A number that was measured, and of what it is.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sample {
+    /// The metric, by KubeVirt's name.
+    pub name: String,
+    /// The labels.
+    pub labels: BTreeMap<String, String>,
+    /// The value.
+    pub value: f64,
+}
+
+/// What was measured.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Measured {
+    /// Handlers that have answered.
+    pub handlers: u32,
+    /// What they said of their guests.
+    pub samples: Vec<Sample>,
+}
+
 /// The way to guests, at the nodes on which they run.
 pub trait Guests: Send + Sync {
     /// Does something to the guest of a VMI.
@@ -73,6 +97,9 @@ pub trait Guests: Send + Sync {
         namespace: &'a str,
         name: &'a str,
     ) -> Later<'a, Box<dyn Stream>>;
+
+    /// Measures what all guests have used. Who does not answer is left out.
+    fn measure(&self) -> Later<'_, Measured>;
 }
 
 /// What is added to the API.
@@ -80,6 +107,7 @@ pub struct WebApi {
     client: Client,
     guests: Arc<dyn Guests>,
     settings: Settings,
+    transitions: Mutex<metrics::Transitions>,
     consoles: subresources::Consoles,
 }
 
@@ -88,7 +116,13 @@ impl WebApi {
     /// subresources decide; its user is one of [`admission::OWN`] or in `system:masters`.
     pub fn new(client: Client, guests: Arc<dyn Guests>) -> Self {
         let settings = Settings::new(client.clone());
-        Self { client, guests, settings, consoles: subresources::Consoles::default() }
+        Self {
+            client,
+            guests,
+            settings,
+            transitions: Mutex::default(),
+            consoles: subresources::Consoles::default(),
+        }
     }
 
     async fn facts(&self, review: &Review<'_>, object: Option<&Value>) -> Result<Facts, Failure> {
@@ -105,7 +139,25 @@ impl WebApi {
             let all = migrations.list(&ListParams::default()).await.map_err(failure)?;
             facts.migrations = all.items;
         }
+        let askers = admission::clones::askers(review, object);
+        for source in admission::clones::foreign(review, object) {
+            if !self.may_clone(&askers, &source).await? {
+                facts.forbidden.push(source);
+            }
+        }
         Ok(facts)
+    }
+
+    /// Whether one of some users may clone a claim.
+    async fn may_clone(&self, askers: &[User], source: &FromClaim) -> Result<bool, Failure> {
+        for what in admission::clones::permissions(source) {
+            for user in askers {
+                if access::refusal(&self.client, user, &what).await?.is_none() {
+                    return Ok(true);
+                }
+            }
+        }
+        Ok(false)
     }
 }
 
@@ -143,7 +195,13 @@ impl Extension for WebApi {
             let vms = Api::all(self.client.clone()).list(&all).await.map_err(failure)?;
             let vmis = Api::all(self.client.clone()).list(&all).await.map_err(failure)?;
             let migrations = Api::all(self.client.clone()).list(&all).await.map_err(failure)?;
-            Ok(metrics::text(&vms.items, &vmis.items, &migrations.items))
+            let measured = self.guests.measure().await?;
+            let mut text = metrics::text(&vms.items, &vmis.items, &migrations.items);
+            metrics::measured(&mut text, &measured);
+            let mut transitions = self.transitions.lock().unwrap_or_else(PoisonError::into_inner);
+            transitions.observe(&vmis.items);
+            transitions.write(&mut text);
+            Ok(text)
         })
     }
 

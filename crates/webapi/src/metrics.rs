@@ -1,4 +1,9 @@
-//! Metrics of VMs, by KubeVirt's names where it has them. Pure: of what there is now.
+//! Metrics of VMs, by KubeVirt's names where it has them. Pure.
+//!
+//! What objects there are, what handlers have measured, and how long the phases of VMIs took.
+
+mod guests;
+mod transitions;
 
 use api::migration::VirtualMachineInstanceMigration;
 use api::vm::VirtualMachine;
@@ -6,6 +11,9 @@ use api::vmi::VirtualMachineInstance;
 use kube::ResourceExt;
 use std::collections::BTreeMap;
 use std::fmt::Write;
+
+pub use guests::measured;
+pub use transitions::Transitions;
 
 /// A sample's labels and values.
 type Samples = BTreeMap<Vec<(&'static str, String)>, f64>;
@@ -124,14 +132,24 @@ fn write(text: &mut String, metric: &Metric) {
     // A string takes all that is written to it.
     let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} gauge");
     for (labels, value) in samples {
-        let labels: Vec<String> =
-            labels.iter().map(|(name, value)| format!("{name}=\"{}\"", escape(value))).collect();
-        let labels = match labels.is_empty() {
-            true => String::new(),
-            false => format!("{{{}}}", labels.join(",")),
-        };
-        let _ = writeln!(text, "{name}{labels} {value}");
+        line(text, name, labels.iter().map(|(name, value)| (*name, &**value)), *value);
     }
+}
+
+/// One sample.
+fn line<'a>(
+    text: &mut String,
+    name: &str,
+    labels: impl IntoIterator<Item = (&'a str, &'a str)>,
+    value: f64,
+) {
+    let labels = labels.into_iter().map(|(name, value)| format!("{name}=\"{}\"", escape(value)));
+    let labels: Vec<String> = labels.collect();
+    let labels = match labels.is_empty() {
+        true => String::new(),
+        false => format!("{{{}}}", labels.join(",")),
+    };
+    let _ = writeln!(text, "{name}{labels} {value}");
 }
 
 fn escape(text: &str) -> String {

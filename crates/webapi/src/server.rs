@@ -3,14 +3,15 @@
 //! ```text
 //! API server --> /mutate, /validate           -> webhooks
 //!            --> /apis/subresources.kubevirt.io -> aggregator: who asks -> may they -> subresources
-//! kubelet, Prometheus --> /healthz, /metrics
+//! kubelet    --> /healthz
+//! Prometheus --> /metrics                      -> token: who asks -> may they
 //! ```
 //!
 //! Webhooks are answered whoever asks: an answer changes nothing.
 
 use crate::aggregator::Aggregator;
-use crate::{WebApi, failure, webhooks};
-use apiserver::auth::{Attributes, MASTERS, User, rbac};
+use crate::{WebApi, access, webhooks};
+use apiserver::auth::{Attributes, User};
 use apiserver::body::{self, Answer};
 use apiserver::extension::{self, Extension};
 use apiserver::request::{Info, Path, Verb, query};
@@ -24,7 +25,7 @@ use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use serde_json::{Value, json};
+use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -164,7 +165,7 @@ impl Service for Site {
             ("POST", "/mutate") => self.mutate(sent).await,
             ("POST", "/validate") => self.validate(sent).await,
             ("GET", "/healthz" | "/livez" | "/readyz") => Ok(text("ok".into())),
-            ("GET", "/metrics") => self.web.metrics().await.map(text),
+            ("GET", "/metrics") => self.metrics(&head, aggregator).await,
             _ => match aggregator.and_then(|()| self.aggregator.borrow().user(&head.headers)) {
                 Some(user) => self.pass_on(head, sent, user).await,
                 None => Err(Failure::unauthorized()),
@@ -194,6 +195,20 @@ impl Site {
             Info::Resource(path) => self.resource(head, sent, path, user).await,
             Info::Other(path) => self.page(&head.method, path, &user).await,
         }
+    }
+
+    /// The metrics, for who may see those of the cluster's API server as well.
+    async fn metrics(&self, head: &Parts, aggregator: Option<()>) -> Result<Answer, Failure> {
+        let passed_on = aggregator.and_then(|()| self.aggregator.borrow().user(&head.headers));
+        let user = match (passed_on, access::token(&head.headers)) {
+            (Some(user), _) => user,
+            (None, Some(token)) => access::authenticate(&self.client, token).await?,
+            (None, None) => return Err(Failure::unauthorized()),
+        };
+        let what =
+            Attributes { verb: "get".into(), path: "/metrics".into(), ..Attributes::default() };
+        self.permit(&user, &what).await?;
+        self.web.metrics().await.map(text)
     }
 
     async fn resource(
@@ -237,37 +252,6 @@ impl Site {
     /// Asks the cluster whether a user may do something. It has said so already of what it passes
     /// on; but only to that path, and not of what came by another way.
     async fn permit(&self, user: &User, what: &Attributes) -> Result<(), Failure> {
-        if user.is_in(MASTERS) {
-            return Ok(());
-        }
-        let path = "/apis/authorization.k8s.io/v1/subjectaccessreviews";
-        let request = http::Request::post(path)
-            .header("Content-Type", "application/json")
-            .body(question(user, what).to_string().into_bytes())
-            .map_err(|error| Failure::internal(error.to_string()))?;
-        let answer: Value = self.client.request(request).await.map_err(failure)?;
-        let status = &answer["status"];
-        match status["allowed"] == true && status["denied"] != true {
-            true => Ok(()),
-            false => Err(rbac::denied(user, what, status["reason"].as_str().unwrap_or_default())),
-        }
+        access::permit(&self.client, user, what).await
     }
-}
-
-fn question(user: &User, what: &Attributes) -> Value {
-    let mut spec = json!({
-        "user": user.name, "uid": user.uid, "groups": user.groups, "extra": user.extra,
-    });
-    if what.path.is_empty() {
-        spec["resourceAttributes"] = json!({
-            "verb": what.verb, "group": what.group, "version": what.version,
-            "resource": what.resource, "subresource": what.subresource,
-            "namespace": what.namespace, "name": what.name,
-        });
-    } else {
-        spec["nonResourceAttributes"] = json!({"verb": what.verb, "path": what.path});
-    }
-    json!({
-        "apiVersion": "authorization.k8s.io/v1", "kind": "SubjectAccessReview", "spec": spec,
-    })
 }

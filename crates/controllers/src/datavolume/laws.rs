@@ -132,7 +132,8 @@ impl World {
     /// Does a step as the API would: false if it refuses.
     fn carry_out(&mut self, snapshot: &Snapshot, action: Action) -> Result<bool, TestCaseError> {
         match action {
-            Action::CreateSecret | Action::Offer(_) => {}
+            Action::CreateSecret(_) | Action::Offer(_) => {}
+            Action::CreateLender(_) | Action::GiveToken(_) => prop_assert!(false, "it is no clone"),
             Action::CreateClaim(mut claim) if self.claim.is_none() => {
                 claim.metadata.uid = self.version().map(|version| format!("claim-{version}"));
                 claim.metadata.resource_version = self.version();

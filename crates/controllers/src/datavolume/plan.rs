@@ -10,11 +10,11 @@
 
 use super::Waits;
 use super::claim::{self, Terms};
+use super::clone::Origin;
 use super::pod::{self, Seen};
 use super::show::{Stage, show, tell};
 use api::datavolume::{DataVolume, Phase, Status};
-use api::import::Progress;
-use api::import::{UPLOAD, Upload};
+use api::import::{Progress, UPLOAD, Upload, upload_secret};
 use api::keys;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
@@ -28,9 +28,9 @@ use std::time::Duration;
 /// The node for whose sake a claim is to get a volume.
 const SELECTED_NODE: &str = "volume.kubernetes.io/selected-node";
 /// How often the progress of an import is asked for.
-const OFTEN: Duration = Duration::from_secs(1);
+pub const OFTEN: Duration = Duration::from_secs(1);
 /// How often something is looked at of which no watch tells.
-const SELDOM: Duration = Duration::from_secs(3);
+pub const SELDOM: Duration = Duration::from_secs(3);
 /// Pauses between importers that their nodes give up double, from the first to the last.
 const FIRST_PAUSE: i64 = 10;
 const LAST_PAUSE: i64 = 300;
@@ -56,21 +56,6 @@ pub struct Snapshot {
     pub offer: Option<Upload>,
 }
 
-/// A claim that is cloned.
-#[derive(Debug, Clone, Default)]
-pub struct Origin {
-    /// Where.
-    pub namespace: String,
-    /// Which.
-    pub name: String,
-    /// It, if it is there.
-    pub claim: Option<Arc<PersistentVolumeClaim>>,
-    /// A DataVolume still fills it.
-    pub unfinished: bool,
-    /// Who writes to it.
-    pub users: Vec<String>,
-}
-
 /// What is to be done, in this order.
 #[derive(Debug, Default)]
 pub struct Plan {
@@ -87,14 +72,20 @@ pub enum Action {
     CreateClaim(Box<PersistentVolumeClaim>),
     /// Write on the claim, as it was seen, that its disk is complete.
     MarkClaim(Option<String>),
-    /// Make the Secret with the token of its upload.
-    CreateSecret,
+    /// Make the Secret of this name with the token of its upload or clone.
+    CreateSecret(String),
+    /// Make the pod that lends the claim that is cloned.
+    CreateLender(Box<Pod>),
+    /// Give that pod the token.
+    GiveToken(Arc<Pod>),
     /// Say where its upload goes.
     Offer(String),
     /// Make the importer's pod.
     CreatePod(Box<Pod>),
     /// Delete exactly this pod.
     DeletePod {
+        /// Its namespace.
+        namespace: String,
         /// Its name.
         name: String,
         /// It.
@@ -118,7 +109,9 @@ impl fmt::Display for Action {
         match self {
             Action::CreateClaim(claim) => write!(f, "create claim {}", claim.name_any()),
             Action::MarkClaim(_) => f.write_str("mark the claim as complete"),
-            Action::CreateSecret => f.write_str("create the Secret of the upload"),
+            Action::CreateSecret(name) => write!(f, "create Secret {name}"),
+            Action::CreateLender(pod) => write!(f, "create pod {}", pod.name_any()),
+            Action::GiveToken(pod) => write!(f, "create the Secret of pod {}", pod.name_any()),
             Action::Offer(_) => f.write_str("say where the upload goes"),
             Action::CreatePod(pod) => write!(f, "create pod {}", pod.name_any()),
             Action::DeletePod { name, .. } => write!(f, "delete pod {name}"),
@@ -155,21 +148,23 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
     }
     plan.actions.extend(telling);
     if is_over {
-        plan.actions.extend(snapshot.pods.iter().filter_map(|pod| delete(pod)));
+        let lender = snapshot.origin.iter().flat_map(|origin| &origin.lender);
+        plan.actions.extend(snapshot.pods.iter().chain(lender).filter_map(|pod| delete(pod)));
     }
     plan
 }
 
 fn not_built() -> Waits {
     let message = "its source is not one that is built: make the DataVolume anew with one of blank, \
-                   http, registry and pvc";
+                   http, registry, pvc and upload";
     Waits::wrong("SourceNotSupported", message.into())
 }
 
-fn delete(pod: &Pod) -> Option<Action> {
+/// Deletes a pod, unless it goes already.
+pub fn delete(pod: &Pod) -> Option<Action> {
     let leaves = pod.metadata.deletion_timestamp.is_some();
-    let uid = pod.uid().unwrap_or_default();
-    (!leaves).then(|| Action::DeletePod { name: pod.name_any(), uid })
+    let (namespace, uid) = (pod.namespace().unwrap_or_default(), pod.uid().unwrap_or_default());
+    (!leaves).then(|| Action::DeletePod { namespace, name: pod.name_any(), uid })
 }
 
 /// The words of how its content comes.
@@ -237,12 +232,20 @@ impl Snapshot {
             plan.again = Some(SELDOM);
             return stage;
         }
+        let cut_off = |pod: &Pod| self.origin.as_ref().is_some_and(|it| it.is_cut_off(pod));
         match self.pods.first() {
             None => self.begin(way, claim, status, plan),
             Some(pod) if !pod::fills(pod, claim) => {
                 plan.actions.extend(delete(pod));
                 let message = "its importer's pod is for a claim that is gone, and is made anew";
                 Stage::waits(Phase::Pending, Waits::new("ClaimDeleted", message.into()))
+            }
+            Some(pod) if cut_off(pod) => {
+                plan.actions.extend(delete(pod));
+                let message =
+                    "the pod that lent what is cloned is gone, and the clone begins again";
+                let why = Waits::new("CloneSourceLost", message.into());
+                Stage::waits(way.at_least_scheduled(status), why)
             }
             Some(pod) => self.follow(way, claim, pod, status, plan),
         }
@@ -309,7 +312,7 @@ impl Snapshot {
         &self,
         way: Way,
         claim: &PersistentVolumeClaim,
-        status: &Status,
+        status: &mut Status,
         plan: &mut Plan,
     ) -> Stage {
         if self.waits_for_consumer(claim) {
@@ -318,18 +321,19 @@ impl Snapshot {
             return Stage::waits(Phase::WaitForFirstConsumer, why);
         }
         if self.is_uploaded() {
-            plan.actions.push(Action::CreateSecret);
+            plan.actions.push(Action::CreateSecret(upload_secret(&self.name())));
         }
-        if let Some(why) = self.origin.as_ref().and_then(|origin| origin.waits(&self.volume)) {
-            plan.again = Some(SELDOM);
-            return Stage::waits(way.scheduled, why);
+        if let Some(origin) = &self.origin
+            && let Err(why) = origin.borrow(self, status, plan)
+        {
+            return Stage::waits(way.at_least_scheduled(status), why);
         }
         let invalid = |why| Stage::waits(Phase::Failed, Waits::wrong("SourceNotValid", why));
-        let order = match pod::order(&self.volume, claim, &self.terms, self.cloned()) {
+        let order = match pod::order(&self.volume, claim, &self.terms, self.origin.as_ref()) {
             Ok(order) => order,
             Err(why) => return invalid(why),
         };
-        match pod::build(&self.volume, claim, &order, self.cloned()) {
+        match pod::build(&self.volume, claim, &order, self.origin.as_ref()) {
             Ok(pod) => plan.actions.push(Action::CreatePod(Box::new(pod))),
             Err(why) => return invalid(format!("its importer's pod cannot be made: {why}")),
         }
@@ -408,7 +412,7 @@ impl Snapshot {
     fn measure(&self, claim: &PersistentVolumeClaim, status: &mut Status) {
         let before = status.progress.as_deref().and_then(|text| text.strip_suffix('%'));
         let before = before.and_then(|text| text.replace('.', "").parse::<u64>().ok());
-        let order = pod::order(&self.volume, claim, &self.terms, self.cloned()).ok();
+        let order = pod::order(&self.volume, claim, &self.terms, self.origin.as_ref()).ok();
         let now = order.and_then(|order| self.progress.as_ref()?.share(&order.source));
         if let Some(share) = now.max(before) {
             status.progress = Some(format!("{}.{:02}%", share / 100, share % 100));
@@ -423,8 +427,8 @@ impl Way {
     }
 }
 
-/// When an importer's pod that its node has given up is replaced.
-fn due(pod: &Pod, count: u32) -> Timestamp {
+/// When a pod that its node has given up is replaced.
+pub fn due(pod: &Pod, count: u32) -> Timestamp {
     let made = pod.creation_timestamp().map_or(Timestamp::UNIX_EPOCH, |made| made.0);
     let pause = FIRST_PAUSE.saturating_mul(1 << count.min(10)).min(LAST_PAUSE);
     made + SignedDuration::from_secs(pause)
@@ -440,38 +444,4 @@ pub fn may_fill(pod: &Pod, claim: &PersistentVolumeClaim) -> bool {
 
 fn is_marked(claim: &PersistentVolumeClaim) -> bool {
     claim.annotations().get(keys::POD_PHASE).is_some_and(|phase| phase == "Succeeded")
-}
-
-impl Origin {
-    fn missing(&self) -> Waits {
-        let message = format!(
-            "there is no claim {} in namespace {} to be cloned: make it, or correct spec.source.pvc",
-            self.name, self.namespace
-        );
-        Waits::wrong("CloneSourceNotFound", message)
-    }
-
-    /// Why it cannot be cloned now.
-    fn waits(&self, volume: &DataVolume) -> Option<Waits> {
-        let Some(claim) = &self.claim else { return Some(self.missing()) };
-        let name = format!("{}/{}", self.namespace, self.name);
-        if volume.namespace().as_ref() != Some(&self.namespace) {
-            let message = format!(
-                "claim {name} is in another namespace, and clones across namespaces are not built: \
-                 make the DataVolume in namespace {}",
-                self.namespace
-            );
-            return Some(Waits::wrong("CloneAcrossNamespaces", message));
-        }
-        let bound = claim.status.as_ref().and_then(|status| status.phase.as_deref());
-        if self.unfinished || bound != Some("Bound") {
-            let message = format!("claim {name} is not complete yet");
-            return Some(Waits::new("CloneSourceNotReady", message));
-        }
-        (!self.users.is_empty()).then(|| {
-            let users = self.users.join(", ");
-            let message = format!("claim {name} is cloned once these no longer use it: {users}");
-            Waits::new("CloneSourceInUse", message)
-        })
-    }
 }

@@ -1,14 +1,15 @@
 //! The pod of an importer: what it is told, and what is seen of it. Pure.
 
 use super::claim::{Terms, disk_size};
+use super::clone::Origin;
 use crate::IMAGE;
 use crate::vmi::is_block;
 use crate::vmi::plan::trouble;
 use crate::world::IMPORTER;
 use api::datavolume::DataVolume;
 use api::import::{
-    ADDRESS, CERTIFICATES, ORDER, Order, PASSWORD, Source, Target, USER, is_own_machine,
-    upload_secret,
+    ADDRESS, CERTIFICATES, ORDER, Order, PASSWORD, Source, Target, USER, clone_secret,
+    is_own_machine, upload_secret,
 };
 use api::keys;
 use k8s_openapi::api::core::v1::{ContainerStatus, PersistentVolumeClaim, Pod};
@@ -19,16 +20,14 @@ use serde_json::{Value, json};
 const FOLDER: &str = "/data";
 const DISK: &str = "/data/disk.img";
 const DEVICE: &str = "/dev/target";
-/// Where the claim is that is cloned.
-const SOURCE_FOLDER: &str = "/source";
-const SOURCE_DISK: &str = "/source/disk.img";
-const SOURCE_DEVICE: &str = "/dev/source";
 /// What the importer has done so far: on the claim, where that is a file system.
 const WORK: &str = "/data/.godwit-import";
 /// Beside a device.
 const WORK_ASIDE: &str = "/work";
 /// Annotation of an importer's pod: the claim's uid.
 const FILLS: &str = "godwit.dev/fills";
+/// Annotation of an importer's pod: the uid of the pod that lends what is cloned.
+pub const BORROWS: &str = "godwit.dev/borrows";
 /// The longest name of an object.
 const NAME: usize = 253;
 
@@ -47,9 +46,9 @@ pub fn order(
     volume: &DataVolume,
     claim: &PersistentVolumeClaim,
     terms: &Terms,
-    cloned: Option<&PersistentVolumeClaim>,
+    origin: Option<&Origin>,
 ) -> Result<Order, String> {
-    let source = source(volume, terms, cloned)?;
+    let source = source(volume, terms, origin)?;
     let (target, work) = match is_block(claim) {
         true => (Target::Device { path: DEVICE.into() }, WORK_ASIDE),
         false => {
@@ -67,11 +66,7 @@ pub fn order(
 }
 
 /// Where it is to be brought from.
-fn source(
-    volume: &DataVolume,
-    terms: &Terms,
-    cloned: Option<&PersistentVolumeClaim>,
-) -> Result<Source, String> {
+fn source(volume: &DataVolume, terms: &Terms, origin: Option<&Origin>) -> Result<Source, String> {
     let source = volume.spec.source.clone().unwrap_or_default();
     if source.blank.is_some() {
         return Ok(Source::Blank);
@@ -99,12 +94,10 @@ fn source(
         let insecure = may_be_plain(host, terms) && registry.cert_config_map.is_none();
         return Ok(Source::Registry { insecure, url });
     }
-    match cloned {
-        Some(claim) => {
-            let path = if is_block(claim) { SOURCE_DEVICE } else { SOURCE_DISK };
-            Ok(Source::Disk { path: path.into() })
-        }
-        None => Err("its source is none of blank, http, registry and pvc".into()),
+    match origin {
+        Some(Origin { lent: Some(lent), .. }) => Ok(Source::Clone(lent.clone())),
+        Some(Origin { lent: None, .. }) => Err("it is not known where its source is lent".into()),
+        None => Err("its source is none of blank, http, registry, pvc and upload".into()),
     }
 }
 
@@ -137,21 +130,12 @@ struct Mounts {
 }
 
 impl Mounts {
-    fn claim(
-        &mut self,
-        name: &str,
-        claim: &PersistentVolumeClaim,
-        places: (&str, &str),
-        read: bool,
-    ) {
-        let (folder, device) = places;
-        self.volumes.push(json!({
-            "name": name,
-            "persistentVolumeClaim": {"claimName": claim.name_any(), "readOnly": read},
-        }));
+    fn claim(&mut self, name: &str, claim: &PersistentVolumeClaim) {
+        let used = json!({"claimName": claim.name_any()});
+        self.volumes.push(json!({"name": name, "persistentVolumeClaim": used}));
         match is_block(claim) {
-            true => self.devices.push(json!({"name": name, "devicePath": device})),
-            false => self.mounts.push(json!({"name": name, "mountPath": folder, "readOnly": read})),
+            true => self.devices.push(json!({"name": name, "devicePath": DEVICE})),
+            false => self.mounts.push(json!({"name": name, "mountPath": FOLDER})),
         }
     }
 
@@ -166,15 +150,12 @@ pub fn build(
     volume: &DataVolume,
     claim: &PersistentVolumeClaim,
     order: &Order,
-    cloned: Option<&PersistentVolumeClaim>,
+    origin: Option<&Origin>,
 ) -> serde_json::Result<Pod> {
     let mut all = Mounts::default();
-    all.claim("data", claim, (FOLDER, DEVICE), false);
+    all.claim("data", claim);
     if is_block(claim) {
         all.add("work", ("emptyDir", json!({})), WORK_ASIDE);
-    }
-    if let Some(source) = cloned {
-        all.claim("source", source, (SOURCE_FOLDER, SOURCE_DEVICE), true);
     }
     let (secret, certificates) = extras(volume);
     if let Some(map) = certificates {
@@ -188,18 +169,20 @@ pub fn build(
             environment.push(json!({"name": variable, "valueFrom": key}));
         }
     }
-    if order.source == Source::Upload {
-        let secret = upload_secret(&volume.name_any());
-        let key = json!({"secretKeyRef": {"name": secret, "key": "token"}});
-        environment.push(json!({"name": PASSWORD, "valueFrom": key}));
-        let address = json!({"fieldRef": {"fieldPath": "status.podIP"}});
-        environment.push(json!({"name": ADDRESS, "valueFrom": address}));
+    match &order.source {
+        Source::Upload => environment.extend(listens(&upload_secret(&volume.name_any()))),
+        Source::Clone(_) => environment.push(token(&clone_secret(&volume.name_any()))),
+        _ => {}
+    }
+    let mut annotations = json!({FILLS: claim.uid()});
+    if let Some(lender) = origin.and_then(|origin| origin.lender.as_ref()) {
+        annotations[BORROWS] = lender.uid().into();
     }
     serde_json::from_value(json!({
         "apiVersion": "v1", "kind": "Pod",
         "metadata": {
             "name": name(volume), "namespace": volume.namespace(),
-            "annotations": {FILLS: claim.uid()},
+            "annotations": annotations,
             "labels": {keys::APP: IMPORTER, "app": "containerized-data-importer"},
             "ownerReferences": [volume.controller_owner_ref(&())],
         },
@@ -218,6 +201,18 @@ pub fn build(
             }],
         },
     }))
+}
+
+/// The variable with the token of a Secret.
+fn token(secret: &str) -> Value {
+    let key = json!({"secretKeyRef": {"name": secret, "key": "token"}});
+    json!({"name": PASSWORD, "valueFrom": key})
+}
+
+/// The variables of who lets in by the token of a Secret.
+pub fn listens(secret: &str) -> [Value; 2] {
+    let address = json!({"fieldRef": {"fieldPath": "status.podIP"}});
+    [token(secret), json!({"name": ADDRESS, "valueFrom": address})]
 }
 
 /// `$(NAME)` in a variable's value would be replaced.

@@ -31,6 +31,8 @@ pub struct Snapshot {
     pub spec: Result<Spec, String>,
     /// The claims that it names.
     pub claims: Vec<ClaimOf>,
+    /// The DataVolumes to which one of these claims is being cloned.
+    pub readers: Vec<String>,
     /// Its pods.
     pub pods: Vec<Arc<Pod>>,
     /// Who may run its guest.
@@ -247,15 +249,7 @@ fn prepare(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
     }
     let claims = match claims(snapshot) {
         Ok(claims) => claims,
-        Err(Waits(reason, message)) => {
-            let waits = Condition::new(types::SYNCHRONIZED, false, reason, &message);
-            if !status.conditions.iter().any(|c| c.reason.as_deref() == Some(reason)) {
-                let warning = reason == "ErrorPvcNotFound";
-                plan.actions.push(Action::Say { warning, reason, message });
-            }
-            status.conditions = conditions::merge(&status.conditions, vec![waits], &[], now);
-            return status;
-        }
+        Err(Waits(reason, message)) => return wait(snapshot, status, reason, message, plan),
     };
     if snapshot.owner.is_none() {
         plan.actions.push(Action::CreateRecord);
@@ -263,6 +257,9 @@ fn prepare(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
         // A guest of this name may run somewhere: no pod is made that could become a second one.
         doubt(snapshot, &mut status, plan);
         return status;
+    }
+    if let Some(Waits(reason, message)) = is_cloned(snapshot) {
+        return wait(snapshot, status, reason, message, plan);
     }
     let pending = |volume: &Option<Arc<DataVolume>>| {
         let phase = volume.as_ref().map(|v| v.status.as_ref().map(|s| s.phase).unwrap_or_default());
@@ -319,6 +316,35 @@ fn prepare(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
         status.enter(Phase::Scheduling, now);
     }
     status
+}
+
+/// It waits, and says why.
+fn wait(
+    snapshot: &Snapshot,
+    mut status: Status,
+    reason: &'static str,
+    message: String,
+    plan: &mut Plan,
+) -> Status {
+    let waits = Condition::new(types::SYNCHRONIZED, false, reason, &message);
+    if !status.conditions.iter().any(|c| c.reason.as_deref() == Some(reason)) {
+        let warning = reason == "ErrorPvcNotFound";
+        plan.actions.push(Action::Say { warning, reason, message });
+    }
+    status.conditions = conditions::merge(&status.conditions, vec![waits], &[], snapshot.now);
+    status
+}
+
+/// A guest must not write to what a clone reads.
+fn is_cloned(snapshot: &Snapshot) -> Option<Waits> {
+    if snapshot.readers.is_empty() || snapshot.launcher().is_some() {
+        return None;
+    }
+    let message = format!(
+        "a disk of it is being cloned, to DataVolume {}: it starts once that is complete or deleted",
+        snapshot.readers.join(", ")
+    );
+    Some(Waits("CloneInProgress", message))
 }
 
 /// A short name that two lives of a VMI's pods do not share.

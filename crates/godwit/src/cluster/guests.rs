@@ -7,10 +7,13 @@ use channel::tls;
 use handler::cluster::node::HANDLER;
 use handler::cluster::serve::{self, Act, Ask, Told};
 use k8s_openapi::api::core::v1::Node;
+use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
 use reconcile::why;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
+use tokio::task::JoinSet;
+use webapi::{Measured, Sample};
 
 /// Asks handlers.
 pub struct Handlers {
@@ -36,14 +39,48 @@ impl Handlers {
                 message: format!("node {node} has no handler that could be asked"),
             })
         })?;
-        let Credentials { identity, trust, .. } = self.credentials.borrow().clone();
-        let handler = SpiffeId::new(identity.id().cluster(), Role::Handler, node)
-            .map_err(|error| Failure::internal(error.to_string()))?;
+        let (tls, handler) = self.way(node)?;
         let ask = Ask { act, namespace: namespace.into(), name: name.into() };
-        let tls = tls::Client::new(identity, trust);
         let stream = serve::ask(&tls, address, &handler, &ask).await.map_err(failure)?;
         Ok(Box::new(stream))
     }
+
+    /// Who asks, and whom.
+    fn way(&self, node: &str) -> Result<(tls::Client, SpiffeId), Failure> {
+        let Credentials { identity, trust, .. } = self.credentials.borrow().clone();
+        let handler = SpiffeId::new(identity.id().cluster(), Role::Handler, node)
+            .map_err(|error| Failure::internal(error.to_string()))?;
+        Ok((tls::Client::new(identity, trust), handler))
+    }
+
+    /// What the guests of all nodes have used whose handlers answer.
+    async fn measure(&self) -> Result<Measured, Failure> {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let nodes = nodes.list(&ListParams::default()).await;
+        let nodes = nodes.map_err(|error| Failure::internal(why(&error)))?;
+        let mut asked = JoinSet::new();
+        for node in nodes {
+            let Some(address) = node.annotations().get(HANDLER).cloned() else { continue };
+            let (tls, handler) = self.way(&node.name_any())?;
+            asked.spawn(async move { serve::measure(&tls, &address, &handler).await });
+        }
+        let mut measured = Measured::default();
+        for told in asked.join_all().await {
+            match told {
+                Ok(samples) => {
+                    measured.handlers += 1;
+                    measured.samples.extend(samples.into_iter().map(sample));
+                }
+                Err(Told { message, .. }) => tracing::warn!("{message}"),
+            }
+        }
+        Ok(measured)
+    }
+}
+
+fn sample(measured: handler::cluster::measure::Sample) -> Sample {
+    let handler::cluster::measure::Sample { name, labels, value } = measured;
+    Sample { name, labels, value }
 }
 
 /// What a handler told, as the API tells it.
@@ -86,5 +123,9 @@ impl webapi::Guests for Handlers {
         name: &'a str,
     ) -> Later<'a, Box<dyn webapi::Stream>> {
         Box::pin(self.ask(node, namespace, name, Act::Console))
+    }
+
+    fn measure(&self) -> Later<'_, Measured> {
+        Box::pin(self.measure())
     }
 }

@@ -28,6 +28,8 @@ use tokio::task::JoinSet;
 const SETTINGS: &str = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts";
 /// The controllers' account.
 const CONTROLLER: &str = "system:serviceaccount:kubevirt:godwit-controller";
+/// The API role's.
+const API: &str = "system:serviceaccount:kubevirt:godwit-api";
 /// The groups of that account.
 const ACCOUNTS: [&str; 2] = ["system:serviceaccounts", "system:serviceaccounts:kubevirt"];
 /// The group of all handlers.
@@ -77,13 +79,15 @@ impl Vms {
         });
         api.ensure("/api/v1/namespaces", &namespace).await.map_err(failed)?;
         let roles = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
-        for role in [rights::controller(), rights::handler()].into_iter().chain(webapi::roles()) {
+        let own = [rights::controller(), rights::handler(), rights::api()];
+        for role in own.into_iter().chain(webapi::roles()) {
             replace(&api, roles, &role).await.map_err(failed).context("cannot make the roles")?;
         }
         let bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
         let own = [
             rights::bind(rights::CONTROLLER, rights::account(rights::CONTROLLER)),
             rights::bind(rights::HANDLER, rights::group(HANDLERS)),
+            rights::bind(rights::API, rights::account(rights::API)),
         ];
         for binding in own.into_iter().chain(webapi::bindings()) {
             replace(&api, bindings, &binding)
@@ -99,7 +103,7 @@ impl Vms {
         let cluster = folder.file_name().and_then(|n| n.to_str()).unwrap_or("local").to_owned();
         let mut certificates = Certificates::open(&folder.join("ca"), &cluster, terms(&api).await)?;
         let credentials = certificates.add(SpiffeId::new(&cluster, Role::Api, "api")?)?;
-        let own = account(server);
+        let own = client(server, API, &ACCOUNTS);
         let handlers = Handlers { client: own.clone(), credentials };
         server.api.extend(Arc::new(webapi::WebApi::new(own, Arc::new(handlers))));
         tokio::spawn(async move {

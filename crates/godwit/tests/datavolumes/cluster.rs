@@ -1,4 +1,4 @@
-//! A cluster with one node in this process, whose controllers fill DataVolumes.
+//! A cluster in this process, whose controllers fill DataVolumes.
 
 use api::datavolume::{DataVolume, Phase};
 use apiserver::auth::{MASTERS, User};
@@ -38,7 +38,12 @@ pub struct Cluster {
 }
 
 impl Cluster {
+    /// One with one node.
     pub async fn start() -> Self {
+        Self::with_nodes(1).await
+    }
+
+    pub async fn with_nodes(count: usize) -> Self {
         // Another test may have installed it.
         #[expect(clippy::disallowed_methods, reason = "reqwest and oci-client take no other")]
         let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
@@ -63,11 +68,13 @@ impl Cluster {
         controllers.spawn(scheduler::run(client("system:kube-scheduler", &[])));
         controllers.spawn(controllers::run(client("virt-controller", &[MASTERS])));
         let (ending, ends) = watch::channel(Ending::Not);
-        let config = node(&folder, &disks);
-        let kubelet = client(&format!("system:node:{}", config.name), &["system:nodes"]);
-        let registered = agent::register::register(&kubelet, &config).await.unwrap();
         let mut agents = JoinSet::new();
-        agents.spawn(agent::run(kubelet, config, registered, ends));
+        for number in 1..=count {
+            let config = node(&folder, &disks, number);
+            let kubelet = client(&format!("system:node:{}", config.name), &["system:nodes"]);
+            let registered = agent::register::register(&kubelet, &config).await.unwrap();
+            agents.spawn(agent::run(kubelet, config, registered, ends.clone()));
+        }
         Self { client: admin, folder, ending, agents, controllers, server }
     }
 
@@ -86,6 +93,7 @@ impl Cluster {
         Api::default_namespaced(self.client.clone())
     }
 
+    /// Makes an object in its namespace.
     pub async fn create<K>(&self, object: Value) -> K
     where
         K: kube::Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>
@@ -95,7 +103,63 @@ impl Cluster {
             + Debug,
     {
         let object: K = serde_json::from_value(object).unwrap();
-        self.api::<K>().create(&PostParams::default(), &object).await.unwrap()
+        let api: Api<K> = match object.namespace() {
+            Some(namespace) => Api::namespaced(self.client.clone(), &namespace),
+            None => self.api(),
+        };
+        api.create(&PostParams::default(), &object).await.unwrap()
+    }
+
+    /// The API of a kind for `name`, or `namespace/name`; and the name.
+    pub fn at<'a, K>(&self, name: &'a str) -> (Api<K>, &'a str)
+    where
+        K: kube::Resource<Scope = kube::core::NamespaceResourceScope, DynamicType = ()>,
+    {
+        match name.split_once('/') {
+            Some((namespace, name)) => (Api::namespaced(self.client.clone(), namespace), name),
+            None => (self.api(), name),
+        }
+    }
+
+    /// Makes a DataVolume of 16 MiB that waits for its first consumer.
+    pub async fn late(&self, name: &str, class: &str, source: Value) {
+        let storage = json!({
+            "storageClassName": class, "resources": {"requests": {"storage": "16Mi"}},
+        });
+        let (namespace, name) = name.split_once('/').unwrap_or((NAMESPACE, name));
+        let object = json!({
+            "apiVersion": "cdi.kubevirt.io/v1beta1", "kind": "DataVolume",
+            "metadata": {"name": name, "namespace": namespace},
+            "spec": {"source": source, "storage": storage},
+        });
+        self.create::<DataVolume>(object).await;
+    }
+
+    /// Makes a pod that runs on a node, with a claim.
+    pub async fn consumer(&self, claim: &str, node: &str) {
+        let (namespace, claim) = claim.split_once('/').unwrap_or((NAMESPACE, claim));
+        self.create::<Pod>(json!({
+            "apiVersion": "v1", "kind": "Pod",
+            "metadata": {"name": format!("consumer-{claim}"), "namespace": namespace},
+            "spec": {
+                "restartPolicy": "Never", "nodeSelector": {"node": node},
+                "containers": [{
+                    "name": "c", "image": controllers::IMAGE, "command": ["godwit", "--version"],
+                    "volumeMounts": [{"name": "d", "mountPath": "/d"}],
+                }],
+                "volumes": [{"name": "d", "persistentVolumeClaim": {"claimName": claim}}],
+            },
+        }))
+        .await;
+    }
+
+    /// Waits until something holds.
+    pub async fn soon(&self, what: &str, holds: impl AsyncFn() -> bool) {
+        let until = Instant::now() + PATIENCE;
+        while !holds().await {
+            assert!(Instant::now() < until, "not soon: {what}");
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
     }
 
     /// Makes a DataVolume of 16 MiB.
@@ -106,9 +170,13 @@ impl Cluster {
     /// Makes a DataVolume that is bound at once.
     pub async fn sized(&self, name: &str, class: &str, source: Value, size: Option<&str>) {
         let requests = size.map(|size| json!({"requests": {"storage": size}}));
+        let (namespace, name) = name.split_once('/').unwrap_or((NAMESPACE, name));
         let object = json!({
             "apiVersion": "cdi.kubevirt.io/v1beta1", "kind": "DataVolume",
-            "metadata": {"name": name, "annotations": {api::keys::IMMEDIATE: "true"}},
+            "metadata": {
+                "name": name, "namespace": namespace,
+                "annotations": {api::keys::IMMEDIATE: "true"},
+            },
             "spec": {
                 "source": source,
                 "storage": {"storageClassName": class, "resources": requests},
@@ -121,12 +189,14 @@ impl Cluster {
     pub async fn until(&self, name: &str, is: impl Fn(&DataVolume) -> bool) -> DataVolume {
         let until = Instant::now() + PATIENCE;
         loop {
-            let found = self.api::<DataVolume>().get(name).await.unwrap();
+            let (volumes, plain) = self.at::<DataVolume>(name);
+            let found = volumes.get(plain).await.unwrap();
             if is(&found) {
                 return found;
             }
             if Instant::now() > until {
-                let pods = self.api::<Pod>().list(&ListParams::default()).await.unwrap();
+                let pods: Api<Pod> = Api::all(self.client.clone());
+                let pods = pods.list(&ListParams::default()).await.unwrap();
                 let statuses: Vec<_> = pods.iter().map(|p| (p.name_any(), &p.status)).collect();
                 panic!(
                     "{name}: {:#?}\n{statuses:#?}\n{:#?}",
@@ -144,7 +214,8 @@ impl Cluster {
 
     /// Where a claim's data is.
     pub async fn data(&self, claim: &str) -> PathBuf {
-        let claim = self.api::<PersistentVolumeClaim>().get(claim).await.unwrap();
+        let (claims, claim) = self.at::<PersistentVolumeClaim>(claim);
+        let claim = claims.get(claim).await.unwrap();
         let volume = claim.spec.and_then(|spec| spec.volume_name).unwrap();
         let volumes: Api<PersistentVolume> = Api::all(self.client.clone());
         storage::path(&volumes.get(&volume).await.unwrap()).unwrap()
@@ -152,7 +223,8 @@ impl Cluster {
 
     pub async fn no_pod(&self, name: &str) {
         let until = Instant::now() + PATIENCE;
-        while self.api::<Pod>().get_opt(&format!("importer-{name}")).await.unwrap().is_some() {
+        let (pods, name) = self.at::<Pod>(name);
+        while pods.get_opt(&format!("importer-{name}")).await.unwrap().is_some() {
             assert!(Instant::now() < until, "the importer of {name} stays");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
@@ -206,23 +278,24 @@ async fn install(client: &Client) {
     }
 }
 
-fn node(folder: &tempfile::TempDir, disks: &Disks) -> agent::Config {
+fn node(folder: &tempfile::TempDir, disks: &Disks, number: usize) -> agent::Config {
+    let name = format!("node-{number}");
     let own = Image {
         entrypoint: vec!["godwit".into()],
         programs: BTreeMap::from([("godwit".into(), PROGRAM.into())]),
         machine: false,
     };
     agent::Config {
-        name: "node-1".into(),
-        address: pod_address(&folder.path().display().to_string()),
-        labels: BTreeMap::new(),
+        address: pod_address(&format!("{}/{name}", folder.path().display())),
+        labels: BTreeMap::from([("node".to_owned(), name.clone())]),
         taints: Vec::new(),
         extended: BTreeMap::new(),
         pool: POOL,
         images: Images(BTreeMap::from([(controllers::IMAGE.to_owned(), own)])),
         host_paths: agent::volumes::HostPaths::default(),
         environment: Vec::new(),
-        folder: disks.node("node-1"),
+        folder: disks.node(&name),
+        name,
         supervisor: PROGRAM.into(),
         leaving: SignedDuration::from_secs(5),
     }

@@ -1,5 +1,6 @@
 //! DataVolumes on a cluster of its own, with real importers.
 
+mod clones;
 mod cluster;
 #[allow(dead_code)]
 #[path = "../../../images/tests/common/containers.rs"]
@@ -8,7 +9,7 @@ mod containers;
 #[path = "../../../images/tests/common/server.rs"]
 mod server;
 
-use api::datavolume::{DataVolume, Phase};
+use api::datavolume::Phase;
 use api::import::ORDER;
 use api::keys;
 use cluster::{Cluster, condition, phase};
@@ -101,28 +102,11 @@ async fn a_disk_is_made_once_and_waits_for_whom_it_is_for() {
 
 /// Nobody asked that it be bound at once.
 async fn waits(cluster: &Cluster) {
-    let storage = json!({"resources": {"requests": {"storage": "16Mi"}}});
-    let volume = json!({
-        "apiVersion": "cdi.kubevirt.io/v1beta1", "kind": "DataVolume", "metadata": {"name": "late"},
-        "spec": {"source": {"blank": {}}, "storage": storage},
-    });
-    cluster.create::<DataVolume>(volume).await;
+    cluster.late("late", "local", json!({"blank": {}})).await;
     cluster.until("late", |volume| phase(volume) == Phase::WaitForFirstConsumer).await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     assert!(cluster.api::<Pod>().get_opt("importer-late").await.unwrap().is_none());
-    cluster
-        .create::<Pod>(json!({
-            "apiVersion": "v1", "kind": "Pod", "metadata": {"name": "consumer"},
-            "spec": {
-                "restartPolicy": "Never",
-                "containers": [{
-                    "name": "c", "image": controllers::IMAGE, "command": ["godwit", "--version"],
-                    "volumeMounts": [{"name": "d", "mountPath": "/d"}],
-                }],
-                "volumes": [{"name": "d", "persistentVolumeClaim": {"claimName": "late"}}],
-            },
-        }))
-        .await;
+    cluster.consumer("late", "node-1").await;
     cluster.succeeded("late").await;
     assert_disk(&cluster.data("late").await, &[]);
 }

@@ -24,9 +24,11 @@ fn bridge<'a>(spec: &'a Spec, interface: &Interface) -> Option<&'a str> {
     name.rsplit('/').next()
 }
 
-/// A name that no other tap of the node has: interfaces' names have at most 15 bytes.
-fn tap(pod: &str, interface: &str) -> String {
-    let name = format!("{pod} {interface}");
+/// The tap of a card of the pod with this folder, by a name that no other of the node has:
+/// interfaces' names have at most 15 bytes.
+pub fn tap(folder: &Path, interface: &Interface) -> String {
+    let pod = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    let name = format!("{pod} {}", interface.name);
     let hash = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, name.as_bytes()).simple().to_string();
     format!("gw{}", &hash[..12])
 }
@@ -37,10 +39,9 @@ fn tap(pod: &str, interface: &str) -> String {
 /// For people.
 pub async fn prepare(spec: &Spec, folder: &Path) -> Result<BTreeMap<String, String>, String> {
     let mut taps = BTreeMap::new();
-    let pod = folder.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     for interface in &spec.domain.devices.interfaces {
         let Some(bridge) = bridge(spec, interface) else { continue };
-        let tap = tap(pod, &interface.name);
+        let tap = tap(folder, interface);
         if !Path::new("/sys/class/net").join(bridge).join("bridge").exists() {
             return Err(format!(
                 "network {}: this node has no Linux bridge {bridge}; make it (`ip link add {bridge} \

@@ -1,8 +1,9 @@
 //! The API role's way in: what persons do to a guest, and its console.
 //!
 //! Over mTLS, one request for each connection: a line of JSON, answered by a line; after the answer
-//! to a console's request its bytes follow, both ways.
+//! to a console's request its bytes follow, both ways, and after that to a measurement one more line.
 
+use super::measure::{self, Sample};
 use super::{Error, Shared, doors, guests};
 use channel::identity::{Credentials, Role, SpiffeId};
 use channel::tls;
@@ -20,6 +21,10 @@ use tokio::sync::{Semaphore, watch};
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A request is a line of this many bytes at most.
 const LINE: u64 = 4096;
+/// What guests have used is a line of this many bytes at most.
+const SAMPLES: u64 = 16 << 20;
+/// Whoever collects metrics waits for 10 s, most often.
+const MEASURED: Duration = Duration::from_secs(6);
 /// Connections at once: more wait.
 const CONNECTIONS: usize = 256;
 
@@ -37,6 +42,8 @@ pub enum Act {
     SoftReboot,
     /// Speak with it.
     Console,
+    /// Tell what all guests of the node have used.
+    Measure,
 }
 
 /// A request.
@@ -46,8 +53,10 @@ pub struct Ask {
     /// What.
     pub act: Act,
     /// The VMI's.
+    #[serde(default)]
     pub namespace: String,
     /// The VMI's.
+    #[serde(default)]
     pub name: String,
 }
 
@@ -129,8 +138,15 @@ async fn serve(shared: &Shared, tls: &tls::Server, stream: TcpStream) -> Result<
     let (stream, _) =
         shaken.map_err(|_| "no handshake in time")?.map_err(|e| launcher::chain(&e))?;
     let mut stream = BufReader::new(stream);
-    let asked = tokio::time::timeout(PATIENCE, read_line::<Ask>(&mut stream)).await;
+    let asked = tokio::time::timeout(PATIENCE, read_line::<Ask>(&mut stream, LINE)).await;
     let ask = asked.map_err(|_| "no request in time")??;
+    if ask.act == Act::Measure {
+        let samples = measure::all(shared).await;
+        write_line(&mut stream, &Told { code: 200, message: String::new() }).await?;
+        write_line(&mut stream, &samples).await?;
+        let _ = stream.shutdown().await;
+        return Ok(());
+    }
     let (told, console) = match carry_out(shared, &ask).await {
         Ok(console) => (Told { code: 200, message: String::new() }, console),
         Err(told) => (told, None),
@@ -173,6 +189,7 @@ async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::Unix
             Act::Pause => launcher.pause().await,
             Act::Unpause => launcher.resume().await,
             Act::Reset => launcher.reset().await,
+            Act::Measure => return Err(told(400, "guests are measured all at once")),
             Act::SoftReboot => {
                 return Err(told(501, "soft reboots are not built: use reset, or restart the VM"));
             }
@@ -186,9 +203,10 @@ async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::Unix
 
 async fn read_line<T: serde::de::DeserializeOwned>(
     stream: &mut (impl AsyncRead + AsyncBufReadExt + Unpin),
+    most: u64,
 ) -> Result<T, String> {
     let mut line = String::new();
-    let read = (&mut *stream).take(LINE).read_line(&mut line).await;
+    let read = (&mut *stream).take(most).read_line(&mut line).await;
     read.map_err(|error| error.to_string())?;
     serde_json::from_str(&line).map_err(|error| format!("it makes no sense: {error}"))
 }
@@ -212,7 +230,7 @@ pub async fn ask(
     address: &str,
     handler: &SpiffeId,
     ask: &Ask,
-) -> Result<impl AsyncRead + AsyncWrite + Send + Unpin + use<>, Told> {
+) -> Result<impl AsyncBufReadExt + AsyncRead + AsyncWrite + Send + Unpin + use<>, Told> {
     let unreachable = |why: String| {
         told(503, format!("the handler of the guest's node cannot be reached at {address}: {why}"))
     };
@@ -221,7 +239,7 @@ pub async fn ask(
         let stream = client.connect(handler, stream).await.map_err(|e| launcher::chain(&e))?;
         let mut stream = BufReader::new(stream);
         write_line(&mut stream, ask).await?;
-        let told: Told = read_line(&mut stream).await?;
+        let told: Told = read_line(&mut stream, LINE).await?;
         Ok::<_, String>((stream, told))
     };
     let (stream, answer) = tokio::time::timeout(PATIENCE * 2, work)
@@ -229,4 +247,23 @@ pub async fn ask(
         .map_err(|_| unreachable("no answer in time".into()))?
         .map_err(unreachable)?;
     if answer.code == 200 { Ok(stream) } else { Err(answer) }
+}
+
+/// Asks a handler what its guests have used.
+///
+/// # Errors
+/// What the handler said, or 503 when it cannot be reached or does not tell.
+pub async fn measure(
+    client: &tls::Client,
+    address: &str,
+    handler: &SpiffeId,
+) -> Result<Vec<Sample>, Told> {
+    let all = Ask { act: Act::Measure, namespace: String::new(), name: String::new() };
+    let work = async {
+        let mut stream = ask(client, address, handler, &all).await?;
+        let wrong = |why| told(503, format!("the handler at {address} does not measure: {why}"));
+        read_line(&mut stream, SAMPLES).await.map_err(wrong)
+    };
+    let late = |_| told(503, format!("the handler at {address} does not measure in time"));
+    tokio::time::timeout(MEASURED, work).await.map_err(late)?
 }

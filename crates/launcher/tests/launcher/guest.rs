@@ -43,6 +43,11 @@ async fn a_guest_is_typed_to_gives_back_what_it_discards_and_shuts_itself_down()
     let allocated = || std::fs::metadata(&disk).unwrap().blocks() * 512;
     run("dd if=/dev/urandom of=/dev/vda2 bs=1M count=8; sync").await;
     let full = allocated();
+    let usage = launcher.client.usage().await.unwrap();
+    assert!(usage.user > 0.0 && usage.resident > 16 << 20, "{usage:?}");
+    assert!(usage.vcpus[0].used > 0.0 && usage.vcpus[0].used <= usage.user + usage.system + 1.0);
+    let root = &usage.disks[0];
+    assert!(root.name == "root" && root.write_bytes >= 8 << 20 && root.flushes > 0, "{root:?}");
     run("blkdiscard /dev/vda2").await;
     assert!(allocated() + (7 << 20) < full, "{} of {full} bytes are left", allocated());
     // Its own decision, long before the grace is over.

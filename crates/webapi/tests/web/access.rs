@@ -1,6 +1,8 @@
 //! Who may do what.
 
-use crate::world::{MOVES, OWNERS, SUB, VMIS, VMS, World, admin, migration, own, user, vm};
+use crate::world::{
+    MOVES, OWNERS, SUB, VMIS, VMS, VOLUMES, World, admin, migration, own, user, vm, volume,
+};
 use apiserver::auth::User;
 use http::Method;
 use serde_json::{Value, json};
@@ -142,4 +144,68 @@ async fn what_is_deleted_goes_whatever_its_spec_says_now() {
     let free = json!({"metadata": {"finalizers": null}});
     assert_eq!(world.merge(&user("editor"), &path, &free).await.code, 200);
     assert_eq!(world.get(&path).await["code"], 404);
+}
+
+#[tokio::test]
+async fn a_claim_of_another_namespace_is_cloned_by_who_could_read_it_there() {
+    let world = World::new().await;
+    let rbac = "/apis/rbac.authorization.k8s.io/v1";
+    let clone = |name: &str| {
+        let mut volume = volume();
+        volume["metadata"]["name"] = name.into();
+        volume["spec"]["source"] = json!({"pvc": {"namespace": "images", "name": "golden"}});
+        volume
+    };
+    let mut machine = vm();
+    machine["spec"]["dataVolumeTemplates"][0]["spec"] = clone("disk")["spec"].take();
+    let namespace =
+        json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "images"}});
+    world.create(&admin(), "/api/v1/namespaces", &namespace).await;
+    let editor = user("editor");
+    for (path, object) in [(VOLUMES, &clone("a")), (VMS, &machine)] {
+        let reply = world.post(&editor, path, object).await;
+        assert_eq!(reply.code, 403, "{path}: {}", reply.body);
+        let said = reply.message();
+        assert!(said.contains("namespace images") && said.contains("datavolumes/source"), "{said}");
+    }
+    // A machine that is there does not get a disk from there either.
+    world.create(&editor, VMS, &vm()).await;
+    let more = json!({"spec": {"dataVolumeTemplates": machine["spec"]["dataVolumeTemplates"]}});
+    assert_eq!(world.merge(&editor, &format!("{VMS}/vm"), &more).await.code, 403);
+    // Godwit makes what a machine asks for that was judged.
+    world.create(&own(), VOLUMES, &clone("own")).await;
+    let grant = async |name: &str, group: &str, resource: &str, subject: Value| {
+        let role = json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role",
+            "metadata": {"name": name},
+            "rules": [{"apiGroups": [group], "resources": [resource], "verbs": ["create"]}],
+        });
+        world.create(&admin(), &format!("{rbac}/namespaces/images/roles"), &role).await;
+        let binding = json!({
+            "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
+            "metadata": {"name": name}, "subjects": [subject],
+            "roleRef": {
+                "apiGroup": "rbac.authorization.k8s.io", "kind": "Role", "name": name,
+            },
+        });
+        world.create(&admin(), &format!("{rbac}/namespaces/images/rolebindings"), &binding).await;
+    };
+    let accepted = async |who: &User, path: &str, object: &Value| {
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+        while world.post(who, path, object).await.code != 201 {
+            assert!(std::time::Instant::now() < until, "{path} is never accepted");
+            tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+        }
+    };
+    // A machine's account will do for its disks, and for nothing else.
+    let account = json!({"kind": "ServiceAccount", "namespace": "default", "name": "default"});
+    grant("machines", "cdi.kubevirt.io", "datavolumes/source", account).await;
+    machine["metadata"]["name"] = "other".into();
+    accepted(&editor, VMS, &machine).await;
+    assert_eq!(world.post(&editor, VOLUMES, &clone("a")).await.code, 403);
+    let subject = json!({
+        "kind": "User", "name": "editor", "apiGroup": "rbac.authorization.k8s.io",
+    });
+    grant("pods", "", "pods", subject).await;
+    accepted(&editor, VOLUMES, &clone("a")).await;
 }

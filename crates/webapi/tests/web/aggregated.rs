@@ -1,7 +1,7 @@
 //! Requests that another API server passes on, and those of who would like to be taken for it.
 
 use crate::site::{Authority, Site};
-use crate::world::SUB;
+use crate::world::{SUB, admin};
 use futures_util::{SinkExt, StreamExt};
 use http::{Method, Request};
 use serde_json::{Value, json};
@@ -73,8 +73,46 @@ async fn both_versions_are_told_as_an_embedded_api_tells_them() {
     assert_eq!(site.aggregated("anybody", Method::GET, &format!("{GROUP}/v2")).await.code, 404);
     let health = site.send(None, Method::GET, "/healthz", &[], String::new()).await.unwrap();
     assert_eq!(health.code, 200);
-    let metrics = site.send(None, Method::GET, "/metrics", &[], String::new()).await.unwrap();
-    assert_eq!(metrics.code, 200);
+}
+
+#[tokio::test]
+async fn metrics_are_shown_to_who_may_see_those_of_the_api_server() {
+    let site = Site::new().await;
+    let metrics = async |token: Option<&str>| {
+        let bearer = token.map(|token| format!("Bearer {token}")).unwrap_or_default();
+        let headers: &[_] =
+            if token.is_some() { &[("Authorization", bearer.as_str())] } else { &[] };
+        site.send(None, Method::GET, "/metrics", headers, String::new()).await.unwrap().code
+    };
+    assert_eq!(metrics(None).await, 401);
+    assert_eq!(metrics(Some("nobody's")).await, 401);
+    let account = json!({
+        "apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "prometheus"},
+    });
+    let accounts = "/api/v1/namespaces/default/serviceaccounts";
+    site.world.create(&admin(), accounts, &account).await;
+    let asked =
+        json!({"apiVersion": "authentication.k8s.io/v1", "kind": "TokenRequest", "spec": {}});
+    let path = format!("{accounts}/prometheus/token");
+    let given = site.world.create(&admin(), &path, &asked).await;
+    let token = given["status"]["token"].as_str().unwrap();
+    assert_eq!(metrics(Some(token)).await, 403);
+    let binding = json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRoleBinding",
+        "metadata": {"name": "prometheus"},
+        "subjects": [{"kind": "ServiceAccount", "namespace": "default", "name": "prometheus"}],
+        "roleRef": {
+            "apiGroup": "rbac.authorization.k8s.io", "kind": "ClusterRole",
+            "name": "system:monitoring",
+        },
+    });
+    let bindings = "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings";
+    site.world.create(&admin(), bindings, &binding).await;
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(20);
+    while metrics(Some(token)).await != 200 {
+        assert!(std::time::Instant::now() < until, "the right never counts");
+        tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+    }
 }
 
 #[tokio::test]

@@ -13,7 +13,7 @@ use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 use tokio::io::DuplexStream;
-use webapi::{Act, Guests, Stream, WebApi};
+use webapi::{Act, Guests, Measured, Stream, WebApi};
 
 pub const VMS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachines";
 pub const VMIS: &str = "/apis/kubevirt.io/v1/namespaces/default/virtualmachineinstances";
@@ -41,6 +41,10 @@ impl Guests for Fake {
         let (ours, theirs) = tokio::io::duplex(64);
         self.consoles.lock().unwrap().push(ours);
         Box::pin(async { Ok::<Box<dyn Stream>, Failure>(Box::new(theirs)) })
+    }
+
+    fn measure(&self) -> Later<'_, Measured> {
+        Box::pin(async { Ok(Measured::default()) })
     }
 }
 
