@@ -206,7 +206,8 @@ proptest! {
         prop_assert!(!case.phase.is_final() || after == case.phase);
         // A migration that has succeeded has a guest at its target.
         let succeeded = after == Phase::Succeeded && case.phase != after;
-        prop_assert!(!succeeded || case.state == Some(json!({"completed": true})));
+        let said = case.state == Some(json!({"completed": true}));
+        prop_assert!(!succeeded || said);
     }
 
     #[test]
