@@ -183,7 +183,11 @@ async fn origin(world: &World, volume: &DataVolume) -> Option<Origin> {
 fn uses(vmi: &VirtualMachineInstance, claim: &str) -> bool {
     let ended = vmi.status.as_ref().is_some_and(|status| status.phase.is_final());
     let volumes = vmi.parse().map(|spec| spec.volumes).unwrap_or_default();
-    !ended && volumes.iter().any(|volume| volume.claim() == Some(claim))
+    let mut moves = vmi.status.iter().flat_map(|status| &status.migrated_volumes);
+    let moves = moves.any(|moved| {
+        [&moved.source, &moved.destination].iter().any(|side| side.claim_name == claim)
+    });
+    !ended && (moves || volumes.iter().any(|volume| volume.claim() == Some(claim)))
 }
 
 /// Who writes to a claim, or is about to.

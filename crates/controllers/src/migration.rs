@@ -19,7 +19,8 @@ pub(crate) use disks::left_by;
 
 use crate::AT_ONCE;
 use crate::vm::ignore_gone;
-use crate::world::{Key, World, get, key};
+use crate::vmi::is_lent;
+use crate::world::{Key, World, get, key, refusal};
 use api::conditions::{self, Condition};
 use api::datavolume::Phase as Making;
 use api::kubevirt::KubeVirt;
@@ -282,6 +283,10 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
     let migrations = world.api::<Migration>(&namespace);
     match action {
         Action::CreatePod(pod) => {
+            if is_lent(world, &namespace, pod).await? {
+                let why = "a claim of the pod is being cloned: it is made once that is over";
+                return Err(refusal(422, "Invalid", why));
+            }
             match world.api::<Pod>(&namespace).create(&PostParams::default(), pod).await {
                 Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
                 other => {

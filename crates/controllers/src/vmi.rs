@@ -202,7 +202,7 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
 }
 
 /// Whether a claim of a pod is lent to a clone, as the API itself shows it: see `datavolume`.
-async fn is_lent(world: &World, namespace: &str, pod: &Pod) -> kube::Result<bool> {
+pub(crate) async fn is_lent(world: &World, namespace: &str, pod: &Pod) -> kube::Result<bool> {
     let lenders = ListParams::default().labels(&format!("{}={}", keys::APP, keys::LENDER));
     let lenders = world.api::<Pod>(namespace).list(&lenders).await?;
     let mut claims = claims_of(pod);
