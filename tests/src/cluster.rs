@@ -40,7 +40,9 @@ fn command(program: &Path, dir: &Path, arguments: &[&str]) -> Result<Command> {
 /// When its kubeconfig cannot be read.
 pub async fn client(dir: &Path) -> Result<Client> {
     let config = kube::config::Kubeconfig::read_from(dir.join("local/kubeconfig"))?;
-    let config = kube::Config::from_custom_kubeconfig(config, &Default::default()).await?;
+    let mut config = kube::Config::from_custom_kubeconfig(config, &Default::default()).await?;
+    // What is refused is what tests want to see.
+    config.default_retry = false;
     Ok(Client::try_from(config)?)
 }
 
@@ -99,6 +101,24 @@ impl Cluster {
     /// When it cannot be run.
     pub fn godwit(&self, arguments: &[&str]) -> Result<Output> {
         godwit(&self.program, self.dir(), arguments)
+    }
+
+    /// Runs kubectl; returns whether it succeeded, and what it said. None: there is none that is
+    /// new enough.
+    pub fn kubectl(&self, arguments: &[&str]) -> Option<(bool, String)> {
+        let version = ["version", "--client", "-o", "json"];
+        let version = Command::new("kubectl").args(version).output().ok()?;
+        let version: Value = serde_json::from_slice(&version.stdout).ok()?;
+        let minor = version["clientVersion"]["minor"].as_str()?.trim_end_matches('+');
+        if minor.parse::<u32>().ok()? < 27 {
+            return None;
+        }
+        let mut command = Command::new("kubectl");
+        command.arg("--kubeconfig").arg(self.path("kubeconfig")).args(arguments);
+        command.env("HOME", self.dir()).env_remove("KUBECONFIG").stdin(Stdio::null());
+        let output = command.output().ok()?;
+        let said = [output.stdout, output.stderr].concat();
+        Some((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
     }
 
     /// What is in its folder.

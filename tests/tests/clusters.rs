@@ -4,7 +4,6 @@ use anyhow::{Context, Result, bail, ensure};
 use e2e::cluster::{self, Cluster, SOON};
 use serde_json::{Value, json};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
@@ -284,28 +283,10 @@ async fn claims_are_served_within_their_pools_and_grow() -> Result<()> {
     Ok(())
 }
 
-/// Runs kubectl; None where there is none that is new enough.
-fn kubectl(cluster: &Cluster, arguments: &[&str]) -> Option<(bool, String)> {
-    let version =
-        Command::new("kubectl").args(["version", "--client", "-o", "json"]).output().ok()?;
-    let version: Value = serde_json::from_slice(&version.stdout).ok()?;
-    let minor: u32 =
-        version["clientVersion"]["minor"].as_str()?.trim_end_matches('+').parse().ok()?;
-    if minor < 27 {
-        return None;
-    }
-    let mut command = Command::new("kubectl");
-    command.arg("--kubeconfig").arg(cluster.path("kubeconfig")).args(arguments);
-    command.env("HOME", cluster.dir()).env_remove("KUBECONFIG").stdin(Stdio::null());
-    let output = command.output().ok()?;
-    let said = [output.stdout, output.stderr].concat();
-    Some((output.status.success(), String::from_utf8_lossy(&said).into_owned()))
-}
-
 #[tokio::test(flavor = "multi_thread")]
 async fn kubectl_reads_logs_and_empties_a_node() -> Result<()> {
     let cluster = Cluster::new(PROGRAM, &UP).await?;
-    let run = |arguments: &[&str]| match kubectl(&cluster, arguments) {
+    let run = |arguments: &[&str]| match cluster.kubectl(arguments) {
         Some((true, said)) => Ok(said),
         Some((false, said)) => bail!("kubectl {arguments:?}: {said}"),
         None => Ok("NOT RUN".into()),
@@ -357,7 +338,7 @@ async fn kubectl_reads_logs_and_empties_a_node() -> Result<()> {
     run(&["run", "last", &image, "--command", "--", "sh", "-c", stays])?;
     run(&["wait", "--for=condition=Ready", "pod/last", "--timeout=30s"])?;
     assert!(run(&["get", "pod", "last", "-o", "wide"])?.contains("local-2"));
-    let exec = kubectl(&cluster, &["exec", "last", "--", "ls"]).context("it was there before")?;
+    let exec = cluster.kubectl(&["exec", "last", "--", "ls"]).context("it was there before")?;
     assert!(!exec.0 && exec.1.contains("pods/exec is not served"), "{}", exec.1);
     run(&["uncordon", "local-1"])?;
     assert!(

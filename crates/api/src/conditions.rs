@@ -28,6 +28,8 @@ pub mod types {
     pub const SOFTWARE_EMULATION: &str = "SoftwareEmulation";
     /// The spec has fields that have no effect here.
     pub const UNSUPPORTED_FIELDS: &str = "UnsupportedFields";
+    /// The guest is to leave its node.
+    pub const EVICTION_REQUESTED: &str = "EvictionRequested";
     /// Where the guest is cannot be known.
     pub const IN_DOUBT: &str = "InDoubt";
 }

@@ -24,17 +24,50 @@ pub struct Spec {
     pub configuration: Configuration,
     /// How long certificates last.
     pub certificate_rotate_strategy: CertificateRotateStrategy,
-    /// How VMs that run come to what is new.
+    /// What becomes of guests whose launchers are of an earlier version.
     pub workload_update_strategy: WorkloadUpdateStrategy,
 }
 
-/// How VMs that run come to what is new.
+/// What becomes of guests whose launchers are of an earlier version.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct WorkloadUpdateStrategy {
-    /// `LiveMigrate`, `Evict`.
+    /// How they get new ones: [`LIVE_MIGRATE`], [`EVICT`]; none: not by themselves.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub workload_update_methods: Vec<String>,
+    /// So many are evicted at a time.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_eviction_size: Option<u32>,
+    /// And the next after this: `1m`.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub batch_eviction_interval: Option<String>,
+}
+
+/// Guests move to new launchers.
+pub const LIVE_MIGRATE: &str = "LiveMigrate";
+/// Guests end, and begin anew in new launchers.
+pub const EVICT: &str = "Evict";
+/// Guests that are evicted at a time where nothing is said; as KubeVirt.
+pub const BATCH: u32 = 10;
+/// The time between batches where nothing is said; as KubeVirt.
+pub const BATCH_INTERVAL: Duration = Duration::from_secs(60);
+
+impl WorkloadUpdateStrategy {
+    /// Whether guests get new launchers in this way.
+    pub fn does(&self, method: &str) -> bool {
+        self.workload_update_methods.iter().any(|m| m == method)
+    }
+
+    /// How many are evicted at a time.
+    pub fn batch(&self) -> usize {
+        self.batch_eviction_size.unwrap_or(BATCH) as usize
+    }
+
+    /// The time from one batch to the next.
+    pub fn interval(&self) -> Duration {
+        let said = self.batch_eviction_interval.as_deref().and_then(duration::parse);
+        said.unwrap_or(BATCH_INTERVAL)
+    }
 }
 
 /// How long certificates last.
@@ -132,6 +165,9 @@ pub struct Status {
     /// Godwit's version, as tools of KubeVirt read it.
     #[serde(rename = "observedKubeVirtVersion", skip_serializing_if = "Option::is_none")]
     pub observed_version: Option<String>,
+    /// How many guests have launchers of another version.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outdated_virtual_machine_instance_workloads: Option<i64>,
 }
 
 /// Gates that do something here, and those of KubeVirt that are on for good.

@@ -9,6 +9,7 @@
 pub mod conditions;
 pub mod datavolume;
 pub mod duration;
+pub mod eviction;
 pub mod import;
 pub mod kubevirt;
 pub mod migration;
@@ -87,6 +88,20 @@ pub mod keys {
     pub const LEFT_BY: &str = "godwit.dev/disk-of";
     /// Annotation of a claim that was made for a disk which followed its guest: the first claim.
     pub const COPY_OF: &str = "godwit.dev/copy-of";
+    /// Annotation of a migration: the node from which it takes a guest that is to leave.
+    pub const EVACUATION: &str = "kubevirt.io/evacuationMigration";
+    /// Annotation of a migration that renews an outdated launcher.
+    pub const WORKLOAD_UPDATE: &str = "kubevirt.io/workloadUpdateMigration";
+    /// Annotation of a VMI that is to leave its node, and of the migration: who wants it so.
+    pub const EVICTION_SOURCE: &str = "kubevirt.io/eviction-source";
+    /// Annotation of a launcher's pod that its guest is about to leave, for deschedulers.
+    pub const EVICTION_IN_PROGRESS: &str = "descheduler.alpha.kubernetes.io/eviction-in-progress";
+    /// Annotation of a launcher's pod: an eviction is asked for, and done by others.
+    pub const EVICT_ONLY: &str = "descheduler.alpha.kubernetes.io/request-evict-only";
+    /// Annotation of a launcher's pod: the version of Godwit that made it.
+    pub const VERSION: &str = "godwit.dev/version";
+    /// Label of a VMI whose launcher is of another version.
+    pub const OUTDATED: &str = "kubevirt.io/outdatedLauncherImage";
     /// Taint with which a person says that a node is off.
     pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
     /// Annotation of a claim: what a DataVolume has done with it.

@@ -218,6 +218,9 @@ pub struct Options {
     /// Migrations away from one node at the same time. No policy's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub parallel_outbound_migrations_per_node: Option<u32>,
+    /// The taint of a node that guests are to leave. No policy's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node_drain_taint_key: Option<String>,
 }
 
 /// Seconds per GiB where nothing is said; as KubeVirt.
@@ -230,6 +233,8 @@ pub const PROGRESS_TIMEOUT: i64 = 150;
 pub const PER_CLUSTER: u32 = 5;
 /// Migrations away from a node at the same time where nothing is said; as KubeVirt.
 pub const PER_NODE: u32 = 2;
+/// The taint of a node that guests are to leave where nothing is said; as KubeVirt.
+pub const DRAIN_TAINT: &str = "kubevirt.io/drain";
 
 impl Options {
     /// These, and where they say nothing what `others` say.
@@ -254,6 +259,7 @@ impl Options {
             parallel_outbound_migrations_per_node: self
                 .parallel_outbound_migrations_per_node
                 .or(others.parallel_outbound_migrations_per_node),
+            node_drain_taint_key: self.node_drain_taint_key.or(others.node_drain_taint_key),
         }
     }
 
@@ -268,6 +274,7 @@ impl Options {
             progress_timeout: Some(PROGRESS_TIMEOUT),
             parallel_migrations_per_cluster: Some(PER_CLUSTER),
             parallel_outbound_migrations_per_node: Some(PER_NODE),
+            node_drain_taint_key: Some(DRAIN_TAINT.into()),
         }
     }
 }

@@ -9,12 +9,13 @@ mod machine;
 mod networks;
 pub mod unsupported;
 
-use crate::kubevirt;
+use crate::eviction::Strategy;
 use crate::migration::{Options, Selectors};
 use crate::quantity;
 use crate::support::{self, Misfit};
 use crate::vm::{RunStrategy, Spec as VmSpec};
 use crate::vmi::Spec as VmiSpec;
+use crate::{duration, kubevirt};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
@@ -222,6 +223,7 @@ pub fn settings(object: &Value) -> Report {
         Ok((spec, unknown)) => {
             unsupported::warn(&mut report, "spec", &unknown);
             certificates(&mut report, &spec);
+            leaving(&mut report, &spec);
             let field = "spec.configuration.migrations";
             migrations(&mut report, field, &spec.configuration.migrations);
             let plain = object["spec"]["configuration"]["migrations"]["disableTLS"] == true;
@@ -244,13 +246,37 @@ pub fn settings(object: &Value) -> Report {
     report
 }
 
+/// How guests leave their nodes and their launchers.
+fn leaving(report: &mut Report, spec: &kubevirt::Spec) {
+    let names = Strategy::NAMES;
+    let strategy = spec.configuration.eviction_strategy.as_deref();
+    let known = strategy.is_none_or(|name| names.contains(&name));
+    report.demand(known, "spec.configuration.evictionStrategy", || {
+        format!("is not known: say one of {}", names.join(", "))
+    });
+    let field = "spec.workloadUpdateStrategy";
+    let update = &spec.workload_update_strategy;
+    let methods = [kubevirt::LIVE_MIGRATE, kubevirt::EVICT];
+    for method in &update.workload_update_methods {
+        let known = methods.contains(&&**method);
+        report.demand(known, &format!("{field}.workloadUpdateMethods"), || {
+            format!("'{method}' is not known: say {}", methods.join(", "))
+        });
+    }
+    let interval = update.batch_eviction_interval.as_deref();
+    let fits = interval.is_none_or(|text| duration::parse(text).is_some());
+    report.demand(fits, &format!("{field}.batchEvictionInterval"), || {
+        "is no duration: say 1m, or 90s".into()
+    });
+}
+
 /// The terms of certificates, as KubeVirt's operator checks them.
 fn certificates(report: &mut Report, spec: &kubevirt::Spec) {
     let field = "spec.certificateRotateStrategy.selfSigned";
     let asked = &spec.certificate_rotate_strategy.self_signed;
     for (name, one) in [("ca", &asked.ca), ("server", &asked.server)] {
         for (what, text) in [("duration", &one.duration), ("renewBefore", &one.renew_before)] {
-            let fits = text.as_deref().is_none_or(|text| crate::duration::parse(text).is_some());
+            let fits = text.as_deref().is_none_or(|text| duration::parse(text).is_some());
             report.demand(fits, &format!("{field}.{name}.{what}"), || {
                 "is no duration: say 168h, or 30m".into()
             });

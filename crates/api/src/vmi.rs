@@ -2,7 +2,7 @@
 
 mod spec;
 
-use crate::conditions::Condition;
+use crate::conditions::{Condition, types};
 use crate::{migration, support};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::CustomResource;
@@ -118,6 +118,9 @@ pub struct Status {
     /// The node that it is to leave.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub evacuation_node_name: Option<String>,
+    /// The image of its launcher, with the version of Godwit that made its pod.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub launcher_container_image_version: Option<String>,
     /// Its migration, or its last.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration_state: Option<migration::State>,
@@ -133,6 +136,11 @@ pub struct Status {
 }
 
 impl Status {
+    /// What its handler says of whether the guest can move; None: nothing yet.
+    pub fn live_migratable(&self) -> Option<&Condition> {
+        self.conditions.iter().find(|c| c.kind == types::LIVE_MIGRATABLE)
+    }
+
     /// Comes to a phase, and writes down when. It is let be where it is already.
     pub fn enter(&mut self, phase: Phase, now: jiff::Timestamp) {
         if self.phase == phase && !self.phase_transition_timestamps.is_empty() {

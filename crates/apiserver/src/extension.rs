@@ -28,6 +28,10 @@ pub struct Review<'a> {
     pub subresource: &'a str,
     /// Empty for what has none.
     pub namespace: &'a str,
+    /// Of the object; empty for a new one whose name is not made yet.
+    pub name: &'a str,
+    /// Nothing may change by it.
+    pub dry_run: bool,
     /// Who writes.
     pub user: &'a User,
     /// What was there before, if anything was.
@@ -51,8 +55,8 @@ pub struct Request {
 
 /// What is added.
 pub trait Extension: Send + Sync {
-    /// Whether it judges writes of a resource.
-    fn admits(&self, group: &str, resource: &str) -> bool;
+    /// Whether it judges writes of a resource, or creates of its subresource.
+    fn admits(&self, group: &str, resource: &str, subresource: &str) -> bool;
 
     /// Fills in what an object that is written does not say.
     fn fill_in<'a>(&'a self, review: Review<'a>, object: &'a mut Value) -> Later<'a, ()>;

@@ -4,6 +4,7 @@
 //! VirtualMachine  --(vm)-->  VirtualMachineInstance --(vmi)--> launcher's pod, OwnerRecord
 //!        |                          ^
 //!        |                          +--(migration)--> target's pod
+//!        |                          +--(evacuation, workload)--> migrations
 //!        +--(vm)--> DataVolume --(datavolume)--> claim, importer's pod
 //! ```
 //!
@@ -12,10 +13,12 @@
 
 pub mod certificates;
 pub mod datavolume;
+pub mod evacuation;
 pub mod migration;
 pub mod settings;
 pub mod vm;
 pub mod vmi;
+pub mod workload;
 pub mod world;
 
 use kube::Client;
@@ -23,6 +26,8 @@ use tokio::task::JoinSet;
 
 /// The image in which all roles are.
 pub const IMAGE: &str = "godwit.dev/godwit";
+/// Godwit's version.
+pub const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// Objects that one reconciler looks at the same time.
 const AT_ONCE: usize = 8;
 
@@ -35,6 +40,8 @@ pub async fn run(client: Client) {
     tasks.spawn(vmi::run(world.clone()));
     tasks.spawn(datavolume::run(world.clone()));
     tasks.spawn(migration::run(world.clone()));
+    tasks.spawn(evacuation::run(world.clone()));
+    tasks.spawn(workload::run(world.clone()));
     tasks.spawn(settings::run(world));
     let _keeper = &mut keeper;
     while tasks.join_next().await.is_some() {}

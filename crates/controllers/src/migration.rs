@@ -8,6 +8,7 @@
 //!
 //! Who runs the guest says the owner record: a target's pod goes only when the guest cannot be its.
 
+mod backoff;
 mod disks;
 #[cfg(test)]
 mod laws;
@@ -36,7 +37,7 @@ use reconcile::events::{Kind, why};
 use reconcile::kept::reference;
 use reconcile::queue::Next;
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -139,17 +140,25 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
         Some((name, claim))
     });
     let uid = vmi.as_ref().and_then(|vmi| vmi.uid()).unwrap_or_default();
+    let (all, now) = (world.migrations.state(), Timestamp::now());
+    let held = backoff::held_back(all.iter().map(|m| &**m), now);
+    let backoff = migration.uid().and_then(|uid| held.get(&uid).copied());
+    let turn = match backoff {
+        Some(until) => Err(format!("it waits until {until}, since the one before it failed")),
+        None => turn_of(world, admitted, &migration, &all, &held, cluster.as_deref()),
+    };
     Snapshot {
         claims: claims.collect(),
         left: left(world, &of_vmi),
         unmade,
         pods: world.pods_of(&uid),
         owner: get(&world.owners, &of_vmi),
-        turn: turn_of(world, admitted, &migration, cluster.as_deref()),
+        turn,
+        backoff,
         options: options(world, &namespace, vmi.as_deref(), cluster.as_deref()),
         processor: processor(world, vmi.as_deref(), &spec, cluster.as_deref()),
         later: later(world, &migration),
-        now: Timestamp::now(),
+        now,
         vmi,
         migration,
     }
@@ -227,11 +236,12 @@ fn turn_of(
     world: &World,
     admitted: &Admitted,
     migration: &Migration,
+    all: &[Arc<Migration>],
+    held: &HashMap<String, Timestamp>,
     cluster: Option<&KubeVirt>,
 ) -> Result<(), String> {
     // N.B. one at a time: two that are let in at once know of each other.
     let mut admitted = admitted.lock().unwrap_or_else(PoisonError::into_inner);
-    let all = world.migrations.state();
     let uids: HashSet<String> = all.iter().filter_map(|m| m.uid()).collect();
     admitted.retain(|uid| uids.contains(uid));
     let one = |m: &Arc<Migration>| {
@@ -254,7 +264,9 @@ fn turn_of(
             uid,
         }
     };
-    let ones: Vec<turn::One> = all.iter().map(one).collect();
+    // Nobody waits for those that may not begin.
+    let may_begin = |m: &&Arc<Migration>| !m.uid().is_some_and(|uid| held.contains_key(&uid));
+    let ones: Vec<turn::One> = all.iter().filter(may_begin).map(one).collect();
     let limits = cluster.map(|c| c.spec.configuration.migrations.clone()).unwrap_or_default();
     let own = migration.uid().unwrap_or_default();
     turn::turn(&own, &ones, &limits)?;
@@ -339,6 +351,11 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
         Action::Say { warning, reason, message } => {
             let kind = if *warning { Kind::Warning } else { Kind::Normal };
             world.events.say(&reference(&**migration), kind, reason, message).await;
+        }
+        Action::WarnOfVmi { reason, message } => {
+            if let Some(vmi) = &snapshot.vmi {
+                world.events.say(&reference(&**vmi), Kind::Warning, reason, message).await;
+            }
         }
     }
     Ok(())

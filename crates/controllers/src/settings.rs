@@ -75,6 +75,8 @@ async fn observe(world: &World, settings: &KubeVirt) -> kube::Result<()> {
         observed_generation: settings.metadata.generation,
         operator_version: version.clone(),
         observed_version: version,
+        outdated_virtual_machine_instance_workloads: old
+            .outdated_virtual_machine_instance_workloads,
     };
     if settings.status.as_ref() == Some(&status) {
         return Ok(());

@@ -66,6 +66,10 @@ pub struct World {
     pub vmi_queue: Queue<Key>,
     /// Migrations to be looked at.
     pub migration_queue: Queue<Key>,
+    /// VMIs that may have to leave their nodes.
+    pub evacuation_queue: Queue<Key>,
+    /// The launchers' versions to be looked at.
+    pub workload_queue: Queue<()>,
     /// DataVolumes to be looked at.
     pub volume_queue: Queue<Key>,
     /// The settings to be looked at.
@@ -97,16 +101,19 @@ impl World {
         let (vm_queue, vmi_queue) = (Queue::<Key>::default(), Queue::<Key>::default());
         let (volume_queue, settings_queue) = (Queue::<Key>::default(), Queue::<()>::default());
         let migration_queue = Queue::<Key>::default();
+        let (evacuation_queue, workload_queue) = (Queue::<Key>::default(), Queue::<()>::default());
+        let (leaves, outdated) = (&evacuation_queue, &workload_queue);
         let all = watcher::Config::default;
         let migrations: Store<VirtualMachineInstanceMigration> =
             keeper.keep_and(Api::all(client.clone()), all(), {
                 let (queue, vmi) = (migration_queue.clone(), vmi_queue.clone());
+                let (leaves, outdated) = (leaves.clone(), outdated.clone());
                 move |object: &VirtualMachineInstanceMigration| {
                     queue.ring(key(object));
-                    vmi.ring((
-                        object.namespace().unwrap_or_default(),
-                        object.spec.vmi_name.clone(),
-                    ));
+                    let of = (object.namespace().unwrap_or_default(), object.spec.vmi_name.clone());
+                    vmi.ring(of.clone());
+                    leaves.ring(of);
+                    outdated.ring(());
                 }
             });
         let ring_moves = {
@@ -124,10 +131,13 @@ impl World {
         let vmis: Store<VirtualMachineInstance> =
             keeper.keep_and(Api::all(client.clone()), all(), {
                 let (vm, vmi, moves) = (vm.clone(), vmi.clone(), ring_moves.clone());
+                let (leaves, outdated) = (leaves.clone(), outdated.clone());
                 move |object: &VirtualMachineInstance| {
                     // A VM's VMI has its name.
                     vm.ring(key(object));
                     vmi.ring(key(object));
+                    leaves.ring(key(object));
+                    outdated.ring(());
                     moves(&key(object));
                 }
             });
@@ -184,14 +194,22 @@ impl World {
             }
         });
         let settings = keeper.keep_and(Api::all(client.clone()), all(), {
-            let kv = kv.clone();
-            move |_: &KubeVirt| kv.ring(())
+            let (kv, outdated) = (kv.clone(), outdated.clone());
+            let (leaves, vmis) = (leaves.clone(), vmis.clone());
+            move |_: &KubeVirt| {
+                kv.ring(());
+                outdated.ring(());
+                vmis.state().iter().for_each(|vmi| leaves.ring(key(&**vmi)));
+            }
         });
         let classes = keeper.keep_and(Api::all(client.clone()), all(), {
             let kv = kv.clone();
             move |_: &StorageClass| kv.ring(())
         });
-        let nodes = keeper.keep(Api::all(client.clone()), all());
+        let nodes = keeper.keep_and(Api::all(client.clone()), all(), {
+            let (leaves, vmis) = (leaves.clone(), vmis.clone());
+            move |node: &Node| ring_guests(&vmis, &leaves, &node.name_any())
+        });
         let policies = keeper.keep(Api::all(client.clone()), all());
         let namespaces = keeper.keep(Api::all(client.clone()), all());
         let profiles = keeper.keep(Api::all(client.clone()), all());
@@ -216,6 +234,8 @@ impl World {
             vm_queue,
             vmi_queue,
             migration_queue,
+            evacuation_queue,
+            workload_queue,
             volume_queue,
             settings_queue,
         };
@@ -288,6 +308,14 @@ fn ring_moves(
         m.spec.vmi_name == *name && m.namespace().as_ref() == Some(namespace)
     };
     all.iter().filter(of).for_each(|migration| queue.ring(key(&**migration)));
+}
+
+/// Rings for the VMIs on a node.
+fn ring_guests(vmis: &Store<VirtualMachineInstance>, queue: &Queue<Key>, node: &str) {
+    let is_on = |vmi: &VirtualMachineInstance| {
+        vmi.status.as_ref().and_then(|status| status.node_name.as_deref()) == Some(node)
+    };
+    vmis.state().iter().filter(|vmi| is_on(vmi)).for_each(|vmi| queue.ring(key(&**vmi)));
 }
 
 /// Rings for the VMIs that wait for a claim, whoever makes it.

@@ -33,6 +33,7 @@ pub fn controller() -> Value {
             rule(&own, &["*"], &["*"]),
             rule(&[""], &["pods", "persistentvolumeclaims"], &["*"]),
             rule(&[""], &["pods/log"], &["get"]),
+            rule(&[""], &["pods/eviction"], &["create"]),
             rule(&[""], &["events"], &["create", "patch"]),
             rule(&[""], &["nodes", "namespaces"], &READ),
             rule(
@@ -77,7 +78,9 @@ pub fn api() -> Value {
         rule(&["kubevirt.io"], &statuses, &["patch"]),
         rule(&["kubevirt.io"], &moves, &["list", "create"]),
         rule(&["kubevirt.io"], &["kubevirts"], &["list"]),
+        rule(&["godwit.dev"], &["ownerrecords"], &["get"]),
         rule(&[""], &["nodes"], &["get", "list"]),
+        rule(&[""], &["pods"], &["get"]),
         rule(&["authorization.k8s.io"], &["subjectaccessreviews"], &["create"]),
         rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
     ];

@@ -117,7 +117,7 @@ async fn asked_to_end() -> Result<()> {
 
 /// The API, as a kubeconfig says, or as the pod that this is run in may.
 async fn client(kubeconfig: Option<&Path>) -> Result<Client> {
-    let config = match kubeconfig {
+    let mut config = match kubeconfig {
         Some(path) => {
             let found = Kubeconfig::read_from(path)
                 .with_context(|| format!("cannot read the kubeconfig {}", path.display()))?;
@@ -126,6 +126,8 @@ async fn client(kubeconfig: Option<&Path>) -> Result<Client> {
         None => Config::incluster()
             .context("this runs in no pod that may use the API; say --kubeconfig")?,
     };
+    // Whoever asks tries again by himself, and an eviction that is refused is an answer.
+    config.default_retry = false;
     Client::try_from(config).context("the API cannot be used")
 }
 

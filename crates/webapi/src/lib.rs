@@ -14,6 +14,7 @@
 mod access;
 pub mod admission;
 mod aggregator;
+mod eviction;
 pub mod metrics;
 pub mod registration;
 mod roles;
@@ -31,6 +32,7 @@ use apiserver::body::Answer;
 use apiserver::extension::{Extension, Later, Request, Review};
 use apiserver::local::failure_of;
 use apiserver::status::Failure;
+use k8s_openapi::api::core::v1::Node;
 use kube::api::ListParams;
 use kube::{Api, Client};
 use serde_json::Value;
@@ -125,6 +127,14 @@ impl WebApi {
         }
     }
 
+    /// Whether all guests are to leave a node.
+    async fn is_drained(&self, node: &str) -> Result<bool, Failure> {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let node = nodes.get_opt(node).await.map_err(failure)?;
+        let cluster = self.settings.get().await?;
+        Ok(node.is_some_and(|node| api::eviction::is_drained(&node, &cluster)))
+    }
+
     async fn facts(&self, review: &Review<'_>, object: Option<&Value>) -> Result<Facts, Failure> {
         let mut facts = Facts { cluster: self.settings.get().await?, ..Facts::default() };
         let asks = review.resource == "virtualmachineinstancemigrations" && review.old.is_none();
@@ -162,8 +172,9 @@ impl WebApi {
 }
 
 impl Extension for WebApi {
-    fn admits(&self, group: &str, resource: &str) -> bool {
+    fn admits(&self, group: &str, resource: &str, subresource: &str) -> bool {
         admission::kind(group, resource).is_some()
+            || (group, resource, subresource) == eviction::JUDGED
     }
 
     fn fill_in<'a>(&'a self, review: Review<'a>, object: &'a mut Value) -> Later<'a, ()> {
@@ -179,6 +190,9 @@ impl Extension for WebApi {
         object: Option<&'a Value>,
     ) -> Later<'a, Vec<String>> {
         Box::pin(async move {
+            if (review.group, review.resource, review.subresource) == eviction::JUDGED {
+                return self.evict(&review, object).await.map(|()| Vec::new());
+            }
             let facts = self.facts(&review, object).await?;
             admission::judge(&review, object, &facts)
                 .map_err(|denied| denied.failure(&review, object))

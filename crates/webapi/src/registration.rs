@@ -1,6 +1,7 @@
 //! What tells an API server that is not ours of the API role: webhooks and API services. Pure.
 
 use crate::admission::KINDS;
+use crate::eviction;
 use crate::subresources::VERSIONS;
 use api::{NAMESPACE, SUBRESOURCES};
 use base64::Engine;
@@ -13,6 +14,9 @@ pub const SERVICE: &str = "virt-api";
 pub const PORT: u16 = 443;
 /// Seconds that a write waits for an answer.
 const PATIENCE: u8 = 10;
+
+/// Where what is to be written is judged.
+const VALIDATE: &str = "/validate";
 
 /// A webhook: what is in its objects besides what all have.
 struct Hook {
@@ -33,7 +37,7 @@ const HOOKS: [Hook; 2] = [
     Hook {
         kind: "ValidatingWebhookConfiguration",
         name: "virt-api-validator",
-        path: "/validate",
+        path: VALIDATE,
         operations: &["CREATE", "UPDATE", "DELETE"],
     },
 ];
@@ -74,19 +78,36 @@ fn webhook(hook: &Hook, bundle: &str) -> (String, Value) {
             "resources": [resource, format!("{resource}/status")], "scope": "*",
         })
     };
-    let object = json!({
-        "apiVersion": "admissionregistration.k8s.io/v1", "kind": hook.kind,
-        "metadata": metadata(hook.name),
-        "webhooks": [{
-            "name": format!("{}.godwit.dev", hook.name), "clientConfig": {
+    let asked = |name: &str, rules: Value, effects: &str| {
+        json!({
+            "name": format!("{name}.godwit.dev"), "clientConfig": {
                 "caBundle": bundle,
                 "service": {
                     "namespace": NAMESPACE, "name": SERVICE, "port": PORT, "path": hook.path,
                 },
             },
-            "rules": KINDS.map(rule), "failurePolicy": "Fail", "matchPolicy": "Equivalent",
-            "sideEffects": "None", "timeoutSeconds": PATIENCE, "admissionReviewVersions": ["v1"],
-        }],
+            "rules": rules, "failurePolicy": "Fail", "matchPolicy": "Equivalent",
+            "sideEffects": effects, "timeoutSeconds": PATIENCE, "admissionReviewVersions": ["v1"],
+        })
+    };
+    let mut hooks = vec![asked(hook.name, json!(KINDS.map(rule)), "None")];
+    if hook.path == VALIDATE {
+        let (group, resource, subresource) = eviction::JUDGED;
+        let rules = json!([{
+            "apiGroups": [group], "apiVersions": ["v1"], "operations": ["CREATE"],
+            "resources": [format!("{resource}/{subresource}")], "scope": "Namespaced",
+        }]);
+        // What is denied is marked.
+        let mut evictions = asked("virt-launcher-eviction", rules, "NoneOnDryRun");
+        // Others' pods are no business of ours: nobody waits for us to let them go.
+        evictions["matchConditions"] = json!([{
+            "name": "launchers", "expression": "request.name.startsWith('virt-launcher-')",
+        }]);
+        hooks.push(evictions);
+    }
+    let object = json!({
+        "apiVersion": "admissionregistration.k8s.io/v1", "kind": hook.kind,
+        "metadata": metadata(hook.name), "webhooks": hooks,
     });
     let plural = hook.plural();
     (format!("/apis/admissionregistration.k8s.io/v1/{plural}/{}", hook.name), object)

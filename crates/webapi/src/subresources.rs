@@ -27,7 +27,7 @@ pub const VERSIONS: [&str; 2] = ["v1", "v1alpha3"];
 /// Options are a few words.
 const MOST: usize = 64 << 10;
 /// Tries of a write that others always outrun.
-const TRIES: u64 = 16;
+pub const TRIES: u64 = 16;
 
 const VM: &str = "virtualmachines";
 const VMI: &str = "virtualmachineinstances";

@@ -32,6 +32,10 @@ struct Asked {
     sub_resource: String,
     #[serde(default)]
     namespace: String,
+    #[serde(default)]
+    name: String,
+    #[serde(default)]
+    dry_run: Option<bool>,
     operation: String,
     user_info: Value,
     #[serde(default)]
@@ -89,6 +93,8 @@ impl Asked {
             resource: &self.resource.resource,
             subresource: &self.sub_resource,
             namespace: &self.namespace,
+            name: &self.name,
+            dry_run: self.dry_run == Some(true),
             user,
             old: Some(&self.old_object).filter(|old| !old.is_null()),
         }

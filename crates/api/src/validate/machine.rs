@@ -1,6 +1,7 @@
 //! Processors, memory, firmware, and how a VMI starts and ends.
 
 use super::{Report, is_label, one_of};
+use crate::eviction::Strategy;
 use crate::vmi::{Domain, Feature, Firmware, Spec};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
@@ -52,8 +53,7 @@ fn life(report: &mut Report, field: &str, spec: &Spec) {
         });
     };
     choice(report, "startStrategy", &spec.start_strategy, &["Paused"]);
-    let evictions = ["None", "LiveMigrate", "LiveMigrateIfPossible", "External"];
-    choice(report, "evictionStrategy", &spec.eviction_strategy, &evictions);
+    choice(report, "evictionStrategy", &spec.eviction_strategy, &Strategy::NAMES);
     choice(report, "architecture", &spec.architecture, &["", "amd64"]);
     for (name, value) in [("hostname", &spec.hostname), ("subdomain", &spec.subdomain)] {
         let label = value.as_deref().is_none_or(|value| value.is_empty() || is_label(value));

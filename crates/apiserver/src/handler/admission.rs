@@ -9,13 +9,14 @@ mod pods;
 mod quotas;
 
 use super::{Call, Handler};
-use crate::extension::Review;
+use crate::extension::{Extension, Review};
 use crate::meta;
 use crate::request::Verb;
 use crate::resource::Resource;
 use crate::status::Failure;
 use crate::store::{Change, Expect, Key, Object, To};
 use serde_json::{Value, json};
+use std::sync::Arc;
 
 /// Namespaces that are never deleted.
 const IMMORTAL: [&str; 3] = ["default", "kube-system", "kube-public"];
@@ -79,8 +80,7 @@ impl Handler {
         object: &mut Value,
         old: Option<&Value>,
     ) -> Result<(), Failure> {
-        let (group, resource) = (&*call.resource.group, &*call.resource.plural);
-        match self.shared.extension().filter(|e| e.admits(group, resource)) {
+        match self.extension_of(call) {
             Some(extension) => extension.fill_in(review(call, old), object).await,
             None => Ok(()),
         }
@@ -96,11 +96,16 @@ impl Handler {
         object: Option<&Value>,
         old: Option<&Value>,
     ) -> Result<Vec<String>, Failure> {
-        let (group, resource) = (&*call.resource.group, &*call.resource.plural);
-        match self.shared.extension().filter(|e| e.admits(group, resource)) {
+        match self.extension_of(call) {
             Some(extension) => extension.judge(review(call, old), object).await,
             None => Ok(Vec::new()),
         }
+    }
+
+    /// The extension, where it judges what a request writes.
+    fn extension_of(&self, call: &Call) -> Option<&Arc<dyn Extension>> {
+        let (group, resource) = (&*call.resource.group, &*call.resource.plural);
+        self.shared.extension().filter(|e| e.admits(group, resource, &call.subresource))
     }
 
     /// Judges a delete.
@@ -197,6 +202,8 @@ fn review<'a>(call: &'a Call, old: Option<&'a Value>) -> Review<'a> {
         resource: &call.resource.plural,
         subresource: &call.subresource,
         namespace: &call.namespace,
+        name: &call.name,
+        dry_run: call.options.dry_run,
         user: &call.user,
         old,
     }

@@ -50,19 +50,24 @@ impl Handler {
         Ok(crate::body::json(StatusCode::CREATED, &success()))
     }
 
-    /// Ends a pod, if its budgets allow it.
+    /// Ends a pod, if the extension and its budgets allow it.
     async fn evict(&self, call: &Call) -> Result<Answer, Failure> {
         let eviction = decode::object(call.media.as_deref(), &call.body)?.value;
+        let options = &eviction["deleteOptions"];
+        let mut call = call.clone();
+        let dry = options["dryRun"].as_array().into_iter().flatten();
+        call.options.dry_run |= super::is_dry_run(dry)?;
         let key = call.key(&call.name);
         let pod =
             self.store.get(&key).ok_or_else(|| Failure::not_found(call.subject(&call.name)))?;
+        self.extend_judgement(&call, Some(&eviction), None).await?;
         let budgets = self.in_namespace("poddisruptionbudgets.policy", &call.namespace);
         let allowed = kinds::evict(&pod.body, &budgets)?;
         let mut delete = call.clone();
         delete.subresource = "".into();
-        delete.body = match eviction.get("deleteOptions").filter(|o| !o.is_null()) {
-            Some(options) => options.to_string().into(),
-            None => bytes::Bytes::new(),
+        delete.body = match options.is_null() {
+            false => options.to_string().into(),
+            true => bytes::Bytes::new(),
         };
         delete.media = None;
         if let (Some(budget), false) = (allowed, call.options.dry_run) {

@@ -166,6 +166,7 @@ fn snapshot(case: &Case) -> Snapshot {
         unmade: None,
         pods: case.pod.map(|phase| made(pod_of(case, phase))).into_iter().collect(),
         owner: Some(made(owner_of(case.owner))),
+        backoff: None,
         turn: if case.turn { Ok(()) } else { Err("others are before it".into()) },
         options: (None, Options::defaults()),
         processor: BTreeMap::new(),

@@ -54,6 +54,8 @@ pub struct Snapshot {
     pub owner: Option<Arc<OwnerRecord>>,
     /// Whether it may begin, or why not.
     pub turn: Result<(), String>,
+    /// Until when it waits because those before it failed.
+    pub backoff: Option<Timestamp>,
     /// How it is made, and by which policy.
     pub options: (Option<String>, Options),
     /// What the target's node must have, for the guest's processor.
@@ -103,6 +105,13 @@ pub enum Action {
         /// What.
         message: String,
     },
+    /// Tell people who look at the VMI.
+    WarnOfVmi {
+        /// In one word.
+        reason: &'static str,
+        /// What is wrong.
+        message: String,
+    },
 }
 
 impl fmt::Display for Action {
@@ -116,7 +125,7 @@ impl fmt::Display for Action {
             Action::Patch(_) => f.write_str("change the migration"),
             Action::PatchStatus(_) => f.write_str("write the migration's status"),
             Action::Delete => f.write_str("delete the migration"),
-            Action::Say { .. } => f.write_str("tell of it"),
+            Action::Say { .. } | Action::WarnOfVmi { .. } => f.write_str("tell of it"),
         }
     }
 }
@@ -196,6 +205,10 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
 fn advance(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
     if status.phase == Phase::Unset {
         status.enter(Phase::Pending, snapshot.now);
+        if let (Some(_), Err(why)) = (snapshot.backoff, &snapshot.turn) {
+            let message = format!("migration {}: {why}", snapshot.migration.name_any());
+            plan.actions.push(Action::WarnOfVmi { reason: "MigrationBackoff", message });
+        }
     }
     let found = snapshot.vmi.as_ref().and_then(|vmi| Some((vmi, vmi.status.as_ref()?)));
     let Some((vmi, of_vmi)) = found.filter(|(_, status)| !status.phase.is_final()) else {

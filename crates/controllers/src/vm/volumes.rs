@@ -410,7 +410,6 @@ impl Look<'_> {
             "metadata": {
                 "generateName": "kubevirt-workload-update-", "namespace": self.vmi.namespace(),
                 "labels": {keys::VOLUME_UPDATE: label},
-                "annotations": {"kubevirt.io/workloadUpdateMigration": ""},
                 "ownerReferences": [self.vmi.controller_owner_ref(&())],
             },
             "spec": {"vmiName": name, "priority": "user-triggered"},

@@ -2,6 +2,7 @@
 
 use super::launches;
 use super::pod::{Wanted, is_block};
+use crate::IMAGE;
 use crate::world::label;
 use api::conditions::{self, Condition, types};
 use api::datavolume::{self, DataVolume};
@@ -462,6 +463,7 @@ fn supervise(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option
             status.enter(Phase::Running, now);
         }
         status.conditions = conditions::merge(&status.conditions, Vec::new(), &gone, now);
+        status.launcher_container_image_version = pod.map(|pod| image_of(pod));
         return Some(status);
     }
     if !snapshot.is_over() {
@@ -473,6 +475,12 @@ fn supervise(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option
         None => "its pod is gone".into(),
     };
     Some(fail(snapshot, status, "PodFailed", &message, plan))
+}
+
+/// A launcher's image, with the version of Godwit that made its pod: none is one that said none.
+pub(crate) fn image_of(pod: &Pod) -> String {
+    let version = pod.annotations().get(keys::VERSION);
+    version.map_or_else(|| IMAGE.into(), |version| format!("{IMAGE}:v{version}"))
 }
 
 /// A guest that has moved: its VMI is found by its node, and the pod that it has left goes.

@@ -1,6 +1,6 @@
 //! The pod of a VMI's launcher. Pure.
 
-use crate::IMAGE;
+use crate::{IMAGE, VERSION};
 use api::keys;
 use api::vmi::{Spec, VirtualMachineInstance};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
@@ -72,7 +72,10 @@ impl Wanted<'_> {
             labels.insert(keys::BINDS.into(), "true".into());
         }
         let mut annotations = vmi.annotations().clone();
+        annotations.remove(keys::EVICTION_SOURCE);
         annotations.insert(keys::DOMAIN.into(), name.clone());
+        annotations.insert(keys::VERSION.into(), VERSION.into());
+        annotations.insert(keys::EVICT_ONLY.into(), String::new());
         let mut selector = BTreeMap::new();
         if let Some(target) = &self.target {
             labels.insert(keys::MIGRATION.into(), target.migration.into());

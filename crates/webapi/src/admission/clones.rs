@@ -110,6 +110,8 @@ mod test {
             resource: "virtualmachines",
             subresource: "",
             namespace: "own",
+            name: "",
+            dry_run: false,
             user: &user,
             old: Some(&old),
         };

@@ -46,6 +46,11 @@ pub async fn stay(target: &Target<'_>, options: &Options) -> Result<Answer, Fail
         if options.evacuation_node_name.as_ref().is_some_and(|named| *named != node) {
             return Err(target.conflict(&format!("it is to leave node '{node}'")));
         }
+        if target.web.is_drained(&node).await? {
+            return Err(Failure::bad_request(format!(
+                "node '{node}' has the taint by which all its guests are to leave it: remove that first"
+            )));
+        }
         let patch = json!({
             "metadata": {"resourceVersion": vmi.resource_version()},
             "status": {"evacuationNodeName": null},

@@ -4,6 +4,7 @@ mod access;
 mod aggregated;
 mod bad;
 mod console;
+mod evictions;
 mod lifecycle;
 mod manifests;
 mod site;
