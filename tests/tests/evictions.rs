@@ -6,8 +6,8 @@ use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{MOVES, OWNERS, Oracle, PODS, SETTINGS, VMIS, VMS, holds, import, is_running, vm};
 use serde_json::{Value, json};
+use std::sync::Arc;
 use std::time::Duration;
-use tokio::runtime::Handle;
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const STORAGE: [&str; 2] = ["--storage", "2Gi"];
@@ -109,6 +109,7 @@ async fn kubectl_drain_has_guests_move_and_ends_only_those_that_may() -> Result<
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let cluster = Cluster::new(PROGRAM, &[&STORAGE[..], &["--nodes", "3"]].concat()).await?;
+    let cluster = Arc::new(cluster);
     let everywhere = json!({"spec": {"configuration": {"evictionStrategy": "LiveMigrate"}}});
     cluster.send("PATCH", SETTINGS, Some(everywhere)).await?;
     kubectl(&cluster, &["cordon", "local-2", "local-3"])?;
@@ -134,20 +135,17 @@ async fn kubectl_drain_has_guests_move_and_ends_only_those_that_may() -> Result<
     let flags = ["--ignore-daemonsets", "--delete-emptydir-data", "--force", "--timeout=240s"];
     let drain = [&["drain", "local-1"], &flags[..]].concat();
     // All the while no more than two are on their way.
-    let drained = || -> Result<String> {
-        std::thread::scope(|scope| {
-            let drained = scope.spawn(|| kubectl(&cluster, &drain));
-            while !drained.is_finished() {
-                let all = Handle::current().block_on(items(&cluster, MOVES))?;
-                let leaves = |m: &&Value| !is_over(m) && !["", "Pending"].contains(&phase(m));
-                let active = all.iter().filter(leaves).count();
-                ensure!(active <= 2, "{active} guests leave a node at the same time");
-                std::thread::sleep(Duration::from_millis(50));
-            }
-            drained.join().unwrap_or_else(|_| bail!("kubectl drain was not run"))
-        })
-    };
-    let said = tokio::task::block_in_place(drained)?;
+    let drained = tokio::task::spawn_blocking({
+        let cluster = Arc::clone(&cluster);
+        move || kubectl(&cluster, &drain)
+    });
+    while !drained.is_finished() {
+        let leaves = |m: &&Value| !is_over(m) && !["", "Pending"].contains(&phase(m));
+        let active = items(&cluster, MOVES).await?.iter().filter(leaves).count();
+        ensure!(active <= 2, "{active} guests leave a node at the same time");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let said = drained.await??;
     ensure!(said.contains("Eviction triggered evacuation of VMI \"default/one\""), "{said}");
     for (vm, before) in movers.into_iter().zip(&before) {
         let vmi = format!("{VMIS}/{vm}");

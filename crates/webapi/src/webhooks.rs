@@ -33,7 +33,7 @@ struct Asked {
     #[serde(default)]
     namespace: String,
     #[serde(default)]
-    name: String,
+    name: Option<String>,
     #[serde(default)]
     dry_run: Option<bool>,
     operation: String,
@@ -93,7 +93,7 @@ impl Asked {
             resource: &self.resource.resource,
             subresource: &self.sub_resource,
             namespace: &self.namespace,
-            name: &self.name,
+            name: self.name.as_deref().unwrap_or_default(),
             dry_run: self.dry_run == Some(true),
             user,
             old: Some(&self.old_object).filter(|old| !old.is_null()),
