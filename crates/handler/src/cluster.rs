@@ -42,6 +42,9 @@ use tokio::sync::Notify;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
+/// File in the handler's folder: its gateway's port.
+const PORT: &str = "gateway.port";
+
 /// How a handler is run.
 #[derive(Debug, Clone)]
 pub struct Config {
@@ -61,6 +64,12 @@ impl Config {
     /// Who it is.
     pub fn id(&self) -> SpiffeId {
         self.credentials.borrow().identity.id().clone()
+    }
+
+    /// Where the gateway of the handler before this one listened, if any free port will do.
+    fn last_listen(&self) -> Option<SocketAddr> {
+        let port = std::fs::read_to_string(self.folder.join(PORT)).ok()?.trim().parse().ok()?;
+        (self.listen.port() == 0).then(|| SocketAddr::new(self.listen.ip(), port))
     }
 
     /// The folders of pods.
@@ -148,15 +157,23 @@ pub async fn run(client: Client, config: Config) -> Result<(), Error> {
     let watch = Arc::new(Watch::open(&config.folder).map_err(folder)?);
     let (shared, _keeper) = keep(&client, &config, watch);
     let credentials = config.credentials.borrow().clone();
-    let gateway = Gateway::start(GatewayConfig {
-        listen: config.listen,
-        host_dir: config.folder.clone(),
-        identity: credentials.identity,
-        trust: credentials.trust,
-        service: Arc::new(moves::Cluster(shared.clone())),
-        limits: Limits::default(),
-    });
+    let open = |listen| {
+        Gateway::start(GatewayConfig {
+            listen,
+            host_dir: config.folder.clone(),
+            identity: credentials.identity.clone(),
+            trust: credentials.trust.clone(),
+            service: Arc::new(moves::Cluster(shared.clone())),
+            limits: Limits::default(),
+        })
+    };
+    // A move that is under way finds the gateway again where it was.
+    let before = config.last_listen();
+    let gateway =
+        before.and_then(|listen| open(listen).ok()).map_or_else(|| open(config.listen), Ok);
     let gateway = gateway.map_err(|source| Error::Gateway { node: config.node.clone(), source })?;
+    std::fs::write(config.folder.join(PORT), gateway.local_addr().port().to_string())
+        .map_err(folder)?;
     let gateway = Arc::new(gateway);
     // It was empty: this is the only one.
     let _ = shared.moves.gateway.set(Arc::clone(&gateway));

@@ -48,7 +48,7 @@ impl Guest<'_> {
     }
 
     /// Has the target prepared, and the launcher send.
-    async fn set_out(&self, mut state: State, migration: &str) -> kube::Result<Next> {
+    async fn set_out(&self, state: State, migration: &str) -> kube::Result<Next> {
         let policy = policy(state.migration_configuration.as_ref());
         let ticket = match self.ask_target(&state, migration, &policy).await {
             Ok(Told::Prepared { ticket }) => *ticket,
@@ -62,14 +62,20 @@ impl Guest<'_> {
                 return Ok(Next::After(SOON));
             }
         };
-        let address = ticket.peer.address.clone();
         if let Err(error) = self.launcher.send(&SendRequest { ticket, policy }).await {
             return self.fail(state, migration, &launcher::chain(&error)).await;
         }
+        self.tell_start(state).await
+    }
+
+    /// Tells that the guest is on its way. N.B. not only once it was sent: that may not have been
+    /// heard, or another handler sent it.
+    async fn tell_start(&self, mut state: State) -> kube::Result<Next> {
+        let node = state.target_node.clone().unwrap_or_default();
+        let address = self.gateway_of(&node).await.unwrap_or_default();
         state.target_node_address = Some(address.rsplit_once(':').map_or("", |(ip, _)| ip).into());
         state.start_timestamp = Some(moment(Timestamp::now()));
         state.mode = Some("PreCopy".into());
-        let node = state.target_node.clone().unwrap_or_default();
         self.write_state(state).await?;
         let message = format!("The VirtualMachineInstance is migrating to node {node}.");
         self.say(Kind::Normal, "Migrating", &message).await;
@@ -84,10 +90,7 @@ impl Guest<'_> {
     ) -> Result<Told, String> {
         let gateway = self.shared.moves.gateway.get().ok_or("the gateway is not open yet")?;
         let name = state.target_node.clone().unwrap_or_default();
-        let nodes: Api<Node> = Api::all(self.shared.client.clone());
-        let target = nodes.get(&name).await.map_err(|error| why(&error))?;
-        let address = target.annotations().get(node::GATEWAY);
-        let address = address.ok_or(format!("node {name} does not say where its gateway is"))?;
+        let address = self.gateway_of(&name).await?;
         let own = self.shared.config.id();
         let id = SpiffeId::new(own.cluster(), Role::Handler, &name).map_err(|e| e.to_string())?;
         let ask = Ask::Prepare {
@@ -99,8 +102,16 @@ impl Guest<'_> {
             policy: policy.clone(),
         };
         let ask = serde_json::to_value(&ask).map_err(|error| error.to_string())?;
-        let told = gateway.ask(address, &id, &ask).await.map_err(|e| launcher::chain(&e))?;
+        let told = gateway.ask(&address, &id, &ask).await.map_err(|e| launcher::chain(&e))?;
         serde_json::from_value(told).map_err(|e| format!("node {name} answers nonsense: {e}"))
+    }
+
+    /// Where a node's gateway is.
+    async fn gateway_of(&self, node: &str) -> Result<String, String> {
+        let nodes: Api<Node> = Api::all(self.shared.client.clone());
+        let found = nodes.get(node).await.map_err(|error| why(&error))?;
+        let address = found.annotations().get(node::GATEWAY).cloned();
+        address.ok_or(format!("node {node} does not say where its gateway is"))
     }
 
     /// A move that has begun.
@@ -115,6 +126,9 @@ impl Guest<'_> {
                 return self.fail(state, migration, "it was cancelled").await;
             }
             Some(Outcome::InDoubt { .. }) | None => {}
+        }
+        if state.start_timestamp.is_none() {
+            return self.tell_start(state).await;
         }
         self.tell(&state, migration, of).await;
         let late = self.is_late(&state).await;
