@@ -3,6 +3,7 @@
 use anyhow::{Context, Result, bail, ensure};
 use kube::Client;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -135,6 +136,35 @@ impl Cluster {
         let pid = i32::try_from(record["pid"].as_i64().context("no pid")?)?;
         let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
         Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
+    }
+
+    /// The roles that run as processes of their own, as `godwit status` tells them.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn roles(&self) -> Result<BTreeMap<String, i32>> {
+        let told = self.godwit(&["status", "-o", "json"])?;
+        let told: Value = serde_json::from_slice(&told.stdout)?;
+        let roles = told[0]["roles"].as_array().context("no roles")?.iter();
+        let role = |role: &Value| {
+            Some((role["name"].as_str()?.to_owned(), i32::try_from(role["pid"].as_i64()?).ok()?))
+        };
+        Ok(roles.filter_map(role).collect())
+    }
+
+    /// Waits until a role runs as another process.
+    ///
+    /// # Errors
+    /// When it does not.
+    pub fn until_role(&self, name: &str, than: Option<i32>) -> Result<i32> {
+        let began = Instant::now();
+        loop {
+            match self.roles()?.get(name) {
+                Some(pid) if Some(*pid) != than => return Ok(*pid),
+                _ if began.elapsed() > SOON => bail!("{name} is not started again"),
+                _ => std::thread::sleep(Duration::from_millis(50)),
+            }
+        }
     }
 
     /// The processes that were started for its pods.

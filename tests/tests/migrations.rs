@@ -1,13 +1,13 @@
 //! Live migration inside a cluster, as KubeVirt's users ask for it, with guests that find their own
 //! lost writes.
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{
     CLAIMS, DISKS, MOVES, OWNERS, Oracle, PODS, SETTINGS, VMIS, VMS, holds, import, is_running,
-    migration, shows, vm,
+    kill, migration, shows, vm,
 };
 use serde_json::{Value, json};
 
@@ -286,5 +286,76 @@ async fn a_migration_that_is_cancelled_or_cannot_be_leaves_the_guest_where_it_is
     let moves = cluster.send("GET", MOVES, None).await?;
     ensure!(moves["items"].as_array().is_some_and(|all| all.len() == 1), "{moves}");
     Oracle::again(&mut console).check()?;
+    Ok(())
+}
+
+/// The process that started another.
+fn parent(pid: i32) -> Result<i32> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let rest = stat.rsplit_once(") ").context("no stat")?.1;
+    Ok(rest.split(' ').nth(1).context("no parent")?.parse()?)
+}
+
+/// Begins a slow migration, and waits until it is under way. Returns the target's QEMU.
+async fn set_out(cluster: &Cluster, name: &str) -> Result<i32> {
+    let before = cluster.qemus()?;
+    cluster.create(MOVES, migration(name, "web")).await?;
+    let runs = |m: &Value| m["status"]["phase"] == "Running";
+    cluster.until(&format!("{MOVES}/{name}"), runs).await?;
+    let both = cluster.until_qemus(2)?;
+    both.into_iter().find(|pid| !before.contains(pid)).context("no second QEMU")
+}
+
+/// Parity 75, 76: agents and controllers that die do not cut a move; a target that dies leaves the
+/// guest where it is; a source that dies is started again from its whole disk. One owner, always.
+#[tokio::test(flavor = "multi_thread")]
+async fn whichever_part_is_killed_during_a_move_one_guest_is_left_and_its_disk_is_whole()
+-> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let cluster = Cluster::new(PROGRAM, &[&NODES[..], &["--separate"]].concat()).await?;
+    shared(&cluster, "web", &image).await?;
+    let (web, vmi) = (format!("{VMS}/web"), format!("{VMIS}/web"));
+    let mut console = cluster.terminal("web")?;
+    console.run("echo kept > /data/file; sync")?;
+    Oracle::begin(&mut console)?;
+    drop(console);
+    let slow = json!({"spec": {"configuration": {"migrations": {"bandwidthPerMigration": "6Mi"}}}});
+    cluster.send("PATCH", SETTINGS, Some(slow)).await?;
+
+    set_out(&cluster, "agents").await?;
+    for (name, pid) in cluster.roles()? {
+        kill(pid)?;
+        cluster.until_role(&name, Some(pid))?;
+    }
+    cluster.until_moved("agents", "Succeeded").await?;
+    cluster.until_qemus(1)?;
+    let mut console = cluster.console("web")?;
+    Oracle::again(&mut console).check()?;
+    drop(console);
+
+    let before = cluster.send("GET", &vmi, None).await?;
+    let target = set_out(&cluster, "target").await?;
+    kill(parent(target)?)?;
+    cluster.until_moved("target", "Failed").await?;
+    cluster.until_qemus(1)?;
+    let after = cluster.until(&vmi, |vmi| vmi["status"]["phase"] == "Running").await?;
+    ensure!(node(&after) == node(&before), "{after}");
+    let mut console = cluster.console("web")?;
+    Oracle::again(&mut console).check()?;
+    drop(console);
+
+    let source = cluster.qemus()?[0];
+    set_out(&cluster, "source").await?;
+    kill(parent(source)?)?;
+    cluster.until_moved("source", "Failed").await?;
+    let anew = |vmi: &Value| {
+        vmi["metadata"]["uid"] != after["metadata"]["uid"] && vmi["status"]["phase"] == "Running"
+    };
+    cluster.until(&vmi, anew).await?;
+    cluster.until(&web, is_running).await?;
+    cluster.until_qemus(1)?;
+    let mut console = cluster.terminal("web")?;
+    ensure!(console.run("cat /data/file")?.trim() == "kept");
     Ok(())
 }

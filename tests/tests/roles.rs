@@ -1,13 +1,13 @@
 //! Roles as processes of their own: whichever dies, guests go on; and certificates are renewed
 //! while they are in use.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use e2e::cluster::{Cluster, SOON};
 use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{SETTINGS, VMS, is_alive, kill, shows, vm};
 use serde_json::{Value, json};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
@@ -20,29 +20,6 @@ const UP: [&str; 3] = ["--separate", "--storage", "1Gi"];
 /// A VM whose root is an image's disk.
 fn of_image(name: &str, strategy: &str, image: &str) -> Value {
     vm(name, strategy, vec![json!({"name": "root", "containerDisk": {"image": image}})], vec![])
-}
-
-/// The roles that run, as `godwit status` tells them.
-fn roles(cluster: &Cluster) -> Result<BTreeMap<String, i32>> {
-    let told = cluster.godwit(&["status", "-o", "json"])?;
-    let told: Value = serde_json::from_slice(&told.stdout)?;
-    let roles = told[0]["roles"].as_array().context("no roles")?.iter();
-    let role = |role: &Value| {
-        Some((role["name"].as_str()?.to_owned(), i32::try_from(role["pid"].as_i64()?).ok()?))
-    };
-    Ok(roles.filter_map(role).collect())
-}
-
-/// Waits until a role runs as another process.
-fn another(cluster: &Cluster, name: &str, than: Option<i32>) -> Result<i32> {
-    let began = Instant::now();
-    loop {
-        match roles(cluster)?.get(name) {
-            Some(pid) if Some(*pid) != than => return Ok(*pid),
-            _ if began.elapsed() > SOON => bail!("{name} is not started again"),
-            _ => std::thread::sleep(Duration::from_millis(50)),
-        }
-    }
 }
 
 async fn epoch(cluster: &Cluster) -> Result<i64> {
@@ -61,22 +38,22 @@ async fn a_guest_goes_on_whichever_role_is_killed() -> Result<()> {
     let guest = cluster.qemus()?;
     ensure!(guest.len() == 1 && epoch(&cluster).await? == 1, "{guest:?}");
 
-    let controller = another(&cluster, "controller", None)?;
+    let controller = cluster.until_role("controller", None)?;
     kill(controller)?;
-    another(&cluster, "controller", Some(controller))?;
+    cluster.until_role("controller", Some(controller))?;
     // The next one does its work, without waiting for the lease of the last to run out.
     cluster.create(VMS, of_image("next", "Halted", &image)).await?;
     cluster.until(&format!("{VMS}/next"), shows("Stopped")).await?;
     let lease = cluster.send("GET", LEASE, None).await?;
     ensure!(lease["spec"]["leaseTransitions"] == 0, "{lease}");
 
-    let handler = another(&cluster, "handler-local-1", None)?;
+    let handler = cluster.until_role("handler-local-1", None)?;
     kill(handler)?;
-    another(&cluster, "handler-local-1", Some(handler))?;
+    cluster.until_role("handler-local-1", Some(handler))?;
     cluster.does_soon(&["vm", "pause", "web"])?;
     cluster.does(&["vm", "unpause", "web"])?;
 
-    let before = roles(&cluster)?;
+    let before = cluster.roles()?;
     let record: Value = serde_json::from_slice(&std::fs::read(cluster.path("cluster.json"))?)?;
     let main = i32::try_from(record["pid"].as_i64().context("no pid")?)?;
     kill(main)?;
@@ -87,7 +64,7 @@ async fn a_guest_goes_on_whichever_role_is_killed() -> Result<()> {
     }
     cluster.up(&UP)?;
     cluster.client = e2e::cluster::client(cluster.dir()).await?;
-    ensure!(another(&cluster, "controller", None)? != before["controller"]);
+    ensure!(cluster.until_role("controller", None)? != before["controller"]);
     cluster.does_soon(&["vm", "pause", "web"])?;
     cluster.does(&["vm", "unpause", "web"])?;
     ensure!(cluster.qemus()? == guest, "the guest is not the one that it was");
@@ -100,7 +77,7 @@ async fn a_guest_goes_on_whichever_role_is_killed() -> Result<()> {
     cluster.until(&web, shows("Running")).await?;
     ensure!(epoch(&cluster).await? == 2 && cluster.qemus()?.len() == 1);
 
-    let last = roles(&cluster)?;
+    let last = cluster.roles()?;
     ensure!(last.len() == 2, "{last:?}");
     ensure!(cluster.godwit(&["down"])?.status.success());
     ensure!(!last.values().any(|pid| is_alive(*pid)), "a role outlives its cluster");
