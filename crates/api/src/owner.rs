@@ -139,6 +139,20 @@ impl Status {
         self.owner.is_empty() || self.has_ended(&self.owner) && self.heir_is_over()
     }
 
+    /// Whether the guest may still come to the heir of an attempt, which nobody has decided yet.
+    pub fn may_come_by(&self, attempt: &str) -> bool {
+        matches!(&*self.state, "armed" | "committed")
+            && self.of.as_ref().is_some_and(|of| of.attempt == attempt)
+            && !self.is_over()
+    }
+
+    /// Whether a pod runs the guest, or may come to by the attempt for which it was made: then
+    /// neither it nor its disks may be taken away.
+    pub fn may_be_in(&self, pod: &str, attempt: Option<&str>) -> bool {
+        attempt.is_some_and(|attempt| self.may_come_by(attempt))
+            || self.pod.as_deref() == Some(pod) && !self.is_over()
+    }
+
     /// Whether that instance was seen to end.
     pub fn has_ended(&self, instance: &str) -> bool {
         [&self.ended, &self.heir_ended].into_iter().flatten().any(|e| e.instance == instance)

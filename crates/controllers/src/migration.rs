@@ -26,6 +26,7 @@ use api::conditions::{self, Condition};
 use api::datavolume::Phase as Making;
 use api::kubevirt::KubeVirt;
 use api::migration::{Phase, VirtualMachineInstanceMigration as Migration};
+use api::owner::OwnerRecord;
 use api::vmi::VirtualMachineInstance;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
@@ -309,6 +310,10 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
             }
         }
         Action::DeletePod(pod) => {
+            let attempt = migration.uid();
+            if owner_of(world, snapshot).await?.may_be_in(pod, attempt.as_deref()) {
+                return Err(refusal(409, "Conflict", "the guest may be in that pod"));
+            }
             let pods = world.api::<Pod>(&namespace);
             ignore_gone(pods.delete(pod, &DeleteParams::default()).await)?;
         }
@@ -325,6 +330,11 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
             }
         }
         Action::DeleteClaim(claim) => {
+            let owner = owner_of(world, snapshot).await?;
+            let undecided = migration.uid().is_some_and(|uid| owner.may_come_by(&uid));
+            if undecided || owner.volumes.values().any(|own| own == claim) {
+                return Err(refusal(409, "Conflict", "the claim may be the VM's"));
+            }
             let claims = world.api::<PersistentVolumeClaim>(&namespace);
             ignore_gone(claims.delete(claim, &DeleteParams::default()).await)?;
         }
@@ -359,6 +369,14 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
         }
     }
     Ok(())
+}
+
+/// Who may run the guest, as the API has it now: what is to be taken away is asked for there.
+async fn owner_of(world: &World, snapshot: &Snapshot) -> kube::Result<api::owner::Status> {
+    let migration = &snapshot.migration;
+    let records = world.api::<OwnerRecord>(&migration.namespace().unwrap_or_default());
+    let record = records.get_opt(&migration.spec.vmi_name).await?;
+    Ok(record.and_then(|record| record.status).unwrap_or_default())
 }
 
 /// N.B. only the VMI that was looked at, as it was: handlers write it as well, and one that was made

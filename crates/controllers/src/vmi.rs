@@ -13,6 +13,7 @@ pub(crate) use pod::is_block;
 use crate::AT_ONCE;
 use crate::vm::ignore_gone;
 use crate::world::{Key, World, claims_of, get, key, label, lends_to, mounts, refusal};
+use api::conditions::moment;
 use api::keys;
 use api::owner::OwnerRecord;
 use api::vmi::VirtualMachineInstance;
@@ -20,11 +21,12 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
+use kube::runtime::reflector::ObjectRef;
 use plan::{Action, Snapshot};
 use reconcile::events::{Kind, why};
 use reconcile::kept::reference;
 use reconcile::queue::Next;
-use serde_json::json;
+use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -67,9 +69,15 @@ fn look(world: &World, key: &Key, vmi: Arc<VirtualMachineInstance>, now: Timesta
     let namespace = &key.0;
     let uid = vmi.uid().unwrap_or_default();
     let owner = get(&world.owners, key);
-    let node = owner.as_ref().and_then(|o| o.status.as_ref()).and_then(|s| s.node.clone());
-    let node =
-        node.and_then(|name| world.nodes.get(&kube::runtime::reflector::ObjectRef::new(&name)));
+    let record = owner.as_ref().and_then(|owner| owner.status.as_ref());
+    let state = vmi.status.as_ref().and_then(|status| status.migration_state.as_ref());
+    let heirs = state.filter(|state| {
+        let of = record.and_then(|record| record.of.as_ref());
+        of.is_some_and(|of| state.migration_uid.as_ref() == Some(&of.attempt))
+    });
+    let node = |name: Option<&String>| world.nodes.get(&ObjectRef::new(name?));
+    let heir_node = node(heirs.and_then(|state| state.target_node.as_ref()));
+    let node = node(record.and_then(|record| record.node.as_ref()));
     let spec = vmi.parse();
     let names = spec.iter().flat_map(|spec| spec.volumes.iter().filter_map(|v| v.claim()));
     let names: Vec<String> = names.map(str::to_owned).collect();
@@ -90,6 +98,7 @@ fn look(world: &World, key: &Key, vmi: Arc<VirtualMachineInstance>, now: Timesta
         spec,
         owner,
         node,
+        heir_node,
         vmi,
         now,
     }
@@ -179,7 +188,12 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
                 }
             }
         }
-        Action::Fence { record, node } => fence(world, &namespace, &name, record, node).await?,
+        Action::Fence { record, node, instance, field } => {
+            let ended = json!({
+                "instance": instance, "node": node, "at": moment(Timestamp::now()),
+            });
+            fence(world, record, field, &ended).await?;
+        }
         Action::Patch(patch) => {
             let vmis = world.api::<VirtualMachineInstance>(&namespace);
             let patch = Patch::Merge(patch);
@@ -212,26 +226,22 @@ pub(crate) async fn is_lent(world: &World, namespace: &str, pod: &Pod) -> kube::
 /// Writes down a person's word that a node is off: its guest has ended.
 async fn fence(
     world: &World,
-    namespace: &str,
-    name: &str,
     record: &OwnerRecord,
-    node: &str,
+    field: &str,
+    ended: &Value,
 ) -> kube::Result<()> {
+    let (namespace, name) = key(record);
     let status = record.status.clone().unwrap_or_default();
-    let ended = json!({
-        "instance": status.owner, "node": node,
-        "at": api::conditions::moment(Timestamp::now()),
-    });
     let patch: json_patch::Patch = serde_json::from_value(json!([
         {"op": "test", "path": "/status/epoch", "value": status.epoch},
         {"op": "test", "path": "/status/owner", "value": status.owner},
         {"op": "test", "path": "/status/state", "value": status.state},
-        {"op": "add", "path": "/status/ended", "value": ended},
+        {"op": "add", "path": format!("/status/{field}"), "value": ended},
     ]))
     .map_err(kube::Error::SerdeError)?;
-    let records = world.api::<OwnerRecord>(namespace);
+    let records = world.api::<OwnerRecord>(&namespace);
     let patch: Patch<OwnerRecord> = Patch::Json(patch);
-    ignore_gone(records.patch_status(name, &PatchParams::default(), &patch).await)
+    ignore_gone(records.patch_status(&name, &PatchParams::default(), &patch).await)
 }
 
 /// A launcher's pod, not one that only binds claims.

@@ -70,9 +70,7 @@ fn role(pod: &Pod, facts: &Facts) -> Role {
     }
     let migration = pod.labels().get(keys::MIGRATION);
     // N.B. a migration that is said to have failed may not be decided yet.
-    let open = ["armed", "committed"].contains(&&*record.state)
-        && record.of.as_ref().is_some_and(|of| Some(&of.attempt) == migration)
-        && !record.is_over();
+    let open = migration.is_some_and(|attempt| record.may_come_by(attempt));
     if migration.is_some() && (facts.arrives || open) {
         return Role::Heir;
     }

@@ -80,11 +80,11 @@ pub struct Plan {
 pub enum Action {
     /// Make the target's pod.
     CreatePod(Box<Pod>),
-    /// Delete it.
+    /// Delete it, if the owner record still says that it cannot have the guest.
     DeletePod(String),
     /// Make a claim for a disk that follows.
     CreateClaim(Value),
-    /// Delete a claim that was made for it.
+    /// Delete a claim that was made for it, if the owner record still says that it is not the VM's.
     DeleteClaim(String),
     /// Change the VMI's labels.
     Label(Value),
@@ -167,13 +167,8 @@ impl Snapshot {
 
     /// Whether the guest may be that pod's now, or may become so: then the pod stays.
     fn may_own(&self, pod: &str) -> bool {
-        let Some(record) = self.owner.as_ref().and_then(|owner| owner.status.as_ref()) else {
-            return false;
-        };
-        let open = ["armed", "committed"].contains(&&*record.state)
-            && record.of.as_ref().is_some_and(|of| of.attempt == self.uid())
-            && !record.is_over();
-        open || record.pod.as_deref() == Some(pod) && !record.is_over()
+        let record = self.owner.as_ref().and_then(|owner| owner.status.as_ref());
+        record.is_some_and(|record| record.may_be_in(pod, Some(&self.uid())))
     }
 
     /// Seconds that the migration says by an annotation, or the default.

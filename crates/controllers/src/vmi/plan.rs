@@ -40,6 +40,8 @@ pub struct Snapshot {
     pub owner: Option<Arc<OwnerRecord>>,
     /// The owner's node.
     pub node: Option<Arc<Node>>,
+    /// The node of the heir, where a move is not decided.
+    pub heir_node: Option<Arc<Node>>,
     /// The cluster's settings.
     pub cluster: Option<Arc<KubeVirt>>,
     /// Now.
@@ -70,6 +72,10 @@ pub enum Action {
         record: Arc<OwnerRecord>,
         /// Which node.
         node: String,
+        /// Who has ended.
+        instance: String,
+        /// Where that is said.
+        field: &'static str,
     },
     /// Change the VMI itself.
     Patch(Value),
@@ -111,6 +117,18 @@ impl Snapshot {
         status.is_none_or(api::owner::Status::is_over)
     }
 
+    /// The pods of a VMI that has ended, but for those to which a move that is not decided may still
+    /// bring the guest.
+    fn spent(&self) -> impl Iterator<Item = &Arc<Pod>> {
+        let record = self.owner.as_ref().and_then(|owner| owner.status.as_ref());
+        let comes = move |pod: &Pod| {
+            let attempt = label(pod, keys::MIGRATION);
+            let open = |record: &api::owner::Status| record.may_be_in(&pod.name_any(), attempt);
+            attempt.is_some() && record.is_some_and(open)
+        };
+        self.pods.iter().filter(move |pod| pod.metadata.deletion_timestamp.is_none() && !comes(pod))
+    }
+
     /// The pod that runs the guest, or is to begin it: not one to which it may move.
     fn launcher(&self) -> Option<&Arc<Pod>> {
         let owner = self.owner.as_ref().and_then(|owner| owner.status.as_ref()?.pod.as_deref());
@@ -130,7 +148,8 @@ pub(crate) fn is_terminal(pod: &Pod) -> bool {
 
 pub(crate) fn is_ready(pod: &Pod) -> bool {
     let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
-    conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
+    phase_of(pod) == "Running"
+        && conditions.into_iter().any(|c| c.type_ == "Ready" && c.status == "True")
 }
 
 /// What is to be done.
@@ -146,23 +165,36 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
     if let Some(next) = advance(snapshot, status, &mut plan) {
         write(snapshot, next, &mut plan);
     }
+    let ended = snapshot.status().phase.is_final();
+    if ended && !snapshot.is_over() {
+        // A person's word about a node does not ring.
+        plan.again.get_or_insert(AGAIN);
+    }
     plan
 }
 
-/// A person's word that a node is off stands for the end of what ran on it.
+/// A person's word that a node is off stands for the end of what ran on it: of the owner, and of the
+/// heir of a move.
 fn fence(snapshot: &Snapshot, plan: &mut Plan) {
-    let (Some(record), Some(node), false) = (&snapshot.owner, &snapshot.node, snapshot.is_over())
-    else {
-        return;
-    };
-    let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
-    if taints.into_iter().any(|taint| taint.key == keys::OUT_OF_SERVICE) {
-        let (record, node) = (Arc::clone(record), node.name_any());
+    let record = snapshot.owner.as_ref().and_then(|owner| Some((owner, owner.status.as_ref()?)));
+    let Some((owner, record)) = record.filter(|(_, record)| !record.is_over()) else { return };
+    let heir = record.of.as_ref().map(|of| &of.heir);
+    let both =
+        [("ended", Some(&record.owner), &snapshot.node), ("heirEnded", heir, &snapshot.heir_node)];
+    for (field, instance, node) in both {
+        let (Some(instance), Some(node)) = (instance, node) else { continue };
+        let taints = node.spec.iter().flat_map(|spec| spec.taints.iter().flatten());
+        let is_off = taints.into_iter().any(|taint| taint.key == keys::OUT_OF_SERVICE);
+        if !is_off || record.has_ended(instance) {
+            continue;
+        }
+        let node = node.name_any();
         let message = format!(
             "node {node} is marked as out of service: what ran on it counts as ended, by the word of \
              whoever marked it"
         );
-        plan.actions.push(Action::Fence { record, node });
+        let (record, instance) = (Arc::clone(owner), instance.clone());
+        plan.actions.push(Action::Fence { record, node, instance, field });
         plan.actions.push(Action::Say { warning: true, reason: "OutOfService", message });
     }
 }
@@ -175,9 +207,7 @@ fn leave(snapshot: &Snapshot, status: &Status, plan: &mut Plan) -> Option<Status
     if !unborn && !status.phase.is_final() {
         return None;
     }
-    for pod in snapshot.pods.iter().filter(|pod| pod.metadata.deletion_timestamp.is_none()) {
-        plan.actions.push(Action::DeletePod(pod.name_any()));
-    }
+    plan.actions.extend(snapshot.spent().map(|pod| Action::DeletePod(pod.name_any())));
     let mut next = status.clone();
     if !next.phase.is_final() {
         next.enter(Phase::Succeeded, snapshot.now);
@@ -216,9 +246,7 @@ fn advance(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option<S
         Phase::Scheduling => Some(schedule(snapshot, status, plan)),
         Phase::Scheduled | Phase::Running | Phase::Unknown => supervise(snapshot, status, plan),
         Phase::Succeeded | Phase::Failed => {
-            for pod in snapshot.pods.iter().filter(|p| p.metadata.deletion_timestamp.is_none()) {
-                plan.actions.push(Action::DeletePod(pod.name_any()));
-            }
+            plan.actions.extend(snapshot.spent().map(|pod| Action::DeletePod(pod.name_any())));
             let ended = Condition::new(types::READY, false, "GuestNotRunning", "");
             status.conditions =
                 conditions::merge(&status.conditions, vec![ended], &[types::PAUSED], now);

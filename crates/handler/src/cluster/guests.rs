@@ -157,12 +157,21 @@ impl Place<'_> {
         let Ok(found) = launcher.status().await else { return Next::After(SOON) };
         watch(shared, self.watched, key, pod, &launcher, found.generation);
         let guest = Guest { shared, key, vmi: Arc::clone(vmi), pod: Arc::clone(pod), launcher, vm };
+        if found.phase == Does::Stopped && self.is_undecided() {
+            // The guest may go on at the target: the record rings when that is decided.
+            return Next::Rest;
+        }
         let looked = match self.is_owner(&found) {
             true if moves::is_new_here(vmi, &shared.config.node, pod) => guest.arrive(&found).await,
             true => guest.look_after(&found).await,
             false => guest.move_along(&found).await,
         };
         looked.unwrap_or_else(|error| failed(key, &error))
+    }
+
+    /// Whether a move may still be decided in its heir's favour.
+    fn is_undecided(&self) -> bool {
+        self.record.of.as_ref().is_some_and(|of| self.record.may_come_by(&of.attempt))
     }
 
     /// Whether the guest is this pod's: it runs it, or is to begin it.

@@ -273,6 +273,11 @@ pub async fn report(shared: Shared) {
         tokio::time::sleep(LOOK).await;
         for record in shared.owners.state() {
             let Some(status) = &record.status else { continue };
+            // Of a move that is not over either side may be here.
+            let here = status.node.as_deref() == Some(&*shared.config.node);
+            if !here && status.state == "idle" {
+                continue;
+            }
             for (field, instance) in unended(status) {
                 if shared.watch.qemu_of(&instance) == Qemu::Ended
                     && let Err(error) = write_end(&shared, &record, status, field, &instance).await
