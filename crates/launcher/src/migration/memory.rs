@@ -29,10 +29,10 @@ pub const INCOMING: &str = "incoming.sock";
 const POLL: Duration = Duration::from_millis(20);
 /// Between two tries to bring back a guest that stands still.
 const RETRY: Duration = Duration::from_millis(5);
-/// QEMU's own limit on its bandwidth is out of the way: ours is the token bucket.
+/// QEMU's own limit on its bandwidth is out of the way where there is none.
 const NO_LIMIT: u64 = 64 << 30;
 
-/// What both sides set before a migration.
+/// What both sides set before a migration. `bandwidth`: bytes per second that are let through.
 ///
 /// # Errors
 /// QEMU's refusal.
@@ -41,6 +41,7 @@ pub async fn set_up(
     multifd: u8,
     converge: bool,
     downtime: Duration,
+    bandwidth: Option<u64>,
 ) -> Result<(), qmp::Error> {
     let on = |capability, state| MigrationCapabilityStatus { capability, state };
     let capabilities = vec![
@@ -52,7 +53,8 @@ pub async fn set_up(
     ];
     qemu.qmp.execute(MigrateSetCapabilities { capabilities }, QMP_DEADLINE).await?;
     let parameters = MigrationParameters {
-        max_bandwidth: Some(NO_LIMIT),
+        // QEMU reckons with what it thinks the link carries: it is told what we let through.
+        max_bandwidth: Some(bandwidth.unwrap_or(NO_LIMIT)),
         downtime_limit: Some(millis(downtime)),
         multifd_channels: (multifd > 0).then_some(multifd),
         // QEMU would announce the guest when its state is loaded, before it runs.
@@ -308,7 +310,9 @@ pub async fn send(qemu: &Qemu, policy: &Policy, overhead: Duration) -> Result<()
     let converge = policy.rounds.throttle;
     // At least half: over a long link a guest that works would never be caught.
     let limit = |downtime: Duration| downtime.saturating_sub(overhead).max(downtime / 2);
-    set_up(qemu, policy.multifd, converge, limit(downtime)).await.map_err(|e| e.to_string())?;
+    set_up(qemu, policy.multifd, converge, limit(downtime), policy.bandwidth)
+        .await
+        .map_err(|e| e.to_string())?;
     let mut events = qemu.qmp.events();
     let uri = format!("unix:{OUTGOING}");
     qemu.qmp.execute(Migrate { uri }, QMP_DEADLINE).await.map_err(|e| e.to_string())?;

@@ -118,11 +118,13 @@ impl Shell {
         let prepared = self.prepared.as_ref().ok_or("the target is not prepared")?;
         let dialing = self.dialing.as_ref().ok_or("the control stream is not open")?;
         let mut ways = Vec::new();
+        let limit = self.request.policy.bandwidth;
+        let buffer = memory_buffer(self.rtt(), limit, prepared.memory_tokens.len());
         self.memory_monitors.clear();
         for (n, token) in prepared.memory_tokens.iter().cloned().enumerate() {
             let reconnect = self.request.policy.reconnect_seconds;
             let mut config = control::config(Role::Dialing, reconnect, Some(self.bucket.clone()));
-            config.buffer = memory_buffer(self.rtt());
+            config.buffer = buffer;
             self.memory_monitors.push(config.monitor.clone());
             ways.push((Links::Dial(dialing.stream(Stream::Memory(n as u16), token)), config));
         }
@@ -226,11 +228,17 @@ impl Shell {
     }
 }
 
-/// Bytes that a memory stream holds: what a link of 1 GB/s has under way, and no more.
-/// QEMU takes the filling of a buffer for the link's speed, stops the guest too
-/// early, and the guest waits until the buffer is empty.
-fn memory_buffer(rtt: Duration) -> u64 {
-    ((rtt.as_secs_f64() * 1e9) as u64).clamp(1 << 20, 64 << 20)
+/// Bytes that each memory stream holds: what a link of 1 GB/s has under way, and no more, and all of
+/// them together what `limit` lets through in a short while. QEMU takes the filling of a buffer for
+/// the link's speed, stops the guest too early, and the guest waits until the buffer is empty.
+fn memory_buffer(rtt: Duration, limit: Option<u64>, streams: usize) -> u64 {
+    /// Of a second.
+    const WHILE: u64 = 20;
+    /// A stream moves in pieces of this size.
+    const LEAST: u64 = 64 << 10;
+    let link = ((rtt.as_secs_f64() * 1e9) as u64).clamp(1 << 20, 64 << 20);
+    let share = |limit: u64| (limit / WHILE / streams.max(1) as u64).max(LEAST);
+    limit.map_or(link, |limit| link.min(share(limit)))
 }
 
 /// A delta of this size fits any pause: it is dominated by round trips.
