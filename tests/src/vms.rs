@@ -76,6 +76,12 @@ pub fn holds(object: &Value, kind: &str) -> bool {
     conditions.is_some_and(|all| all.iter().any(|c| c["type"] == kind && c["status"] == "True"))
 }
 
+/// Whether an object has a condition for a reason, whether it holds or not.
+pub fn says(object: &Value, kind: &str, reason: &str) -> bool {
+    let conditions = object["status"]["conditions"].as_array();
+    conditions.is_some_and(|all| all.iter().any(|c| c["type"] == kind && c["reason"] == reason))
+}
+
 /// Ends a process at once.
 ///
 /// # Errors

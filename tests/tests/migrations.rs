@@ -7,7 +7,7 @@ use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{
     CLAIMS, DISKS, MOVES, OWNERS, Oracle, PODS, SETTINGS, VMIS, VMS, holds, import, is_running,
-    kill, migration, shows, vm,
+    kill, migration, says, shows, vm,
 };
 use serde_json::{Value, json};
 
@@ -118,11 +118,7 @@ async fn disks_go_to_other_storage_while_the_guest_runs() -> Result<()> {
         [("on-block", "local-block", "200Mi"), ("on-files", "local", "300Mi")]
     {
         cluster.send("PATCH", &web, Some(goes_to(disk))).await?;
-        let waits = |vm: &Value| {
-            let conditions = vm["status"]["conditions"].as_array();
-            let is = |c: &Value| c["type"] == "VolumesChange" && c["reason"] == "WaitingForVolumes";
-            conditions.is_some_and(|all| all.iter().any(is))
-        };
+        let waits = |vm: &Value| says(vm, "VolumesChange", "WaitingForVolumes");
         cluster.until(&web, waits).await?;
         cluster.create(DISKS, blank(disk, class, size)).await?;
         let there = |vmi: &Value| {
@@ -162,10 +158,7 @@ async fn disks_go_to_other_storage_while_the_guest_runs() -> Result<()> {
     back["spec"]["updateVolumesStrategy"] = Value::Null;
     cluster.send("PATCH", &web, Some(back)).await?;
     cluster.does(&["vm", "start", "web"])?;
-    let stale = |vmi: &Value| {
-        let conditions = vmi["status"]["conditions"].as_array();
-        conditions.is_some_and(|all| all.iter().any(|c| c["reason"] == "StaleDisk"))
-    };
+    let stale = |vmi: &Value| says(vmi, "Synchronized", "StaleDisk");
     cluster.until(&vmi, stale).await?;
     ensure!(cluster.qemus()?.is_empty(), "it runs on a disk that it has left");
     Ok(())
@@ -271,16 +264,26 @@ async fn a_migration_that_is_cancelled_or_cannot_be_leaves_the_guest_where_it_is
         stays(name).await?;
     }
 
+    // By hand alone, the cluster says: then the command has not changed the VM either.
+    let by_hand = json!({"spec": {"workloadUpdateStrategy": {"workloadUpdateMethods": []}}});
+    cluster.send("PATCH", SETTINGS, Some(by_hand)).await?;
+    let template = async || -> Result<Value> {
+        Ok(cluster.send("GET", &format!("{VMS}/web"), None).await?["spec"].clone())
+    };
+    let before_it = template().await?;
+    let said = cluster.does(&["migrate", "web", "--storage-class", "local"]);
+    ensure!(said.is_err_and(|why| why.to_string().contains("workloadUpdateMethods")));
+    ensure!(template().await? == before_it);
+    let by_move =
+        json!({"spec": {"workloadUpdateStrategy": {"workloadUpdateMethods": ["LiveMigrate"]}}});
+    cluster.send("PATCH", SETTINGS, Some(by_move)).await?;
+
     let quick = json!({"spec": {"configuration": {"migrations": {"bandwidthPerMigration": null}}}});
     cluster.send("PATCH", SETTINGS, Some(quick)).await?;
     cluster.create(DISKS, blank("small", "shared", "16Mi")).await?;
     cluster.until(&format!("{DISKS}/small"), |disk| disk["status"]["phase"] == "Succeeded").await?;
     cluster.send("PATCH", &format!("{VMS}/web"), Some(goes_to("small"))).await?;
-    let refused = |vm: &Value| {
-        let conditions = vm["status"]["conditions"].as_array();
-        let is = |c: &Value| c["type"] == "RestartRequired" && c["status"] == "True";
-        conditions.is_some_and(|all| all.iter().any(is))
-    };
+    let refused = |vm: &Value| holds(vm, "RestartRequired");
     cluster.until(&format!("{VMS}/web"), refused).await?;
     stays("too small").await?;
     let moves = cluster.send("GET", MOVES, None).await?;
@@ -294,6 +297,12 @@ fn parent(pid: i32) -> Result<i32> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let rest = stat.rsplit_once(") ").context("no stat")?.1;
     Ok(rest.split(' ').nth(1).context("no parent")?.parse()?)
+}
+
+/// Has the oracle look, at the console of wherever the guest is.
+fn nothing_is_lost(cluster: &Cluster) -> Result<()> {
+    let mut console = cluster.console("web")?;
+    Oracle::again(&mut console).check().map(|_| ())
 }
 
 /// Begins a slow migration, and waits until it is under way. Returns the target's QEMU.
@@ -330,9 +339,7 @@ async fn whichever_part_is_killed_during_a_move_one_guest_is_left_and_its_disk_i
     }
     cluster.until_moved("agents", "Succeeded").await?;
     cluster.until_qemus(1)?;
-    let mut console = cluster.console("web")?;
-    Oracle::again(&mut console).check()?;
-    drop(console);
+    nothing_is_lost(&cluster)?;
 
     let before = cluster.send("GET", &vmi, None).await?;
     let target = set_out(&cluster, "target").await?;
@@ -341,9 +348,7 @@ async fn whichever_part_is_killed_during_a_move_one_guest_is_left_and_its_disk_i
     cluster.until_qemus(1)?;
     let after = cluster.until(&vmi, |vmi| vmi["status"]["phase"] == "Running").await?;
     ensure!(node(&after) == node(&before), "{after}");
-    let mut console = cluster.console("web")?;
-    Oracle::again(&mut console).check()?;
-    drop(console);
+    nothing_is_lost(&cluster)?;
 
     let source = cluster.qemus()?[0];
     set_out(&cluster, "source").await?;

@@ -79,11 +79,8 @@ where
 /// The migration of a VM that is not over.
 async fn under_way(cluster: &Cluster, vm: &str) -> Result<Option<String>> {
     let all = api::<Migration>(cluster).list(&ListParams::default()).await.map_err(plain)?;
-    let open = |m: &Migration| {
-        let over = m.status.as_ref().is_some_and(|status| status.phase.is_final());
-        m.spec.vmi_name == vm && !over
-    };
-    Ok(all.items.iter().find(|m| open(m)).map(ResourceExt::name_any))
+    let open = |m: &&Migration| m.spec.vmi_name == vm && !m.is_over();
+    Ok(all.items.iter().find(open).map(ResourceExt::name_any))
 }
 
 async fn to_node(cluster: &Cluster, vm: &str, node: Option<&str>) -> Result<String> {
@@ -109,23 +106,41 @@ async fn to_class(cluster: &Cluster, vm: &str, class: &str) -> Result<String> {
     }
     let patch = onto_class(cluster, &found, class).await?;
     vms.patch(vm, &PatchParams::default(), &Patch::Merge(&patch)).await.map_err(plain)?;
+    match taken_up(cluster, vm).await {
+        Ok(migration) => Ok(migration),
+        Err(why) => {
+            // Its next start would be on the new disks, which are empty.
+            let back = Patch::Merge(json!({"spec": {
+                "updateVolumesStrategy": found.spec.update_volumes_strategy,
+                "dataVolumeTemplates": found.spec.data_volume_templates,
+                "template": {"spec": {"volumes": found.spec.template.spec["volumes"]}},
+            }}));
+            vms.patch(vm, &PatchParams::default(), &back).await.map_err(plain).with_context(
+                || format!("the old volumes of {vm} are not back in its template: put them there"),
+            )?;
+            Err(why)
+        }
+    }
+}
+
+/// Waits until a migration brings the disks of a VM to what its template names now.
+async fn taken_up(cluster: &Cluster, vm: &str) -> Result<String> {
     let since = Instant::now();
     loop {
         if let Some(name) = under_way(cluster, vm).await? {
             return Ok(name);
         }
-        let now = vms.get(vm).await.map_err(plain)?.status.unwrap_or_default();
-        let restart = now.conditions.iter().find(|c| c.kind == types::RESTART_REQUIRED);
+        let now = api::<VirtualMachine>(cluster).get(vm).await.map_err(plain)?;
+        let conditions = now.status.unwrap_or_default().conditions;
+        let restart = conditions.iter().find(|c| c.kind == types::RESTART_REQUIRED);
         if let Some(why) = restart.filter(|c| c.status == Is::True) {
             let why = why.message.clone().unwrap_or_default();
-            bail!(
-                "the disks of {vm} cannot move while it runs: {why}. Its next start is on the new \
-                 ones, which are empty: put the old volumes back into its template"
-            );
+            bail!("the disks of {vm} cannot move while it runs: {why}. They are where they were");
         }
         ensure!(
             since.elapsed() < TAKEN_UP,
-            "nobody has begun to move the disks of {vm} within {TAKEN_UP:?}: see `godwit vm describe {vm}`"
+            "nobody has begun to move the disks of {vm} within {TAKEN_UP:?}, and they are where they \
+             were: see `godwit vm describe {vm}`"
         );
         tokio::time::sleep(LOOK).await;
     }

@@ -67,7 +67,7 @@ pub async fn run(arguments: cli::ApiRole) -> Result<ExitCode> {
 
 /// A cluster that was named, or the one that this runs in.
 async fn client(kubeconfig: Option<&Path>) -> Result<Client> {
-    let config = match kubeconfig {
+    let mut config = match kubeconfig {
         Some(path) => {
             let found = Kubeconfig::read_from(path)
                 .with_context(|| format!("cannot read {}", path.display()))?;
@@ -75,6 +75,8 @@ async fn client(kubeconfig: Option<&Path>) -> Result<Client> {
         }
         None => Config::infer().await.context("name the cluster's kubeconfig: --kubeconfig")?,
     };
+    // Whoever asks the API role asks again by himself.
+    config.default_retry = false;
     Ok(Client::try_from(config)?)
 }
 

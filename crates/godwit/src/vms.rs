@@ -47,7 +47,9 @@ impl Cluster {
         })?;
         let options =
             KubeConfigOptions { context: place.context.clone(), ..KubeConfigOptions::default() };
-        let config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
+        let mut config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
+        // A person is told at once.
+        config.default_retry = false;
         let namespace = place.namespace.clone().unwrap_or(config.default_namespace.clone());
         Ok(Self { client: Client::try_from(config)?, namespace })
     }
