@@ -34,6 +34,28 @@ pub mod types {
     pub const IN_DOUBT: &str = "InDoubt";
 }
 
+/// When something came to a phase.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub struct Transition<P> {
+    /// Which.
+    pub phase: P,
+    /// When.
+    pub phase_transition_timestamp: String,
+}
+
+impl<P> Transition<P> {
+    /// Now.
+    pub fn new(phase: P, now: Timestamp) -> Self {
+        Self { phase, phase_transition_timestamp: moment(now) }
+    }
+
+    /// When.
+    pub fn at(&self) -> Option<Timestamp> {
+        self.phase_transition_timestamp.parse().ok()
+    }
+}
+
 /// A condition's status.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Is {

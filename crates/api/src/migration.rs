@@ -1,6 +1,6 @@
 //! VirtualMachineInstanceMigration: one live migration; and how migrations are to be made.
 
-use crate::conditions::{Condition, moment};
+use crate::conditions::{Condition, Transition};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
@@ -27,6 +27,18 @@ pub struct Spec {
     /// How urgent it is: `system-critical`, `user-triggered`, `system-maintenance`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub priority: Option<String>,
+}
+
+impl VirtualMachineInstanceMigration {
+    /// Where it is.
+    pub fn phase(&self) -> Phase {
+        self.status.as_ref().map(|status| status.phase).unwrap_or_default()
+    }
+
+    /// Whether it is over.
+    pub fn is_over(&self) -> bool {
+        self.phase().is_final()
+    }
 }
 
 /// Where a migration is.
@@ -102,7 +114,7 @@ pub struct Status {
     /// How far it is.
     pub phase: Phase,
     /// When it came to each phase.
-    pub phase_transition_timestamps: Vec<Transition>,
+    pub phase_transition_timestamps: Vec<Transition<Phase>>,
     /// What holds and what does not.
     pub conditions: Vec<Condition>,
     /// What the VMI says of it.
@@ -115,26 +127,14 @@ impl Status {
     pub fn enter(&mut self, phase: Phase, now: jiff::Timestamp) {
         if self.phase != phase {
             self.phase = phase;
-            let at = moment(now);
-            self.phase_transition_timestamps
-                .push(Transition { phase, phase_transition_timestamp: at });
+            self.phase_transition_timestamps.push(Transition::new(phase, now));
         }
     }
 
     /// When it came to the phase in which it is.
     pub fn since(&self) -> Option<jiff::Timestamp> {
-        self.phase_transition_timestamps.last()?.phase_transition_timestamp.parse().ok()
+        self.phase_transition_timestamps.last()?.at()
     }
-}
-
-/// When a phase began.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Transition {
-    /// Which.
-    pub phase: Phase,
-    /// When.
-    pub phase_transition_timestamp: String,
 }
 
 /// A migration as its VMI's status has it (`migrationState`). It is written by merge patches in
@@ -197,9 +197,6 @@ pub struct Options {
     /// Whether a guest that cannot be caught is slowed down.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_auto_converge: Option<bool>,
-    /// Whether a guest that cannot be caught is stopped for as long as it takes.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub allow_workload_disruption: Option<bool>,
     /// Bytes per second; none or 0: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_per_migration: Option<Quantity>,
@@ -242,9 +239,6 @@ impl Options {
         let others = others.clone();
         Self {
             allow_auto_converge: self.allow_auto_converge.or(others.allow_auto_converge),
-            allow_workload_disruption: self
-                .allow_workload_disruption
-                .or(others.allow_workload_disruption),
             bandwidth_per_migration: self
                 .bandwidth_per_migration
                 .or(others.bandwidth_per_migration),
@@ -267,7 +261,6 @@ impl Options {
     pub fn defaults() -> Self {
         Self {
             allow_auto_converge: Some(false),
-            allow_workload_disruption: Some(false),
             bandwidth_per_migration: Some(Quantity("0".into())),
             completion_timeout_per_gib: Some(COMPLETION_PER_GIB),
             max_downtime_ms: Some(MAX_DOWNTIME_MS),

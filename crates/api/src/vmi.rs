@@ -2,7 +2,7 @@
 
 mod spec;
 
-use crate::conditions::{Condition, types};
+use crate::conditions::{Condition, Transition, types};
 use crate::{migration, support};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 use kube::CustomResource;
@@ -91,7 +91,7 @@ pub struct Status {
     /// Where it is in its life.
     pub phase: Phase,
     /// When it came to each phase.
-    pub phase_transition_timestamps: Vec<Transition>,
+    pub phase_transition_timestamps: Vec<Transition<Phase>>,
     /// Why it is there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -147,19 +147,8 @@ impl Status {
             return;
         }
         self.phase = phase;
-        let at = crate::conditions::moment(now);
-        self.phase_transition_timestamps.push(Transition { phase, phase_transition_timestamp: at });
+        self.phase_transition_timestamps.push(Transition::new(phase, now));
     }
-}
-
-/// When a phase began.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(rename_all = "camelCase")]
-pub struct Transition {
-    /// Which.
-    pub phase: Phase,
-    /// When.
-    pub phase_transition_timestamp: String,
 }
 
 /// A network card that runs.

@@ -63,15 +63,11 @@ impl Waits {
 /// Runs the reconciler. Never ends by itself.
 pub async fn run(world: World) {
     let queue = world.volume_queue.clone();
-    queue
-        .run(AT_ONCE, move |key| {
-            let world = world.clone();
-            async move { reconcile(&world, &key).await }
-        })
-        .await;
+    queue.run(AT_ONCE, move |key| reconcile(world.clone(), key)).await;
 }
 
-async fn reconcile(world: &World, key: &Key) -> Next {
+async fn reconcile(world: World, key: Key) -> Next {
+    let (world, key) = (&world, &key);
     let volume = get(&world.volumes, key);
     if let Err(error) = release(world, key, volume.as_deref()).await {
         tracing::warn!("cannot delete a pod that lent to {}/{}: {}", key.0, key.1, why(&error));

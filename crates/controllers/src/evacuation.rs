@@ -21,45 +21,27 @@ use api::vmi::VirtualMachineInstance;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::ResourceExt;
-use kube::api::{Patch, PatchParams, PostParams};
+use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::ObjectRef;
 use plan::{Action, Snapshot};
-use reconcile::events::{Kind, why};
 use reconcile::kept::reference;
 use reconcile::queue::Next;
 use serde_json::json;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-
-/// What was just made is seen within this time.
-const SEEN: Duration = Duration::from_secs(5);
-/// A write that another has outrun is tried again after this.
-const SOON: Duration = Duration::from_millis(100);
 
 /// Runs the reconciler. Never ends by itself.
 pub async fn run(world: World) {
     let queue = world.evacuation_queue.clone();
-    queue
-        .run(AT_ONCE, move |key| {
-            let world = world.clone();
-            async move { reconcile(&world, &key).await }
-        })
-        .await;
+    queue.run(AT_ONCE, move |key| reconcile(world.clone(), key)).await;
 }
 
-async fn reconcile(world: &World, key: &Key) -> Next {
+async fn reconcile(world: World, key: Key) -> Next {
+    let (world, key) = (&world, &key);
     let Some(vmi) = get(&world.vmis, key) else { return Next::Rest };
     let snapshot = look(world, key, vmi);
     for action in plan::plan(&snapshot) {
         if let Err(error) = act(world, &snapshot, &action).await {
-            if matches!(&error, kube::Error::Api(status) if status.code == 409) {
-                return Next::After(SOON);
-            }
-            let message = format!("cannot {action}: {}", why(&error));
-            tracing::warn!(vmi = %format!("{}/{}", key.0, key.1), "{message}");
-            let about = reference(&*snapshot.vmi);
-            world.events.say(&about, Kind::Warning, "FailedCreate", &message).await;
-            return Next::Failed;
+            return world.failed(&*snapshot.vmi, &action, "FailedCreate", &error).await;
         }
     }
     Next::Rest
@@ -69,13 +51,9 @@ fn look(world: &World, key: &Key, vmi: Arc<VirtualMachineInstance>) -> Snapshot 
     let cluster = world.cluster().map(|cluster| cluster.spec.clone()).unwrap_or_default();
     let node = vmi.status.as_ref().and_then(|status| status.node_name.clone());
     let node = node.and_then(|name| world.nodes.get(&ObjectRef::<Node>::new(&name)));
-    let moves = |m: &Arc<Migration>| {
-        let over = m.status.as_ref().is_some_and(|status| status.phase.is_final());
-        m.namespace().as_ref() == Some(&key.0) && m.spec.vmi_name == key.1 && !over
-    };
     Snapshot {
         drained: node.is_some_and(|node| is_drained(&node, &cluster)),
-        moving: world.migrations.state().iter().any(moves),
+        moving: world.moves_of(key).iter().any(|migration| !migration.is_over()),
         pods: world.pods_of(&vmi.uid().unwrap_or_default()),
         owner: get(&world.owners, key),
         now: Timestamp::now(),
@@ -126,14 +104,5 @@ async fn migrate(
     if now.as_ref().map(place) != Some(place(vmi)) {
         return Ok(());
     }
-    let migrations = world.api::<Migration>(&namespace);
-    let made = migrations.create(&PostParams::default(), migration).await?;
-    let message = format!("Created Migration {}", made.name_any());
-    world.events.say(&reference(vmi), Kind::Normal, "SuccessfulCreate", &message).await;
-    // N.B. whoever looks again must see it, or makes a second one, which is refused.
-    let until = Instant::now() + SEEN;
-    while get(&world.migrations, &key(&made)).is_none() && Instant::now() < until {
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-    Ok(())
+    world.migrate(&namespace, migration, &reference(vmi)).await
 }

@@ -72,7 +72,7 @@ async fn reconcile(world: &World, admitted: &Admitted, key: &Key) -> Next {
             return went_wrong(world, &snapshot, action, &error).await;
         }
     }
-    if snapshot.migration.status.as_ref().is_some_and(|status| status.phase.is_final()) {
+    if snapshot.migration.is_over() {
         ring_waiting(world);
     }
     match plan.again {
@@ -83,8 +83,7 @@ async fn reconcile(world: &World, admitted: &Admitted, key: &Key) -> Next {
 
 /// A place may be free for those that wait.
 fn ring_waiting(world: &World) {
-    let waits =
-        |m: &&Arc<Migration>| m.status.as_ref().is_none_or(|status| status.phase <= Phase::Pending);
+    let waits = |m: &&Arc<Migration>| m.phase() <= Phase::Pending;
     world
         .migrations
         .state()
@@ -99,15 +98,11 @@ async fn went_wrong(
     action: &Action,
     error: &kube::Error,
 ) -> Next {
-    if matches!(error, kube::Error::Api(status) if status.code == 409) {
-        return Next::After(Duration::from_millis(100));
-    }
-    let text = why(error);
-    let (namespace, name) = key(&*snapshot.migration);
-    tracing::warn!(migration = %format!("{namespace}/{name}"), "cannot {action}: {text}");
     let is_quota =
         matches!(error, kube::Error::Api(s) if s.code == 403 && s.message.contains("quota"));
     if is_quota {
+        let text = why(error);
+        let (namespace, name) = key(&*snapshot.migration);
         let full = Condition::new(plan::QUOTA, true, "ExceededQuota", &text);
         let old = snapshot.migration.status.as_ref().map(|s| s.conditions.clone());
         let merged = conditions::merge(&old.unwrap_or_default(), vec![full], &[], snapshot.now);
@@ -120,10 +115,7 @@ async fn went_wrong(
         }
         return Next::After(QUOTA);
     }
-    let message = format!("cannot {action}: {text}");
-    let about = reference(&*snapshot.migration);
-    world.events.say(&about, Kind::Warning, "FailedCreate", &message).await;
-    Next::Failed
+    world.failed(&*snapshot.migration, action, "FailedCreate", error).await
 }
 
 fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapshot {
@@ -144,9 +136,11 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
     let (all, now) = (world.migrations.state(), Timestamp::now());
     let held = backoff::held_back(all.iter().map(|m| &**m), now);
     let backoff = migration.uid().and_then(|uid| held.get(&uid).copied());
-    let turn = match backoff {
-        Some(until) => Err(format!("it waits until {until}, since the one before it failed")),
-        None => turn_of(world, admitted, &migration, &all, &held, cluster.as_deref()),
+    let not_yet = vmi.as_ref().and_then(|vmi| plan::not_yet(vmi));
+    let turn = match (backoff, not_yet) {
+        (Some(until), _) => Err(format!("it waits until {until}, since the one before it failed")),
+        (None, Some(why)) if migration.phase() <= Phase::Pending => Err(why.into()),
+        (None, _) => turn_of(world, admitted, &migration, &all, &held, cluster.as_deref()),
     };
     Snapshot {
         claims: claims.collect(),
@@ -266,12 +260,19 @@ fn turn_of(
         }
     };
     // Nobody waits for those that may not begin.
-    let may_begin = |m: &&Arc<Migration>| !m.uid().is_some_and(|uid| held.contains_key(&uid));
+    let vmi_of = |m: &Migration| {
+        get(&world.vmis, &(m.namespace().unwrap_or_default(), m.spec.vmi_name.clone()))
+    };
+    let waits = |m: &Migration| {
+        m.phase() <= Phase::Pending && vmi_of(m).is_none_or(|vmi| plan::not_yet(&vmi).is_some())
+    };
+    let may_begin =
+        |m: &&Arc<Migration>| !m.uid().is_some_and(|uid| held.contains_key(&uid)) && !waits(m);
     let ones: Vec<turn::One> = all.iter().filter(may_begin).map(one).collect();
     let limits = cluster.map(|c| c.spec.configuration.migrations.clone()).unwrap_or_default();
     let own = migration.uid().unwrap_or_default();
     turn::turn(&own, &ones, &limits)?;
-    if migration.status.as_ref().is_none_or(|status| status.phase <= Phase::Pending) {
+    if migration.phase() <= Phase::Pending {
         admitted.insert(own);
     }
     Ok(())
@@ -280,12 +281,10 @@ fn turn_of(
 /// How many migrations of the same VMI are over and were made after this one.
 fn later(world: &World, migration: &Migration) -> usize {
     let made = |m: &Migration| m.creation_timestamp().map(|at| at.0);
-    let all = world.migrations.state();
+    let all = world
+        .moves_of(&(migration.namespace().unwrap_or_default(), migration.spec.vmi_name.clone()));
     let counts = |m: &&Arc<Migration>| {
-        m.namespace() == migration.namespace()
-            && m.spec.vmi_name == migration.spec.vmi_name
-            && m.status.as_ref().is_some_and(|status| status.phase.is_final())
-            && (made(m), m.name_any()) > (made(migration), migration.name_any())
+        m.is_over() && (made(m), m.name_any()) > (made(migration), migration.name_any())
     };
     all.iter().filter(counts).count()
 }

@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod laws;
 mod plan;
+mod printable;
 mod volumes;
 
 use crate::AT_ONCE;
@@ -17,7 +18,7 @@ use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use plan::{Action, Snapshot};
-use reconcile::events::{Kind, why};
+use reconcile::events::Kind;
 use reconcile::kept::reference;
 use reconcile::queue::Next;
 use serde_json::{Value, json};
@@ -28,15 +29,11 @@ use std::time::Duration;
 /// Runs the reconciler. Never ends by itself.
 pub async fn run(world: World) {
     let queue = world.vm_queue.clone();
-    queue
-        .run(AT_ONCE, move |key| {
-            let world = world.clone();
-            async move { reconcile(&world, &key).await }
-        })
-        .await;
+    queue.run(AT_ONCE, move |key| reconcile(world.clone(), key)).await;
 }
 
-async fn reconcile(world: &World, key: &Key) -> Next {
+async fn reconcile(world: World, key: Key) -> Next {
+    let (world, key) = (&world, &key);
     let Some(vm) = get(&world.vms, key) else { return Next::Rest };
     let now = Timestamp::now();
     let snapshot = Snapshot {
@@ -52,15 +49,7 @@ async fn reconcile(world: &World, key: &Key) -> Next {
     let plan = plan::plan(&snapshot);
     for action in &plan.actions {
         if let Err(error) = act(world, &snapshot, action).await {
-            // Another was faster: the change that it made rings again.
-            if matches!(&error, kube::Error::Api(status) if status.code == 409) {
-                return Next::After(Duration::from_millis(100));
-            }
-            tracing::warn!(vm = %format!("{}/{}", key.0, key.1), "cannot {action}: {}", why(&error));
-            let about = reference(&*snapshot.vm);
-            let message = format!("cannot {action}: {}", why(&error));
-            world.events.say(&about, Kind::Warning, action.failed(), &message).await;
-            return Next::Failed;
+            return world.failed(&*snapshot.vm, action, action.failed(), &error).await;
         }
     }
     match plan.again {
@@ -189,10 +178,7 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
             ignore_gone(claims.patch(claim, &PatchParams::default(), &Patch::Merge(patch)).await)?;
         }
         Action::Migrate(object) => {
-            let moves: Api<VirtualMachineInstanceMigration> = world.api(&namespace);
-            let made = moves.create(&create, &made(object)?).await?.name_any();
-            let message = format!("Created migration {made} to bring the disks to other claims");
-            world.events.say(&reference(vm), Kind::Normal, "SuccessfulCreate", &message).await;
+            world.migrate(&namespace, &made(object)?, &reference(vm)).await?;
         }
         Action::Cancel(migration) => {
             let moves: Api<VirtualMachineInstanceMigration> = world.api(&namespace);

@@ -28,35 +28,22 @@ use reconcile::kept::reference;
 use reconcile::queue::Next;
 use serde_json::{Value, json};
 use std::sync::Arc;
-use std::time::Duration;
 
 /// Runs the reconciler. Never ends by itself.
 pub async fn run(world: World) {
     let queue = world.vmi_queue.clone();
-    queue
-        .run(AT_ONCE, move |key| {
-            let world = world.clone();
-            async move { reconcile(&world, &key).await }
-        })
-        .await;
+    queue.run(AT_ONCE, move |key| reconcile(world.clone(), key)).await;
 }
 
-async fn reconcile(world: &World, key: &Key) -> Next {
+async fn reconcile(world: World, key: Key) -> Next {
+    let (world, key) = (&world, &key);
     let now = Timestamp::now();
     let Some(vmi) = get(&world.vmis, key) else { return forget(world, key).await };
     let snapshot = look(world, key, vmi, now);
     let plan = plan::plan(&snapshot);
     for action in &plan.actions {
         if let Err(error) = act(world, &snapshot, action).await {
-            if matches!(&error, kube::Error::Api(status) if status.code == 409) {
-                return Next::After(Duration::from_millis(100));
-            }
-            let text = why(&error);
-            tracing::warn!(vmi = %format!("{}/{}", key.0, key.1), "cannot {action}: {text}");
-            let message = format!("cannot {action}: {text}");
-            let about = reference(&*snapshot.vmi);
-            world.events.say(&about, Kind::Warning, "FailedCreate", &message).await;
-            return Next::Failed;
+            return world.failed(&*snapshot.vmi, action, "FailedCreate", &error).await;
         }
     }
     match plan.again {

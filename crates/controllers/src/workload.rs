@@ -10,12 +10,12 @@ use api::conditions::{self, types};
 use api::eviction::Strategy;
 use api::keys;
 use api::kubevirt::KubeVirt;
-use api::migration::{PER_CLUSTER, VirtualMachineInstanceMigration as Migration};
+use api::migration::PER_CLUSTER;
 use api::vmi::{Phase, VirtualMachineInstance};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
-use kube::api::{EvictParams, Patch, PatchParams, PostParams};
+use kube::api::{EvictParams, Patch, PatchParams};
 use plan::{Guest, Plan, Snapshot};
 use reconcile::events::{Kind, why};
 use reconcile::kept::reference;
@@ -23,10 +23,6 @@ use reconcile::queue::Next;
 use serde_json::json;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
-
-/// What was just made is seen within this time.
-const SEEN: Duration = Duration::from_secs(5);
 
 /// When guests were last evicted.
 type Last = Arc<Mutex<Option<Timestamp>>>;
@@ -82,10 +78,9 @@ fn next(plan: &Plan) -> Next {
 
 fn look(world: &World, cluster: &KubeVirt, last: Option<Timestamp>) -> Snapshot {
     let migrations = world.migrations.state();
-    let over = |m: &Migration| m.status.as_ref().is_some_and(|status| status.phase.is_final());
     let moving: HashSet<Key> = migrations
         .iter()
-        .filter(|m| !over(m))
+        .filter(|m| !m.is_over())
         .map(|m| (m.namespace().unwrap_or_default(), m.spec.vmi_name.clone()))
         .collect();
     let ours = format!("{IMAGE}:v{VERSION}");
@@ -129,20 +124,11 @@ async fn count(world: &World, cluster: &KubeVirt, outdated: usize) -> kube::Resu
 
 async fn migrate(world: &World, guest: &Key) -> kube::Result<()> {
     let Some(vmi) = get(&world.vmis, guest) else { return Ok(()) };
-    let migrations = world.api::<Migration>(&guest.0);
-    let made = match migrations.create(&PostParams::default(), &plan::renewing(guest)).await {
+    match world.migrate(&guest.0, &plan::renewing(guest), &reference(&*vmi)).await {
         // Another has begun to move it, or it cannot any more.
-        Err(kube::Error::Api(status)) if status.code == 422 => return Ok(()),
-        made => made?,
-    };
-    let message = format!("Created Migration {} for automated workload update", made.name_any());
-    world.events.say(&reference(&*vmi), Kind::Normal, "SuccessfulCreate", &message).await;
-    // N.B. whoever looks again must see it, or makes a second one, which is refused.
-    let until = Instant::now() + SEEN;
-    while get(&world.migrations, &key(&made)).is_none() && Instant::now() < until {
-        tokio::time::sleep(Duration::from_millis(20)).await;
+        Err(kube::Error::Api(status)) if status.code == 422 => Ok(()),
+        made => made,
     }
-    Ok(())
 }
 
 /// Asks that a guest's pod may go: its VM begins it anew.

@@ -8,19 +8,29 @@ use api::owner::OwnerRecord;
 use api::vm::VirtualMachine;
 use api::vmi::{Phase, VirtualMachineInstance};
 use k8s_openapi::NamespaceResourceScope;
-use k8s_openapi::api::core::v1::{Namespace, Node, PersistentVolumeClaim, Pod};
+use k8s_openapi::api::core::v1::{Namespace, Node, ObjectReference, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::StorageClass;
+use kube::api::PostParams;
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher;
 use kube::{Api, Client, Resource, ResourceExt};
 use reconcile::Queue;
-use reconcile::events::Recorder;
-use reconcile::kept::Keeper;
+use reconcile::events::{Kind, Recorder, why};
+use reconcile::kept::{Keeper, reference};
+use reconcile::queue::Next;
 use serde::de::DeserializeOwned;
+use std::fmt::Display;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// A namespace and a name.
 pub type Key = (String, String);
+
+/// What was just made is seen within this time, and looked for this often.
+const SEEN: Duration = Duration::from_secs(5);
+const LOOK: Duration = Duration::from_millis(20);
+/// A write that another has outrun is tried again after this.
+const SOON: Duration = Duration::from_millis(100);
 
 /// The label of importers' pods.
 pub const IMPORTER: &str = "importer";
@@ -271,6 +281,48 @@ impl World {
         let mut all = self.migrations.state();
         all.retain(|m| m.spec.vmi_name == *name && m.namespace().as_ref() == Some(namespace));
         all
+    }
+
+    /// Makes a migration, and waits until it is seen: whoever looks again would make a second one,
+    /// which is refused. `about` is what it is told of.
+    ///
+    /// # Errors
+    /// Those of the API.
+    pub async fn migrate(
+        &self,
+        namespace: &str,
+        migration: &VirtualMachineInstanceMigration,
+        about: &ObjectReference,
+    ) -> kube::Result<()> {
+        let migrations = self.api::<VirtualMachineInstanceMigration>(namespace);
+        let made = migrations.create(&PostParams::default(), migration).await?;
+        let message = format!("Created Migration {}", made.name_any());
+        self.events.say(about, Kind::Normal, "SuccessfulCreate", &message).await;
+        let until = Instant::now() + SEEN;
+        while get(&self.migrations, &key(&made)).is_none() && Instant::now() < until {
+            tokio::time::sleep(LOOK).await;
+        }
+        Ok(())
+    }
+
+    /// What a reconciler does when it cannot do what it planned: told, and tried again. `reason` is
+    /// the event's.
+    pub async fn failed<K: Resource<DynamicType = ()>>(
+        &self,
+        about: &K,
+        action: &impl Display,
+        reason: &str,
+        error: &kube::Error,
+    ) -> Next {
+        // Another was faster: the change that it made rings again.
+        if matches!(error, kube::Error::Api(status) if status.code == 409) {
+            return Next::After(SOON);
+        }
+        let message = format!("cannot {action}: {}", why(error));
+        let name = format!("{}/{}", about.namespace().unwrap_or_default(), about.name_any());
+        tracing::warn!(kind = %K::kind(&()), name, "{message}");
+        self.events.say(&reference(about), Kind::Warning, reason, &message).await;
+        Next::Failed
     }
 
     /// The pods that an object controls.

@@ -217,8 +217,7 @@ impl WebApi {
         let migrations: Api<Migration> = Api::namespaced(self.client.clone(), namespace);
         let own = ListParams::default().labels(&format!("{}={vmi}", keys::MIGRATES));
         let all = migrations.list(&own).await.map_err(failure)?;
-        let over = |m: &Migration| m.status.as_ref().is_some_and(|s| s.phase.is_final());
-        Ok(all.items.iter().any(|m| m.uid().as_deref() == Some(uid) && !over(m)))
+        Ok(all.items.iter().any(|m| m.uid().as_deref() == Some(uid) && !m.is_over()))
     }
 
     /// Says that a VMI is to leave a node, and who wants it so. False: it was said already.

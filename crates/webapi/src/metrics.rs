@@ -117,9 +117,7 @@ fn moves(migrations: &[VirtualMachineInstanceMigration]) -> Vec<Metric> {
         ("kubevirt_vmi_migrations_in_running_phase", "Running"),
     ];
     let of = |(name, phase): (&'static str, &str)| {
-        let is = |m: &&VirtualMachineInstanceMigration| {
-            m.status.as_ref().map(|s| s.phase).unwrap_or_default().to_string() == phase
-        };
+        let is = |m: &&VirtualMachineInstanceMigration| m.phase().to_string() == phase;
         let count = migrations.iter().filter(is).count() as f64;
         let samples = Samples::from([(Vec::new(), count)]);
         Metric { name, help: "Migrations in this phase.", samples }

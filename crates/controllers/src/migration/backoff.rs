@@ -34,20 +34,16 @@ pub fn held_back<'a>(
 
 /// Until when a migration waits because of those that were made before it.
 fn until(migration: &Migration, earlier: &[&Migration]) -> Option<Timestamp> {
-    if !is_automatic(migration) || phase(migration) > Phase::Pending {
+    if !is_automatic(migration) || migration.phase() > Phase::Pending {
         return None;
     }
-    let since_success = earlier.iter().rev().take_while(|m| phase(m) != Phase::Succeeded);
+    let since_success = earlier.iter().rev().take_while(|m| m.phase() != Phase::Succeeded);
     let mut failed = since_success.filter(|m| {
-        is_automatic(m) && phase(m) == Phase::Failed && m.metadata.deletion_timestamp.is_none()
+        is_automatic(m) && m.phase() == Phase::Failed && m.metadata.deletion_timestamp.is_none()
     });
     let last = failed.next()?.status.as_ref()?.since()?;
     let doubles = u32::try_from(failed.count()).unwrap_or(DOUBLES).min(DOUBLES);
     Some(last + FIRST * 2_i32.pow(doubles))
-}
-
-fn phase(migration: &Migration) -> Phase {
-    migration.status.as_ref().map(|status| status.phase).unwrap_or_default()
 }
 
 fn is_automatic(migration: &Migration) -> bool {

@@ -232,6 +232,12 @@ proptest! {
         let waits = next(&plan.actions, case.phase) == case.phase
             && matches!(case.phase, Phase::Pending | Phase::Scheduling | Phase::Scheduled);
         prop_assert!(!waits || plan.again.is_some(), "{:?}", plan.actions);
+        // And says for what.
+        let told = plan.actions.iter().any(|action| {
+            matches!(action, Action::PatchStatus(status)
+                if status["conditions"][0]["message"] == "others are before it")
+        });
+        prop_assert!(!(waits && case.phase == Phase::Pending && !case.turn) || told);
     }
 
     #[test]

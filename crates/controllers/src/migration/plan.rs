@@ -33,6 +33,10 @@ const SILENT: SignedDuration = SignedDuration::from_mins(1);
 const KEPT: usize = 5;
 /// The quota lets no pod in.
 pub const QUOTA: &str = "migrationRejectedByResourceQuota";
+/// It waits, and for what.
+const WAITS: &str = "migrationWaits";
+/// It waits until the disks to which it goes are made.
+const DISKS: &str = "migrationWaitsForDisks";
 /// It is not wanted any more.
 const ABORT: &str = "migrationAbortRequested";
 
@@ -178,6 +182,16 @@ impl Snapshot {
     }
 }
 
+/// Why a VMI cannot begin to move now, whoever's turn it is.
+pub fn not_yet(vmi: &VirtualMachineInstance) -> Option<&'static str> {
+    let status = vmi.status.as_ref();
+    match status.map(|status| (status.phase, status.active_pods.len())) {
+        Some((vmi::Phase::Running, 0 | 1)) => None,
+        Some((vmi::Phase::Running, _)) => Some("it waits until an earlier pod of the VMI is gone"),
+        _ => Some("it waits until the VMI runs"),
+    }
+}
+
 /// What is to be done.
 pub fn plan(snapshot: &Snapshot) -> Plan {
     let mut plan = Plan::default();
@@ -217,33 +231,22 @@ fn advance(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
     match status.phase {
         phase if phase.is_handed_off() => follow(snapshot, status, plan),
         _ if snapshot.leaves() => fail(snapshot, status, "it was cancelled before it began", plan),
-        Phase::Pending => begin(snapshot, vmi, of_vmi, status, plan),
+        Phase::Pending => begin(snapshot, vmi, status, plan),
         _ => hand_off(snapshot, of_vmi, status, plan),
     }
 }
 
 /// One that waits for its turn.
-fn begin(
-    snapshot: &Snapshot,
-    vmi: &Arc<VirtualMachineInstance>,
-    of_vmi: &vmi::Status,
-    status: &mut Status,
-    plan: &mut Plan,
-) {
-    let waits = match &snapshot.turn {
-        Err(why) => Some(why.clone()),
-        Ok(()) if of_vmi.phase != vmi::Phase::Running => {
-            Some(format!("{} does not run yet", vmi.name_any()))
-        }
-        Ok(()) if of_vmi.active_pods.len() > 1 => {
-            Some("an earlier pod of it is not gone yet".into())
-        }
-        Ok(()) => None,
-    };
-    if waits.is_some() {
-        plan.again = Some(AGAIN);
+fn begin(snapshot: &Snapshot, vmi: &VirtualMachineInstance, status: &mut Status, plan: &mut Plan) {
+    let now = snapshot.now;
+    if let Err(why) = &snapshot.turn {
+        let waits = Condition::new(WAITS, true, "Waiting", why);
+        status.conditions = conditions::merge(&status.conditions, vec![waits], &[], now);
+        // Whoever makes room rings.
+        plan.again = Some(AGAIN * 10);
         return;
     }
+    status.conditions = conditions::merge(&status.conditions, Vec::new(), &[WAITS], now);
     match follow_disks(snapshot, vmi, plan) {
         Ok(true) => {}
         Ok(false) => return,
@@ -256,6 +259,15 @@ fn begin(
     };
     if let Some(waits) = snapshot.unmade {
         // N.B. the disk is made first: whoever makes it would write to it beside the guest.
+        let why = "the disks to which it goes are being made";
+        let making = Condition::new(DISKS, true, "DisksNotReady", why);
+        status.conditions = conditions::merge(&status.conditions, vec![making], &[], now);
+        let since = status.conditions.iter().find(|c| c.kind == DISKS).and_then(Condition::since);
+        let patience = snapshot.patience(keys::PENDING_TIMEOUT, PENDING);
+        if since.is_some_and(|since| now.duration_since(since) > patience) {
+            let why = format!("{why}, and were not within {} s", patience.as_secs());
+            return fail(snapshot, status, &why, plan);
+        }
         if waits && snapshot.binder().is_none() {
             plan.actions.push(Action::CreatePod(Box::new(pod)));
         }
@@ -268,7 +280,7 @@ fn begin(
     if snapshot.target().is_none() {
         plan.actions.push(Action::CreatePod(Box::new(pod)));
     }
-    status.conditions = conditions::merge(&status.conditions, Vec::new(), &[QUOTA], snapshot.now);
+    status.conditions = conditions::merge(&status.conditions, Vec::new(), &[QUOTA, DISKS], now);
     status.enter(Phase::Scheduling, snapshot.now);
 }
 

@@ -1,8 +1,9 @@
 //! What is to be done about a VM. Pure.
 
+use super::printable::printable;
 use super::volumes::{self, Change};
 use api::conditions::{self, Condition, types};
-use api::datavolume::{self, DataVolume};
+use api::datavolume::DataVolume;
 use api::keys;
 use api::kubevirt::KubeVirt;
 use api::migration::VirtualMachineInstanceMigration;
@@ -146,7 +147,7 @@ pub fn data_volumes(vm: &VirtualMachine) -> Vec<String> {
 
 /// What a run strategy wants of the VMI now.
 #[derive(Debug, Clone, PartialEq)]
-enum Wish {
+pub(super) enum Wish {
     /// Let it be as it is.
     Nothing,
     /// Make one, standing still or not.
@@ -250,7 +251,7 @@ fn count_failures(snapshot: &Snapshot, status: &mut Status) {
         .phase_transition_timestamps
         .iter()
         .find(|t| t.phase == Phase::Running)
-        .and_then(|t| t.phase_transition_timestamp.parse::<Timestamp>().ok());
+        .and_then(|t| t.at());
     let lasted = |until: Timestamp| began.is_some_and(|at| until.duration_since(at) >= LASTING);
     match found.phase {
         Phase::Failed => {
@@ -260,7 +261,7 @@ fn count_failures(snapshot: &Snapshot, status: &mut Status) {
                 return;
             }
             let ended = found.phase_transition_timestamps.last();
-            let ended = ended.and_then(|t| t.phase_transition_timestamp.parse().ok());
+            let ended = ended.and_then(|t| t.at());
             let before = if lasted(ended.unwrap_or(snapshot.now)) {
                 0
             } else {
@@ -503,74 +504,6 @@ fn within(wanted: &Value, found: &Value) -> bool {
             wanted.len() == found.len() && wanted.iter().zip(found).all(|(w, f)| within(w, f))
         }
         _ => wanted == found,
-    }
-}
-
-/// The VM in one word: the first that fits, in KubeVirt's order.
-fn printable(snapshot: &Snapshot, wish: &Wish, status: &Status) -> Printable {
-    let vmi = snapshot.vmi.as_deref();
-    let found = vmi.and_then(|vmi| vmi.status.as_ref());
-    let phase = found.map(|s| s.phase).unwrap_or_default();
-    let starting =
-        matches!(phase, Phase::Pending | Phase::Scheduling | Phase::Scheduled | Phase::Unset);
-    let because = |reason: &str| {
-        found.is_some_and(|s| {
-            let why = s.conditions.iter().filter_map(|c| c.reason.as_deref());
-            why.chain(s.reason.as_deref()).any(|r| r == reason)
-        })
-    };
-    let volumes: Vec<datavolume::Phase> = snapshot
-        .volumes
-        .iter()
-        .filter_map(|(_, volume)| volume.as_ref())
-        .map(|volume| volume.status.as_ref().map(|s| s.phase).unwrap_or_default())
-        .collect();
-    let any = |phases: &[datavolume::Phase]| volumes.iter().any(|phase| phases.contains(phase));
-    use datavolume::Phase as Disk;
-    match vmi {
-        Some(vmi) => match () {
-            () if vmi.metadata.deletion_timestamp.is_some() && !phase.is_final() => {
-                Printable::Stopping
-            }
-            () if phase.is_final() && matches!(wish, Wish::Stop(_)) => Printable::Stopping,
-            () if found.and_then(|s| s.migration_state.as_ref()).is_some_and(|s| !s.is_over()) => {
-                Printable::Migrating
-            }
-            () if found.is_some_and(|s| conditions::is(&s.conditions, types::PAUSED)) => {
-                Printable::Paused
-            }
-            () if phase == Phase::Running => Printable::Running,
-            () if phase == Phase::Unknown => Printable::Unknown,
-            () if because("ErrorPvcNotFound") => Printable::ErrorPvcNotFound,
-            () if starting && any(&[Disk::Failed]) => Printable::DataVolumeError,
-            () if because("Unschedulable") => Printable::ErrorUnschedulable,
-            () if starting && volumes.iter().any(|phase| *phase != Disk::Succeeded) => {
-                match any(&[Disk::WaitForFirstConsumer]) {
-                    true => Printable::WaitingForVolumeBinding,
-                    false => Printable::Provisioning,
-                }
-            }
-            () if because("ErrImagePull") => Printable::ErrImagePull,
-            () if because("ImagePullBackOff") => Printable::ImagePullBackOff,
-            () if starting => Printable::Starting,
-            () => Printable::Stopped,
-        },
-        None if matches!(wish, Wish::StartAt(_)) => Printable::CrashLoopBackOff,
-        None if any(&[Disk::Failed]) => Printable::DataVolumeError,
-        None if matches!(wish, Wish::Start { .. }) => Printable::Starting,
-        None if any(&[
-            Disk::ImportInProgress,
-            Disk::ImportScheduled,
-            Disk::CloneInProgress,
-            Disk::CloneScheduled,
-        ]) =>
-        {
-            Printable::Provisioning
-        }
-        None if status.run_strategy == Some(RunStrategy::WaitAsReceiver) => {
-            Printable::WaitingForReceiver
-        }
-        None => Printable::Stopped,
     }
 }
 

@@ -367,10 +367,11 @@ impl Look<'_> {
     }
 
     fn cancel(&self, status: &mut Status, plan: &mut Plan) {
-        let own = self.snapshot.moves.iter().filter(|m| {
-            let over = m.status.as_ref().is_some_and(|status| status.phase.is_final());
-            m.labels().contains_key(keys::VOLUME_UPDATE) && !over
-        });
+        let own = self
+            .snapshot
+            .moves
+            .iter()
+            .filter(|m| m.labels().contains_key(keys::VOLUME_UPDATE) && !m.is_over());
         let mut under_way = false;
         for migration in own {
             under_way = true;
@@ -391,12 +392,10 @@ impl Look<'_> {
 
     /// Has the guest moved to its new disks, with pauses between tries that fail.
     fn migrate(&self, plan: &mut Plan) {
-        let phase =
-            |m: &Migration| m.status.as_ref().map(|status| status.phase).unwrap_or_default();
         let all = &self.snapshot.moves;
         // What a migration that has succeeded did is the owner record's to say.
-        let done = |m: &Migration| phase(m) == Moving::Succeeded && self.is_of_this_change(m);
-        if all.iter().any(|m| !phase(m).is_final() || done(m)) {
+        let done = |m: &Migration| m.phase() == Moving::Succeeded && self.is_of_this_change(m);
+        if all.iter().any(|m| !m.is_over() || done(m)) {
             return;
         }
         if let Some(at) = self.not_before().filter(|at| *at > self.snapshot.now) {

@@ -414,7 +414,7 @@ fn schedule(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status 
     let Some(pod) = snapshot.launcher() else {
         // It may not be seen yet, right after it was made.
         let since = status.phase_transition_timestamps.last();
-        let since = since.and_then(|t| t.phase_transition_timestamp.parse::<Timestamp>().ok());
+        let since = since.and_then(|t| t.at());
         let patience = jiff::SignedDuration::from_secs(10);
         if since.is_some_and(|since| now.duration_since(since) < patience) {
             plan.again = Some(AGAIN);

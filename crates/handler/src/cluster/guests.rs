@@ -275,7 +275,7 @@ impl Guest<'_> {
                 let mut status = self.status();
                 let now = Timestamp::now();
                 let since = status.phase_transition_timestamps.last();
-                let since = since.and_then(|t| t.phase_transition_timestamp.parse().ok());
+                let since = since.and_then(|t| t.at());
                 let late = since.is_some_and(|at: Timestamp| now.duration_since(at) > START);
                 let wrong = Condition::new(types::SYNCHRONIZED, false, reason, &message);
                 status.conditions = conditions::merge(&status.conditions, vec![wrong], &[], now);

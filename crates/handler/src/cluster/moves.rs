@@ -69,11 +69,13 @@ struct Known {
     name: Option<String>,
     /// When its progress was last told, and what was.
     told: Option<(Instant, serde_json::Value)>,
+    /// Whole GiB that it moves, once that is known.
+    size: Option<i64>,
 }
 
 impl Default for Known {
     fn default() -> Self {
-        Self { since: Instant::now(), name: None, told: None }
+        Self { since: Instant::now(), name: None, told: None, size: None }
     }
 }
 
@@ -217,10 +219,10 @@ impl Guest<'_> {
         }
         state.completed = Some(true);
         state.end_timestamp = Some(moment(Timestamp::now()));
-        if let Some(migration) = &state.migration_uid {
-            self.tell_end(migration).await;
-        }
+        let migration = state.migration_uid.clone().unwrap_or_default();
+        self.tell_end(&migration).await;
         self.write(status).await?;
+        self.shared.moves.forget(&migration);
         Ok(Next::Rest)
     }
 }

@@ -3,7 +3,7 @@
 use super::{Facts, writers};
 use api::conditions::{Condition, Is, types};
 use api::keys;
-use api::migration::{Spec, VirtualMachineInstanceMigration};
+use api::migration::Spec;
 use api::support;
 use api::validate::{Report, unsupported};
 use apiserver::extension::Review;
@@ -20,10 +20,6 @@ pub fn fill_in(object: &mut Value) {
     let mut labels = meta::map(object, "labels").cloned().unwrap_or_default();
     labels.insert(keys::MIGRATES.into(), name.into());
     meta::set(object, "labels", json!(labels));
-}
-
-fn is_over(migration: &VirtualMachineInstanceMigration) -> bool {
-    migration.status.as_ref().is_some_and(|status| status.phase.is_final())
 }
 
 pub fn create(review: &Review<'_>, object: &Value, facts: &Facts) -> Report {
@@ -73,7 +69,7 @@ fn hindrance(name: &str, facts: &Facts) -> Option<String> {
     if status.phase.is_final() {
         return Some(format!("'{name}' has ended ({}), and cannot move", status.phase.name()));
     }
-    let other = facts.migrations.iter().find(|m| m.spec.vmi_name == name && !is_over(m));
+    let other = facts.migrations.iter().find(|m| m.spec.vmi_name == name && !m.is_over());
     if let Some(other) = other {
         return Some(format!(
             "'{name}' is moved already by migration '{}': wait for its end, or delete it",

@@ -46,11 +46,8 @@ impl Transitions {
     /// Counts what is new of a VMI. Returns how many of its transitions are counted then.
     fn count(&mut self, vmi: &VirtualMachineInstance, before: usize) -> usize {
         let all = vmi.status.iter().flat_map(|status| &status.phase_transition_timestamps);
-        let all: Vec<(String, Timestamp)> = all
-            .filter_map(|it| {
-                Some((it.phase.name().to_owned(), it.phase_transition_timestamp.parse().ok()?))
-            })
-            .collect();
+        let all: Vec<(String, Timestamp)> =
+            all.filter_map(|it| Some((it.phase.name().to_owned(), it.at()?))).collect();
         let (created, deleted) =
             (vmi.creation_timestamp(), vmi.metadata.deletion_timestamp.clone());
         for (index, (phase, at)) in all.iter().enumerate().skip(before) {

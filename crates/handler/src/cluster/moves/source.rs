@@ -131,7 +131,7 @@ impl Guest<'_> {
             return self.tell_start(state).await;
         }
         self.tell(&state, migration, of).await;
-        let late = self.is_late(&state).await;
+        let late = self.is_late(&state, migration).await;
         let wanted = state.abort_requested == Some(true);
         if (wanted || late) && state.abort_status.is_none() {
             let asked = self.launcher.cancel().await;
@@ -145,13 +145,25 @@ impl Guest<'_> {
     }
 
     /// Whether the move has taken longer than its size allows.
-    async fn is_late(&self, state: &State) -> bool {
+    async fn is_late(&self, state: &State, migration: &str) -> bool {
         let options = state.migration_configuration.clone().unwrap_or_default();
         let per_gib = options.completion_timeout_per_gib.unwrap_or(COMPLETION_PER_GIB);
         let began = state.start_timestamp.as_deref().and_then(|at| at.parse::<Timestamp>().ok());
-        let (Some(began), Ok(Some(vm))) = (began, self.launcher.spec().await) else { return false };
-        let allowed = size_gib(&vm).saturating_mul(per_gib.max(0));
+        let (Some(began), Some(size)) = (began, self.size(migration).await) else { return false };
+        let allowed = size.saturating_mul(per_gib.max(0));
         per_gib > 0 && Timestamp::now().duration_since(began).as_secs() > allowed
+    }
+
+    /// Whole GiB that a move brings over: looked at once.
+    async fn size(&self, migration: &str) -> Option<i64> {
+        let known = |memory: &super::Memory| memory.known.get(migration)?.size;
+        if let Some(size) = known(&self.shared.moves.memory()) {
+            return Some(size);
+        }
+        let size = size_gib(&self.launcher.spec().await.ok()??);
+        let mut memory = self.shared.moves.memory();
+        memory.known.entry(migration.to_owned()).or_default().size = Some(size);
+        Some(size)
     }
 
     async fn fail(&self, mut state: State, migration: &str, reason: &str) -> kube::Result<Next> {
