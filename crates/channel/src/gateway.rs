@@ -12,20 +12,21 @@
 mod dial;
 mod incoming;
 mod local;
+mod probe;
 
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use rustix::net::sockopt;
 use serde_json::Value;
 use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, watch};
 use tokio::task::JoinSet;
 
 use crate::client::DialError;
@@ -34,11 +35,18 @@ pub use crate::traffic::{Bytes, Counters};
 use crate::traffic::{Connection, Counted, Traffic};
 use crate::wire::GATEWAY_SOCKET;
 use crate::{socket, tls};
+pub use probe::Link;
 
 /// TLS takes so much at once before it makes the writer wait.
 const TLS_BUFFER: usize = 512 << 10;
 /// Read from the socket at once: TLS by itself reads 4 KiB, which costs a call each.
 const TCP_BUFFER: usize = 128 << 10;
+
+/// An address that was left is given up once nobody has come for so long: longer than a launcher waits
+/// for a link that was cut.
+const RETIRED: Duration = Duration::from_secs(60);
+/// How often that is looked at.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// What is under TLS.
 type Wire = BufReader<Counted<TcpStream>>;
@@ -145,9 +153,10 @@ pub enum Error {
 /// A running gateway. Dropping it cuts everything that it relays.
 #[derive(Debug)]
 pub struct Gateway {
-    address: SocketAddr,
     shared: Arc<Shared>,
-    tasks: JoinSet<()>,
+    tasks: Mutex<JoinSet<()>>,
+    /// Says to the listener that takes what is new that another does from now on.
+    retire: Mutex<watch::Sender<bool>>,
 }
 
 /// A door of [`Gateway::open_door`].
@@ -158,7 +167,8 @@ pub struct Door {
 
 /// What all connections share.
 struct Shared {
-    listen: SocketAddr,
+    /// Where it listens; connections to others come from there, too.
+    listen: RwLock<SocketAddr>,
     host_dir: PathBuf,
     limits: Limits,
     service: Arc<dyn Service>,
@@ -170,7 +180,7 @@ struct Shared {
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Gateway").field("listen", &self.listen).finish_non_exhaustive()
+        f.debug_struct("Gateway").field("listen", &self.listen()).finish_non_exhaustive()
     }
 }
 
@@ -187,7 +197,7 @@ impl Gateway {
         let address = tcp.local_addr().map_err(at)?;
         let unix = socket::bind_beneath(&host_dir, GATEWAY_SOCKET).map_err(Error::Socket)?;
         let shared = Arc::new(Shared {
-            listen,
+            listen: RwLock::new(address),
             host_dir,
             service,
             traffic: Arc::default(),
@@ -196,16 +206,39 @@ impl Gateway {
             local: Arc::new(Semaphore::new(limits.connections)),
             limits,
         });
+        let (retire, retired) = watch::channel(false);
         let mut tasks = JoinSet::new();
-        tasks.spawn(serve_peers(shared.clone(), tcp));
+        tasks.spawn(serve_peers(shared.clone(), tcp, retired));
         tasks.spawn(serve_local(shared.clone(), shared.service.clone(), unix));
         tracing::info!(%address, "gateway listens");
-        Ok(Self { address, shared, tasks })
+        Ok(Self { shared, tasks: Mutex::new(tasks), retire: Mutex::new(retire) })
     }
 
     /// Where it listens.
     pub fn local_addr(&self) -> SocketAddr {
-        self.address
+        self.shared.listen()
+    }
+
+    /// Listens elsewhere from now on; returns where. What stands goes on, and may come again where it
+    /// was: that address is given up once nobody has been there for a minute.
+    ///
+    /// # Errors
+    /// [`Error`]; then it listens where it did.
+    pub fn relocate(&self, listen: SocketAddr) -> Result<SocketAddr, Error> {
+        if listen.ip().is_unspecified() {
+            return Err(Error::Unspecified(listen));
+        }
+        let at = |source| Error::Listen { address: listen, source };
+        let tcp = bind(listen).map_err(at)?;
+        let address = tcp.local_addr().map_err(at)?;
+        let (retire, retired) = watch::channel(false);
+        let mut tasks = self.tasks.lock().unwrap_or_else(PoisonError::into_inner);
+        tasks.spawn(serve_peers(self.shared.clone(), tcp, retired));
+        let mut current = self.retire.lock().unwrap_or_else(PoisonError::into_inner);
+        std::mem::replace(&mut *current, retire).send_replace(true);
+        *self.shared.listen.write().unwrap_or_else(PoisonError::into_inner) = address;
+        tracing::info!(%address, "gateway listens there now");
+        Ok(address)
     }
 
     /// What it has done since it started.
@@ -242,13 +275,26 @@ impl Gateway {
         Ok(dial::ask(&self.shared, address, expect, request).await?)
     }
 
+    /// Measures the link to another gateway, with up to 64 MiB and for about a second.
+    ///
+    /// # Errors
+    /// [`DialError`].
+    pub async fn probe(&self, address: &str, expect: &SpiffeId) -> Result<Link, DialError> {
+        Ok(probe::probe(&self.shared, address, expect).await?)
+    }
+
     /// Stops listening and cuts what is relayed. Its port is free afterwards.
-    pub async fn shutdown(mut self) {
-        self.tasks.shutdown().await;
+    pub async fn shutdown(self) {
+        let mut tasks = self.tasks.into_inner().unwrap_or_else(PoisonError::into_inner);
+        tasks.shutdown().await;
     }
 }
 
 impl Shared {
+    fn listen(&self) -> SocketAddr {
+        *self.listen.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
     fn server(&self) -> tls::Server {
         self.credentials.read().unwrap_or_else(PoisonError::into_inner).0.clone()
     }
@@ -290,18 +336,34 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     socket.listen(1024)
 }
 
-async fn serve_peers(shared: Arc<Shared>, listener: TcpListener) {
+/// Takes connections, once it is `retired` until nobody comes any more.
+async fn serve_peers(
+    shared: Arc<Shared>,
+    listener: TcpListener,
+    mut retired: watch::Receiver<bool>,
+) {
     let mut connections = JoinSet::new();
+    let mut quiet = Instant::now();
     let handshakes = Arc::new(Semaphore::new(shared.limits.handshakes));
     loop {
         while connections.try_join_next().is_some() {}
         // Whoever comes while all are taken waits in the listener's queue.
         let Ok(handshake) = handshakes.clone().acquire_owned().await else { return };
-        match listener.accept().await {
-            Ok((tcp, from)) => {
-                connections.spawn(incoming::serve(shared.clone(), tcp, from, handshake));
-            }
-            Err(error) => pause_after(&error).await,
+        let is_retired = *retired.borrow_and_update();
+        if !connections.is_empty() {
+            quiet = Instant::now();
+        } else if is_retired && quiet.elapsed() > RETIRED {
+            return;
+        }
+        tokio::select! {
+            accepted = listener.accept() => match accepted {
+                Ok((tcp, from)) => {
+                    connections.spawn(incoming::serve(shared.clone(), tcp, from, handshake));
+                }
+                Err(error) => pause_after(&error).await,
+            },
+            Ok(()) = retired.changed() => quiet = Instant::now(),
+            () = tokio::time::sleep(LOOK), if is_retired => {}
         }
     }
 }

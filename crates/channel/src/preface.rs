@@ -155,6 +155,8 @@ pub(crate) enum Opening {
     Stream(Preface),
     /// One request and one answer between the handlers, about who owns a VM.
     Owner,
+    /// Bytes follow that are thrown away: the link is measured.
+    Probe,
 }
 
 /// The first message from a gateway to a launcher.
@@ -172,7 +174,7 @@ pub(crate) struct Delivery {
 pub(crate) enum Reply {
     /// The stream stands, once the source confirmed the token of its next connection.
     Accepted { successor: Token },
-    /// The answer to [`Opening::Owner`]'s request follows.
+    /// The answer to [`Opening::Owner`]'s request follows, or [`Opening::Probe`]'s bytes may.
     Ready,
     /// Neither.
     Refused(Refusal),

@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::net::SocketAddr;
 use std::os::unix::fs::symlink;
 use std::time::{Duration, SystemTime};
 
@@ -10,6 +11,7 @@ use channel::client::{DialError, GatewayClient};
 use channel::gateway::{Config, Error, Gateway, Limits};
 use channel::identity::{Ca, Role, SpiffeId};
 use channel::preface::{Stream, code};
+use channel::relay::DelayRelay;
 use channel::tls;
 use channel::tokens::Token;
 use common::{Echo, Host, PATIENCE, Target, handler, id, identity, pair, preface, trust};
@@ -74,6 +76,50 @@ async fn handlers_are_asked_here_and_across() {
     let across = source.client().ask(&target.address(), &target.id(), json!({ "swap": 2 })).await;
     let expected = json!({ "peer": source.id(), "request": { "swap": 2 } });
     assert_eq!(across.expect("an answer"), expected);
+}
+
+#[tokio::test]
+async fn the_way_to_another_gateway_is_measured_as_it_is() {
+    let (source, target) = pair();
+    let delay = Duration::from_millis(20);
+    let rate = 4 << 20;
+    let listen = SocketAddr::new(target.listen.ip(), 0);
+    let relay = DelayRelay::start(listen, target.gateway().local_addr(), delay, Some(rate)).await;
+    let relay = relay.expect("it listens");
+    let address = relay.local_addr().to_string();
+    let link = source.gateway().probe(&address, &target.id()).await.expect("a link");
+    assert!(link.rtt >= 2 * delay, "{link:?}");
+    // It bursts by what a piece is, and no more.
+    let mean = link.rates.iter().sum::<f64>() / link.rates.len() as f64;
+    assert!(mean < 1.5 * rate as f64, "{link:?}");
+    let stranger = source.gateway().probe(&address, &source.id()).await;
+    assert!(stranger.is_err(), "{stranger:?}");
+}
+
+#[tokio::test]
+async fn a_gateway_that_goes_elsewhere_is_found_there_and_what_stands_goes_on() {
+    let (source, mut target) = pair();
+    let elsewhere = SocketAddr::new([127, 0, 0, 4].into(), 0);
+    let launcher = Target::of(&target, "stands");
+    let token = launcher.issue(Stream::Memory(0));
+    let preface = preface("stands", Stream::Memory(0), &token);
+    let client = source.client();
+    let (address, id) = (target.address(), target.id());
+    let dialed = client.dial(&address, &id, &preface);
+    let (dialed, (_, _, mut there)) = tokio::join!(dialed, launcher.next());
+    let (mut here, _) = dialed.expect("the stream is accepted");
+
+    let after = target.gateway().relocate(elsewhere).expect("it listens");
+    assert_eq!((after.ip(), target.gateway().local_addr()), (elsewhere.ip(), after));
+    here.write_all(b"still").await.expect("bytes are taken");
+    let mut got = [0; 5];
+    timeout(PATIENCE, there.read_exact(&mut got)).await.expect("in time").expect("they come");
+    assert_eq!(&got, b"still");
+    // Where it was, for what comes again; where it is, for what is new.
+    a_stream_passes(&source, &target).await;
+    assert!(target.gateway().relocate(SocketAddr::from(([0, 0, 0, 0], 0))).is_err());
+    target.listen = after;
+    a_stream_passes(&source, &target).await;
 }
 
 #[tokio::test]

@@ -15,7 +15,7 @@ use crate::tokens::Token;
 use crate::wire::Failure;
 use crate::{tls, wire, with_source};
 
-type Tls = TlsStream<Wire>;
+pub(super) type Tls = TlsStream<Wire>;
 
 /// Opens a stream at the gateway `expect`; returns it with the successor of its token.
 pub(super) async fn stream(
@@ -62,7 +62,7 @@ pub(super) async fn ask(
     }
 }
 
-async fn reply(shared: &Shared, tls: &mut Tls, address: &str) -> Result<Reply, Failure> {
+pub(super) async fn reply(shared: &Shared, tls: &mut Tls, address: &str) -> Result<Reply, Failure> {
     // The other gateway waits for its launcher as long as this one would.
     let patience = shared.limits.answer + shared.limits.handshake;
     preface::read(tls, patience).await.map_err(|e| match e {
@@ -71,7 +71,11 @@ async fn reply(shared: &Shared, tls: &mut Tls, address: &str) -> Result<Reply, F
     })
 }
 
-async fn connect(shared: &Shared, address: &str, expect: &SpiffeId) -> Result<Tls, Failure> {
+pub(super) async fn connect(
+    shared: &Shared,
+    address: &str,
+    expect: &SpiffeId,
+) -> Result<Tls, Failure> {
     let patience = shared.limits.handshake;
     let tcp = match timeout(patience, connect_tcp(shared, address)).await {
         Ok(tcp) => tcp.map_err(|e| unreachable(address, &e))?,
@@ -101,9 +105,10 @@ async fn connect_tcp(shared: &Shared, address: &str) -> io::Result<TcpStream> {
 
 async fn connect_one(shared: &Shared, to: SocketAddr) -> io::Result<TcpStream> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    if to.is_ipv4() == shared.listen.is_ipv4() {
+    let own = shared.listen();
+    if to.is_ipv4() == own.is_ipv4() {
         // From the migration address, so that the stream takes the migration network.
-        socket.bind(SocketAddr::new(shared.listen.ip(), 0))?;
+        socket.bind(SocketAddr::new(own.ip(), 0))?;
     }
     socket.connect(to).await
 }
@@ -121,7 +126,7 @@ fn unreachable(address: &str, text: &dyn std::fmt::Display) -> Failure {
     Failure::Unreachable(format!("{address}: {text}"))
 }
 
-fn nonsense() -> Failure {
+pub(super) fn nonsense() -> Failure {
     let text = "the other gateway answered what was not asked; update the older host";
     Failure::Refused(Refusal::new(code::BAD_PREFACE, text))
 }

@@ -8,7 +8,7 @@ use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::timeout;
 use tokio_rustls::server::TlsStream;
 
-use super::{Shared, TLS_BUFFER, Wire, wired};
+use super::{Shared, TLS_BUFFER, Wire, probe, wired};
 use crate::identity::SpiffeId;
 use crate::preface::{self, Delivery, Opening, Preface, Refusal, Reply, code};
 use crate::socket;
@@ -48,6 +48,7 @@ pub(super) async fn serve(
     drop(handshake);
     let served = match admitted {
         Ok((Opening::Owner, _permit)) => answer(&shared, &mut tls, &peer).await,
+        Ok((Opening::Probe, _permit)) => probe::serve(&shared, &mut tls).await,
         Ok((Opening::Stream(preface), _permit)) => match launcher(&shared, &peer, &preface).await {
             Ok((unix, reply)) => {
                 connection.relays(&preface.migration);
