@@ -4,6 +4,7 @@
 //! GET    /v1/status?after=N&wait=S  the status; the next one after generation N, S <= 60 s later at most
 //! GET    /v1/spec                   what the guest is; 404 when there is none
 //! GET    /v1/usage                  what the guest has used; 404 when there is none
+//! GET    /v1/measure                what of it would move, watched for about a second; 404 when there is none
 //! POST   /v1/start                  {spec, forced}
 //! POST   /v1/shutdown               {grace_seconds}; returns at once
 //! POST   /v1/kill  /v1/pause  /v1/resume
@@ -17,9 +18,11 @@
 //! does not fit what the VM does, 500 for the rest. All but the answers above is the status.
 
 use crate::chain;
+use crate::forecast::{Measured, measure};
 use crate::migration::ticket::Ticket;
 use crate::migration::verify::{self, Differing, VerifyReport, VerifyTicket};
 use crate::migration::{self, PrepareRequest, SendRequest};
+use crate::qemu::Qemu;
 use crate::spec::VmSpec;
 use crate::status::Status;
 use crate::usage::{self, Usage};
@@ -111,6 +114,7 @@ fn router(launcher: Handle) -> Router {
         .route("/v1/status", get(status))
         .route("/v1/spec", get(spec))
         .route("/v1/usage", get(usage))
+        .route("/v1/measure", get(measure))
         .route("/v1/start", post(start))
         .route("/v1/shutdown", post(shut_down))
         .route("/v1/kill", post(kill))
@@ -231,13 +235,22 @@ async fn spec(State(launcher): State<Handle>) -> Answer<VmSpec> {
     guest.map(|guest| Json(guest.qemu.spec.clone())).ok_or_else(none)
 }
 
-async fn usage(State(launcher): State<Handle>) -> Answer<Usage> {
-    // N.B. a QEMU that hangs must not hold what others need.
+/// N.B. not locked: a QEMU that hangs must not hold what others need.
+async fn qemu(launcher: &Handle) -> Result<Qemu, Refusal> {
     let qemu = launcher.vm.lock().await.guest.as_ref().map(|guest| guest.qemu.clone());
-    let qemu = qemu.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, "no guest is here"))?;
+    qemu.ok_or_else(|| Refusal::new(StatusCode::NOT_FOUND, "no guest is here"))
+}
+
+async fn usage(State(launcher): State<Handle>) -> Answer<Usage> {
     let failed =
         |error: usage::Error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(&error));
-    usage::of(&qemu).await.map(Json).map_err(failed)
+    usage::of(&qemu(&launcher).await?).await.map(Json).map_err(failed)
+}
+
+async fn measure(State(launcher): State<Handle>) -> Answer<Measured> {
+    let failed =
+        |error: measure::Error| Refusal::new(StatusCode::INTERNAL_SERVER_ERROR, chain(&error));
+    measure::of(&qemu(&launcher).await?).await.map(Json).map_err(failed)
 }
 
 async fn start(State(launcher): State<Handle>, body: Body<StartRequest>) -> Answer<Status> {

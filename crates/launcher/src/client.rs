@@ -2,6 +2,7 @@
 
 use crate::api::{self, FailpointRequest, Failure, ShutdownRequest, StartRequest};
 use crate::chain;
+use crate::forecast::Measured;
 use crate::migration::ticket::Ticket;
 use crate::migration::verify::{self, Differing, VerifyReport, VerifyTicket};
 use crate::migration::{PrepareRequest, SendRequest};
@@ -127,6 +128,14 @@ impl Client {
     /// [`Error`], also when there is none.
     pub async fn usage(&self) -> Result<Usage, Error> {
         self.get("/v1/usage", ANSWER).await
+    }
+
+    /// What of the guest would move: it is watched for about a second.
+    ///
+    /// # Errors
+    /// [`Error`], also when there is none.
+    pub async fn measure(&self) -> Result<Measured, Error> {
+        self.get("/v1/measure", ANSWER).await
     }
 
     /// Starts the VM; `forced`: though it has left.

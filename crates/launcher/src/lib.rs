@@ -21,6 +21,7 @@ pub mod api;
 pub mod client;
 pub mod console;
 pub mod folder;
+pub mod forecast;
 pub mod migration;
 pub mod owner;
 pub mod peers;

@@ -1,7 +1,9 @@
 //! A launcher as it shows itself.
 
+use crate::migration::marks::Mark;
 use crate::migration::status::Status as Migration;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 
 /// What a launcher's VM does.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -62,6 +64,9 @@ pub struct Status {
     pub qemu_pid: Option<u32>,
     /// The last move, if there was one.
     pub migration: Option<Migration>,
+    /// Of a guest that has left: the marks of the disks that it left, by their names.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub left: BTreeMap<String, Mark>,
 }
 
 impl Status {
@@ -77,6 +82,7 @@ impl Status {
             epoch: None,
             qemu_pid: None,
             migration: None,
+            left: BTreeMap::new(),
         }
     }
 }
@@ -143,8 +149,7 @@ pub fn judge(phase: Phase, moving: bool, wish: Wish) -> Verdict {
         (W::Prepare, P::Empty | P::Stopped | P::Left) => Accept,
         (W::Prepare, P::Receiving) => Deny("a move to here is under way; cancel it first"),
         (W::Prepare, _) => Deny("the VM runs here already"),
-        (W::Send, P::Running) => Accept,
-        (W::Send, P::Paused) => Deny("the VM is paused; resume it to move it live"),
+        (W::Send, P::Running | P::Paused) => Accept,
         (W::Reset, P::Running | P::Paused) => Accept,
         (W::Pause | W::Resume | W::Send | W::Reset, _) => Deny("the VM does not run here"),
     }

@@ -131,7 +131,8 @@ async fn vcpus(qemu: &Qemu, process: &Path) -> Result<Vec<Vcpu>, Error> {
     .collect()
 }
 
-async fn disks(qemu: &Qemu) -> Result<Vec<Disk>, Error> {
+/// What was done to each disk.
+pub(crate) async fn disks(qemu: &Qemu) -> Result<Vec<Disk>, Error> {
     let all = qemu.qmp.execute(QueryBlockstats { query_nodes: None }, QMP_DEADLINE).await?;
     let seconds = |ns: u64| ns as f64 / NANO;
     let of = |name: &str| {

@@ -53,6 +53,19 @@ impl Mark {
             if record.vm.0 == *vm && record.owner.0 == *heir)
     }
 
+    /// Whether it means this disk, as far as one can see: not another in its place.
+    pub fn is_of(&self, disk: &Disk) -> bool {
+        let then = self.disk();
+        disk.identity().is_ok_and(|now| {
+            (then.device, then.inode, then.size) == (now.device, now.inode, now.size)
+        })
+    }
+
+    /// Whether it tells if the disk was written since: a device does not say when it was.
+    pub fn is_dated(&self) -> bool {
+        self.disk().modified_ns != 0
+    }
+
     fn disk(&self) -> &Identity {
         match self {
             Mark::Superseded { left_as, .. } => left_as,
@@ -137,11 +150,10 @@ impl Marks {
             disk: disk.path().into(),
             why: error.to_string(),
         })?;
-        let now = disk.identity()?;
-        let then = mark.disk();
-        let same = (then.device, then.inode, then.size) == (now.device, now.inode, now.size);
+        // A disk that cannot be examined is none without a mark.
+        disk.identity()?;
         // A grown or replaced disk keeps an `Incomplete` mark's meaning only if it is the same inode.
-        Ok(Some(mark).filter(|_| same))
+        Ok(Some(mark).filter(|mark| mark.is_of(disk)))
     }
 
     fn open(&self, disk: &Disk, name: &str) -> Result<Option<File>, Error> {

@@ -10,9 +10,10 @@ use crate::qemu::Qemu;
 use crate::vm::QMP_DEADLINE;
 use channel::resumable::{self, Error, LinkError, Links as _};
 use qmp::commands::{
-    AnnounceSelf, Cont, Migrate, MigrateCancel, MigrateContinue, MigrateIncoming,
-    MigrateSetCapabilities, MigrateSetParameters, MigrationCapability, MigrationCapabilityStatus,
-    MigrationInfo, MigrationParameters, MigrationStatus, QueryMigrate, QueryStatus, RunState,
+    AnnounceSelf, BlockExportAdd, Cont, ExportType, Migrate, MigrateCancel, MigrateContinue,
+    MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters, MigrationCapability,
+    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus, NbdAddress,
+    NbdServerStart, NbdServerStop, QueryMigrate, QueryStatus, RunState,
 };
 use std::path::Path;
 use std::time::Duration;
@@ -31,6 +32,9 @@ const POLL: Duration = Duration::from_millis(20);
 const RETRY: Duration = Duration::from_millis(5);
 /// QEMU's own limit on its bandwidth is out of the way where there is none.
 const NO_LIMIT: u64 = 64 << 30;
+
+/// QEMU's socket for exports, in its folder.
+const EXPORTS: &str = "nbd.sock";
 
 /// What both sides set before a migration. `bandwidth`: bytes per second that are let through.
 ///
@@ -365,12 +369,12 @@ pub async fn announce(qemu: &Qemu) {
     }
 }
 
-/// Ends the migration at the source and sees to it that the guest runs again,
-/// whatever state QEMU is in. Idempotent.
+/// Ends the migration at the source and sees to it that the guest runs again, or that one which was
+/// `paused` when it set out can, whatever state QEMU is in. Idempotent.
 ///
 /// # Errors
 /// What QEMU says when it cannot be brought back within `deadline`.
-pub async fn bring_back(qemu: &Qemu, deadline: Duration) -> Result<(), String> {
+pub async fn bring_back(qemu: &Qemu, deadline: Duration, paused: bool) -> Result<(), String> {
     let until = Instant::now() + deadline;
     let mut cancelled = false;
     loop {
@@ -388,6 +392,13 @@ pub async fn bring_back(qemu: &Qemu, deadline: Duration) -> Result<(), String> {
         if !under_way && state.running {
             return Ok(());
         }
+        if !under_way && paused && state.status != RunState::FinishMigrate {
+            // One that was sent whole has let go of its disks.
+            return match info.status {
+                Some(MigrationStatus::Completed) => activate(qemu).await,
+                _ => Ok(()),
+            };
+        }
         if under_way && !cancelled {
             // A refusal means that there is nothing left to cancel: the next look tells.
             let _ = qemu.qmp.execute(MigrateCancel, QMP_DEADLINE).await;
@@ -402,7 +413,8 @@ pub async fn bring_back(qemu: &Qemu, deadline: Duration) -> Result<(), String> {
                 let _ = qemu.qmp.execute(release, QMP_DEADLINE).await;
             }
             // Refused while QEMU is still letting go: then the next turn tries again.
-            if let Err(error) = qemu.qmp.execute(Cont, QMP_DEADLINE).await
+            if !paused
+                && let Err(error) = qemu.qmp.execute(Cont, QMP_DEADLINE).await
                 && Instant::now() > until
             {
                 return Err(error.to_string());
@@ -413,4 +425,32 @@ pub async fn bring_back(qemu: &Qemu, deadline: Duration) -> Result<(), String> {
         }
         tokio::time::sleep(RETRY).await;
     }
+}
+
+/// Takes the disks of a guest that stands still, and keeps standing: what is exported has to be fit for
+/// use, and stays so when the export has ended. `cont` does the same for one that is to run.
+///
+/// # Errors
+/// What QEMU says: another may hold a disk's lock.
+pub async fn activate(qemu: &Qemu) -> Result<(), String> {
+    let addr = NbdAddress::Unix { path: EXPORTS.to_owned() };
+    let server = NbdServerStart { addr, max_connections: Some(1) };
+    qemu.qmp.execute(server, QMP_DEADLINE).await.map_err(|e| e.to_string())?;
+    let mut taken = Ok(());
+    for disk in &qemu.spec.disks {
+        let export = BlockExportAdd {
+            r#type: ExportType::Nbd,
+            id: format!("{}-activation", disk.name),
+            node_name: disk.name.clone(),
+            name: Some(disk.name.clone()),
+            writable: Some(false),
+            ..BlockExportAdd::default()
+        };
+        if let Err(error) = qemu.qmp.execute(export, QMP_DEADLINE).await {
+            taken = Err(format!("disk {}: {error}", disk.name));
+            break;
+        }
+    }
+    qemu.qmp.execute(NbdServerStop, QMP_DEADLINE).await.map_err(|e| e.to_string())?;
+    taken
 }

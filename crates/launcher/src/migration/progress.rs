@@ -27,6 +27,9 @@ pub struct MemoryProgress {
     pub left: u64,
     /// Bytes sent so far.
     pub sent: u64,
+    /// Bytes per second that are sent.
+    #[serde(default)]
+    pub rate: u64,
     /// Bytes per second that the guest dirties.
     pub dirty_rate: u64,
 }
@@ -129,7 +132,7 @@ pub struct Outlook {
 
 /// Rounds over `left` bytes at `rate` while `dirty` bytes/s come again form a
 /// geometric series: left/rate * 1/(1 - dirty/rate). None: it never ends.
-fn series(left: u64, rate: f64, dirty: f64) -> Option<f64> {
+pub(crate) fn series(left: u64, rate: f64, dirty: f64) -> Option<f64> {
     if left == 0 {
         return Some(0.0);
     }

@@ -5,6 +5,8 @@ mod ending;
 mod opening;
 mod show;
 
+pub(crate) use show::FIXED;
+
 use super::control::Sent;
 use super::disks::{Carried, Disks};
 use super::links::Dialing;
@@ -15,7 +17,7 @@ use super::status::{Half, Outcome, Status};
 use super::ticket::{Here, Ticket};
 use super::{Error, Moving, memory};
 use crate::peers;
-use crate::status::Wish;
+use crate::status::{Phase, Wish};
 use crate::vm::{self, Guest, Handle};
 use channel::resumable::Monitor;
 use handover::record::{InstanceId, Move};
@@ -161,6 +163,8 @@ struct Shell {
     memory_monitors: Vec<Monitor>,
     carried: Option<Carried>,
     throttled: bool,
+    /// Somebody had the guest stand still before it set out.
+    was_paused: bool,
     memory_retries: u32,
     swaps: mpsc::Sender<handover::record::Swap>,
     meter: Meter,
@@ -195,6 +199,7 @@ impl Shell {
         };
         let (swaps, asked) = mpsc::channel(8);
         tokio::spawn(swap_in_turn(launcher.clone(), asked, inputs.clone()));
+        let was_paused = launcher.status().borrow().phase == Phase::Paused;
         Ok(Self {
             bucket: Arc::new(SharedBucket::new(request.policy.bandwidth)),
             memory_retries: request.policy.memory_retries,
@@ -218,6 +223,7 @@ impl Shell {
             memory_monitors: Vec::new(),
             carried: None,
             throttled: false,
+            was_paused,
             swaps,
             meter: Meter::default(),
             begun: Instant::now(),

@@ -6,6 +6,7 @@ mod opening;
 use super::control::Sent;
 use super::hall::Gate;
 use super::history::History;
+use super::marks::Mark;
 use super::policy::Policy;
 use super::status::{Half, Outcome, Status};
 use super::ticket::{Here, Ticket};
@@ -24,6 +25,7 @@ use mover::disk::Disk;
 use mover::receiver::Receiver;
 use qmp::commands::Cont;
 use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::mpsc;
@@ -38,6 +40,10 @@ pub struct PrepareRequest {
     pub from: super::ticket::Peer,
     /// The guest as it is to be here, with this host's paths.
     pub spec: VmSpec,
+    /// Marks of disks that the VM has left, by the disks' names, where they are kept elsewhere than
+    /// in the host's folder.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub left: BTreeMap<String, Mark>,
     /// How long to wait, and for what.
     #[serde(default)]
     pub policy: Policy,
@@ -105,6 +111,8 @@ pub(super) struct Shell {
     pub(super) control: Sent,
     pub(super) inputs: mpsc::Sender<Input>,
     pub(super) qemu: Qemu,
+    /// The guest stands still, and is to go on standing.
+    pub(super) paused: bool,
     pub(super) disks: Vec<Received>,
     pub(super) receiver: Option<Arc<Receiver>>,
     pub(super) pumps: Option<tokio::task::JoinHandle<()>>,
@@ -195,6 +203,7 @@ impl Shell {
                 let _ = self.swaps.send(swap).await;
             }
             Action::Activate => self.activate().await,
+            Action::Announce if self.paused => {}
             Action::Announce => memory::announce(&self.qemu).await,
             Action::EndQemu => {
                 self.qemu.process.kill().await;
@@ -238,6 +247,10 @@ impl Shell {
             released.map_err(|e| Refusal::NeverRan(crate::chain(&e)))?;
         }
         self.launcher.pass("target:Released").await;
+        if self.paused {
+            // Not one instruction is run.
+            return memory::activate(&self.qemu).await.map_err(Refusal::NeverRan);
+        }
         let first = match self.qemu.qmp.execute(Cont, QMP_DEADLINE).await {
             Ok(_) => return Ok(()),
             Err(error) if error.is_outcome_unknown() => error,

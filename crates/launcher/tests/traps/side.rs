@@ -222,7 +222,7 @@ impl Side {
     }
 
     pub async fn bring_back(&self) {
-        memory::bring_back(&self.qemu, PATIENCE).await.unwrap();
+        memory::bring_back(&self.qemu, PATIENCE, false).await.unwrap();
         assert!(self.runs().await);
     }
 

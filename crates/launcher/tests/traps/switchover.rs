@@ -4,7 +4,7 @@ use crate::side::{Side, disk_in, firmware, linux, with_disk};
 use launcher::migration::memory;
 use qmp::commands::{
     Cont, Migrate, MigrateCancel, MigrateSetParameters, MigrationParameters, MigrationStatus,
-    QueryStatus, RunState,
+    QueryStatus, RunState, Stop,
 };
 use serde_json::json;
 use std::time::Duration;
@@ -49,6 +49,30 @@ async fn a_dead_target_is_not_noticed_before_the_switchover_and_a_cancel_brings_
     let target = Side::target(&there, 0).await;
     source.send_to(&target, 0).await;
     source.load(&target).await;
+    target.run().await;
+    target.obeys().await;
+}
+
+#[tokio::test]
+async fn the_disks_of_a_guest_that_stands_still_are_taken_though_it_does_not_run() {
+    let folder = tempfile::tempdir().unwrap();
+    let (here, there) = (disk_in(&folder, "here"), disk_in(&folder, "there"));
+    let path = there.clone();
+    let (here, there) = (with_disk(linux(), &here, false), with_disk(linux(), &there, false));
+    let (source, target) = tokio::join!(Side::source(&here), Side::target(&there, 0));
+    source.booted().await;
+    source.execute(Stop).await.unwrap();
+    source.send_to(&target, 0).await;
+    source.load(&target).await;
+    let is_free = || mover::disk::Disk::source(&path).unwrap().is_free().unwrap();
+    assert!(is_free());
+    memory::activate(&target.qemu).await.unwrap();
+    let began = std::time::Instant::now();
+    while is_free() {
+        assert!(began.elapsed() < Duration::from_secs(10), "nobody holds the disk");
+    }
+    let state = target.execute(QueryStatus).await.unwrap();
+    assert!(!state.running, "{state:?}");
     target.run().await;
     target.obeys().await;
 }

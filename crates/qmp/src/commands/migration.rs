@@ -175,6 +175,38 @@ open_enum! {
 }
 
 command! {
+    /// Begins to measure how fast the guest dirties its memory; see [`QueryDirtyRate`].
+    CalcDirtyRate = "calc-dirty-rate" {
+        /// For how long, in seconds.
+        calc_time: i64,
+    } -> Empty
+}
+
+command! {
+    /// How fast the guest dirties its memory.
+    QueryDirtyRate = "query-dirty-rate" -> DirtyRate
+}
+
+/// The reply of [`QueryDirtyRate`].
+#[derive(Debug, Clone, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct DirtyRate {
+    /// MiB per second, once it is measured.
+    pub dirty_rate: Option<i64>,
+    /// Whether it is.
+    pub status: DirtyRateStatus,
+}
+
+open_enum! {
+    /// How far the measurement of [`CalcDirtyRate`] is.
+    DirtyRateStatus {
+        Unstarted = "unstarted",
+        Measuring = "measuring",
+        Measured = "measured",
+    }
+}
+
+command! {
     /// How the migration goes, on either side.
     QueryMigrate = "query-migrate" -> MigrationInfo
 }

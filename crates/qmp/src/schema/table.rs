@@ -68,6 +68,8 @@ fn migration(c: &mut Checker<'_>) {
     c.command(MigrateSetParameters(all_parameters()), &newer);
     c.command(QueryMigrateParameters, &newer);
     c.command(QueryMigrate, &[]);
+    c.command(CalcDirtyRate { calc_time: 1 }, &[]);
+    c.command(QueryDirtyRate, &[]);
     c.command(
         AnnounceSelf {
             initial: 1,

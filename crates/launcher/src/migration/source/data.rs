@@ -188,11 +188,13 @@ impl Shell {
             pumps.abort();
         }
         let deadline = Duration::from_secs_f64(self.request.policy.answer_seconds);
-        match memory::bring_back(&self.guest.qemu, deadline).await {
+        match memory::bring_back(&self.guest.qemu, deadline, self.was_paused).await {
             Ok(()) => {
                 self.resumed = self.paused.take().map(|at| at.elapsed());
                 if *action == Action::ResumeGuest {
-                    memory::announce(&self.guest.qemu).await;
+                    if !self.was_paused {
+                        memory::announce(&self.guest.qemu).await;
+                    }
                     self.tell(Event::GuestResumed);
                 }
             }

@@ -11,6 +11,7 @@ use handover::Failure;
 use handover::source::State;
 use handover::wire::v1::FromSource;
 use mover::disk::Disk;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 /// Messages already given to the control stream get this long to leave.
@@ -32,6 +33,7 @@ impl Shell {
     }
 
     pub(super) fn mark_superseded(&self) {
+        let mut left = BTreeMap::new();
         let holds = self.prepared.iter().flat_map(|prepared| &prepared.disks);
         let copied = self.guest.qemu.spec.disks.iter().zip(holds);
         for (disk, _) in copied.filter(|(_, held)| **held != Holds::Shared) {
@@ -43,13 +45,16 @@ impl Shell {
                     heir: self.core.parties.to.heir.0.clone(),
                     left_as: opened.identity()?,
                 };
-                self.launcher.marks.set(&opened, &mark)
+                self.launcher.marks.set(&opened, &mark)?;
+                left.insert(disk.name.clone(), mark);
+                Ok(())
             });
             if let Err(error) = marked {
                 // The owner record still keeps the VM from being started here.
                 tracing::error!(%error, disk = %disk.path.display(), "a disk could not be marked");
             }
         }
+        self.launcher.show(|status| status.left = left);
     }
 
     /// Ends the disks' driver and takes the disks from it.

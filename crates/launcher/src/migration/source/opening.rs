@@ -39,6 +39,7 @@ impl Shell {
             sizes: sizes.collect::<Result<_, _>>().map_err(|e| e.to_string())?,
             disk_streams: policy.disk_streams,
             multifd: policy.multifd,
+            paused: self.was_paused,
         };
         let dialer = dialing.stream(Stream::Control, ticket.token.clone());
         self.dialing = Some(dialing);

@@ -125,7 +125,7 @@ impl Shell {
 
 /// Stopping the guest, sending and loading its devices, and two swaps of owner
 /// records: measured under TCG on one machine, see docs/benchmarks.md.
-pub(super) const FIXED: Duration = Duration::from_millis(25);
+pub(crate) const FIXED: Duration = Duration::from_millis(25);
 
 struct Memory {
     total: u64,
@@ -141,6 +141,7 @@ impl Memory {
             total: self.total,
             left: self.left,
             sent: self.sent,
+            rate: self.rate as u64,
             dirty_rate: self.dirty_rate as u64,
         }
     }

@@ -48,7 +48,8 @@ impl Shell {
         {
             let mut vm = self.launcher.vm.lock().await;
             vm.guest = Some(guest.clone());
-            self.launcher.show_guest(Phase::Running, Some(&guest));
+            let phase = if self.paused { Phase::Paused } else { Phase::Running };
+            self.launcher.show_guest(phase, Some(&guest));
             self.show_outcome(self.settled());
         }
         self.launcher.keep_watch(guest.clone());

@@ -178,6 +178,7 @@ async fn open(
         control: sent.clone(),
         inputs: inputs.clone(),
         qemu,
+        paused: offer.paused,
         disks: std::mem::take(disks),
         receiver: Some(receiver),
         pumps: Some(pumps),
@@ -257,6 +258,8 @@ fn open_disks(
             ));
         }
         let mark = launcher.marks.get(&disk).map_err(|e| crate::chain(&e))?;
+        let mark =
+            mark.or_else(|| request.left.get(&spec.name).filter(|m| m.is_of(&disk)).cloned());
         holds.push(match &mark {
             _ if !copied => Holds::Shared,
             _ if created => Holds::Zeros,
