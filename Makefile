@@ -33,6 +33,7 @@ bench: guest ## measure, side by side with QEMU's own way and libvirt
 	target/release/bench
 	target/release/bench-cluster
 	target/release/bench-vms
+	target/release/bench-moves
 
 soak: guest ## move with random faults: MINUTES=10 SEED=1; and the larger model
 	cargo build -q --release -p godwit -p e2e --bins

@@ -15,6 +15,8 @@ pub const SOON: Duration = Duration::from_secs(60);
 pub struct Cluster {
     /// The program that runs it.
     program: PathBuf,
+    /// Variables of its environment.
+    environment: Vec<(String, String)>,
     dir: tempfile::TempDir,
     /// As its administrator.
     pub client: Client,
@@ -73,7 +75,9 @@ impl Cluster {
         let dir = tempfile::Builder::new().prefix("godwit-").tempdir()?;
         up(Path::new(program), dir.path(), more, environment)?;
         let client = client(dir.path()).await?;
-        let cluster = Self { program: program.into(), dir, client };
+        let own = environment.iter().map(|(name, value)| ((*name).into(), (*value).into()));
+        let environment = own.collect();
+        let cluster = Self { program: program.into(), environment, dir, client };
         cluster.until("/api/v1/namespaces/default/serviceaccounts/default", |_| true).await?;
         Ok(cluster)
     }
@@ -93,7 +97,8 @@ impl Cluster {
     /// # Errors
     /// What it said.
     pub fn up(&self, more: &[&str]) -> Result<()> {
-        up(&self.program, self.dir(), more, &[])
+        let own = self.environment.iter().map(|(name, value)| (&**name, &**value));
+        up(&self.program, self.dir(), more, &own.collect::<Vec<_>>())
     }
 
     /// Runs a command of the program on it.

@@ -111,6 +111,18 @@ impl Cluster {
         Ok(String::from_utf8_lossy(&run.stdout).into_owned())
     }
 
+    /// Runs a command of Godwit's that is to say no, and returns what it says on stdout.
+    ///
+    /// # Errors
+    /// When it says yes.
+    pub fn refuses(&self, arguments: &[&str]) -> Result<String> {
+        let mut run = Command::new(self.program());
+        run.args(arguments).arg("--kubeconfig").arg(self.path("kubeconfig"));
+        let run = run.output()?;
+        ensure!(!run.status.success(), "{arguments:?}: it is done");
+        Ok(String::from_utf8_lossy(&run.stdout).into_owned())
+    }
+
     /// The same, until it works.
     ///
     /// # Errors
@@ -202,11 +214,19 @@ impl<'a> Oracle<'a> {
     /// # Errors
     /// When the guest does not.
     pub fn begin(terminal: &'a mut Terminal) -> Result<Self> {
-        terminal.run(
+        Self::begin_with(terminal, 7)
+    }
+
+    /// Begins with a seed of its own: what an earlier one has written is not taken for its.
+    ///
+    /// # Errors
+    /// When the guest does not.
+    pub fn begin_with(terminal: &'a mut Terminal, seed: u64) -> Result<Self> {
+        terminal.run(&format!(
             "mkfifo /tmp/ask; oracle serve </tmp/ask >/tmp/told 2>&1 & exec 3>/tmp/ask; \
-             echo 'write start dev=/dev/vda2 len=4M seed=7 rate=100' >&3; \
-             echo 'memory start mib=4' >&3; echo tick start >&3",
-        )?;
+             echo 'write start dev=/dev/vda2 len=4M seed={seed} rate=100' >&3; \
+             echo 'memory start mib=4' >&3; echo tick start >&3"
+        ))?;
         Ok(Self(terminal))
     }
 

@@ -76,6 +76,7 @@ fn ticket(scene: &Scene, attempt: &str) -> Result<Ticket> {
         migration: attempt.into(),
         from: here(&scene.a)?.peer,
         spec,
+        left: Default::default(),
         policy: Policy::default(),
     };
     Ok(scene.world.run(scene.b.client(VM).prepare(&request))?)

@@ -86,6 +86,9 @@ pub mod keys {
     pub const SUPERSEDED: &str = "godwit.dev/superseded";
     /// Annotation of a claim: the VM and the volume whose disk it is or was, `VM/VOLUME`.
     pub const LEFT_BY: &str = "godwit.dev/disk-of";
+    /// Annotation of a claim that a VM has left: the disk's mark, by which a way back knows that nobody
+    /// has written to it since.
+    pub const LEFT_AS: &str = "godwit.dev/left-as";
     /// Annotation of a claim that was made for a disk which followed its guest: the first claim.
     pub const COPY_OF: &str = "godwit.dev/copy-of";
     /// Annotation of a migration: the node from which it takes a guest that is to leave.

@@ -117,6 +117,9 @@ pub struct Status {
     pub phase_transition_timestamps: Vec<Transition<Phase>>,
     /// What holds and what does not.
     pub conditions: Vec<Condition>,
+    /// How far it is, as the launcher tells. N.B. handlers write it, and it is never written from here.
+    #[serde(skip_serializing)]
+    pub progress: Option<serde_json::Value>,
     /// What the VMI says of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration_state: Option<State>,
@@ -197,6 +200,9 @@ pub struct Options {
     /// Whether a guest that cannot be caught is slowed down.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_auto_converge: Option<bool>,
+    /// The network that guests take, by its name; none: the one that nodes have anyhow.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub network: Option<String>,
     /// Bytes per second; none or 0: no limit.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bandwidth_per_migration: Option<Quantity>,
@@ -239,6 +245,7 @@ impl Options {
         let others = others.clone();
         Self {
             allow_auto_converge: self.allow_auto_converge.or(others.allow_auto_converge),
+            network: self.network.or(others.network),
             bandwidth_per_migration: self
                 .bandwidth_per_migration
                 .or(others.bandwidth_per_migration),
@@ -261,6 +268,7 @@ impl Options {
     pub fn defaults() -> Self {
         Self {
             allow_auto_converge: Some(false),
+            network: None,
             bandwidth_per_migration: Some(Quantity("0".into())),
             completion_timeout_per_gib: Some(COMPLETION_PER_GIB),
             max_downtime_ms: Some(MAX_DOWNTIME_MS),

@@ -14,6 +14,7 @@ mod disks;
 mod laws;
 mod plan;
 mod policy;
+pub mod preflight;
 mod turn;
 
 pub(crate) use disks::left_by;
@@ -24,7 +25,7 @@ use crate::vmi::is_lent;
 use crate::world::{Key, World, get, key, refusal};
 use api::conditions::{self, Condition};
 use api::datavolume::Phase as Making;
-use api::kubevirt::KubeVirt;
+use api::kubevirt::{Configuration, KubeVirt};
 use api::migration::{Phase, VirtualMachineInstanceMigration as Migration};
 use api::owner::OwnerRecord;
 use api::vmi::VirtualMachineInstance;
@@ -123,6 +124,7 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
     let of_vmi = (namespace.clone(), migration.spec.vmi_name.clone());
     let vmi = get(&world.vmis, &of_vmi);
     let cluster = world.cluster();
+    let configuration = cluster.as_ref().map(|c| c.spec.configuration.clone()).unwrap_or_default();
     let spec = vmi.as_ref().and_then(|vmi| vmi.parse().ok()).unwrap_or_default();
     let found = vmi.as_ref().and_then(|vmi| vmi.status.as_ref());
     let moves = found.map(|status| status.migrated_volumes.clone()).unwrap_or_default();
@@ -139,7 +141,11 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
     let not_yet = vmi.as_ref().and_then(|vmi| plan::not_yet(vmi));
     let turn = match (backoff, not_yet) {
         (Some(until), _) => Err(format!("it waits until {until}, since the one before it failed")),
-        (None, Some(why)) if migration.phase() <= Phase::Pending => Err(why.into()),
+        (None, Some(why))
+            if migration.phase() <= Phase::Pending && !is_let_in(admitted, &migration) =>
+        {
+            Err(why.into())
+        }
         (None, _) => turn_of(world, admitted, &migration, &all, &held, cluster.as_deref()),
     };
     Snapshot {
@@ -151,7 +157,8 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
         turn,
         backoff,
         options: options(world, &namespace, vmi.as_deref(), cluster.as_deref()),
-        processor: processor(world, vmi.as_deref(), &spec, cluster.as_deref()),
+        processor: processor(node(world, vmi.as_deref()).as_deref(), &spec, &configuration),
+        heard: heard(world, vmi.as_deref()),
         later: later(world, &migration),
         now,
         vmi,
@@ -162,11 +169,9 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
 /// The claims that are or were disks of a VMI that has moved.
 fn left(world: &World, (namespace, name): &Key) -> Vec<Arc<PersistentVolumeClaim>> {
     let mut all = world.claims.state();
-    let of = |claim: &PersistentVolumeClaim| {
-        let note = claim.annotations().get(api::keys::LEFT_BY);
-        note.and_then(|note| note.split_once('/')).is_some_and(|(vm, _)| vm == name)
-    };
-    all.retain(|claim| claim.namespace().as_ref() == Some(namespace) && of(claim));
+    all.retain(|claim| {
+        claim.namespace().as_ref() == Some(namespace) && disks::is_left_by(claim, name)
+    });
     all
 }
 
@@ -194,21 +199,23 @@ fn options(
     policy::resolve(policies.iter().map(|policy| &**policy), &labels, &of_vmi, &of_cluster)
 }
 
-/// What the target's node must have, by what the guest's processor really is.
+/// The node that runs the guest.
+fn node(world: &World, vmi: Option<&VirtualMachineInstance>) -> Option<Arc<Node>> {
+    let name = vmi?.status.as_ref()?.node_name.as_deref()?;
+    world.nodes.get(&ObjectRef::<Node>::new(name))
+}
+
+/// What the target's node must have, by what the guest's processor really is; `node` runs it.
 fn processor(
-    world: &World,
-    vmi: Option<&VirtualMachineInstance>,
+    node: Option<&Node>,
     spec: &api::vmi::Spec,
-    cluster: Option<&KubeVirt>,
+    configuration: &Configuration,
 ) -> BTreeMap<String, String> {
-    let configuration = cluster.map(|c| c.spec.configuration.clone()).unwrap_or_default();
     if configuration.developer_configuration.use_emulation {
         // QEMU emulates all that it has a name for, whatever the node's processor is.
         return BTreeMap::new();
     }
-    let model = spec.domain.cpu.model.clone().or(configuration.cpu_model);
-    let node = vmi.and_then(|vmi| vmi.status.as_ref()?.node_name.clone()).unwrap_or_default();
-    let node = world.nodes.get(&ObjectRef::<Node>::new(&node));
+    let model = spec.domain.cpu.model.clone().or_else(|| configuration.cpu_model.clone());
     let labels = node.map(|node| node.labels().clone()).unwrap_or_default();
     let alike = |prefix: &str| {
         let of = labels.iter().filter(|(name, _)| name.starts_with(prefix));
@@ -227,6 +234,12 @@ fn processor(
     }
 }
 
+/// Whether a migration has its turn, though that cannot be seen yet.
+fn is_let_in(admitted: &Admitted, migration: &Migration) -> bool {
+    let admitted = admitted.lock().unwrap_or_else(PoisonError::into_inner);
+    migration.uid().is_some_and(|uid| admitted.contains(&uid))
+}
+
 fn turn_of(
     world: &World,
     admitted: &Admitted,
@@ -239,6 +252,8 @@ fn turn_of(
     let mut admitted = admitted.lock().unwrap_or_else(PoisonError::into_inner);
     let uids: HashSet<String> = all.iter().filter_map(|m| m.uid()).collect();
     admitted.retain(|uid| uids.contains(uid));
+    // N.B. one that was let in has a second pod already, which is its own.
+    let let_in = admitted.clone();
     let one = |m: &Arc<Migration>| {
         let status = m.status.as_ref();
         let uid = m.uid().unwrap_or_default();
@@ -264,7 +279,9 @@ fn turn_of(
         get(&world.vmis, &(m.namespace().unwrap_or_default(), m.spec.vmi_name.clone()))
     };
     let waits = |m: &Migration| {
-        m.phase() <= Phase::Pending && vmi_of(m).is_none_or(|vmi| plan::not_yet(&vmi).is_some())
+        m.phase() <= Phase::Pending
+            && !m.uid().is_some_and(|uid| let_in.contains(&uid))
+            && vmi_of(m).is_none_or(|vmi| plan::not_yet(&vmi).is_some())
     };
     let may_begin =
         |m: &&Arc<Migration>| !m.uid().is_some_and(|uid| held.contains_key(&uid)) && !waits(m);
@@ -276,6 +293,15 @@ fn turn_of(
         admitted.insert(own);
     }
     Ok(())
+}
+
+/// When the handler of the node that a guest leaves was last heard of: a node that is gone, when the
+/// guest set out.
+fn heard(world: &World, vmi: Option<&VirtualMachineInstance>) -> Option<Timestamp> {
+    let state = vmi?.status.as_ref()?.migration_state.as_ref()?;
+    let node = world.nodes.get(&ObjectRef::<Node>::new(state.source_node.as_deref()?));
+    let beat = node.and_then(|node| node.annotations().get(api::keys::HEARTBEAT).cloned());
+    beat.as_deref().or(state.start_timestamp.as_deref())?.parse().ok()
 }
 
 /// How many migrations of the same VMI are over and were made after this one.

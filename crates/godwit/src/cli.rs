@@ -1,6 +1,7 @@
 //! What can be said on the command line.
 
 mod migrate;
+mod network;
 mod role;
 
 use crate::view::Output;
@@ -14,6 +15,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 pub use migrate::{Migrate, Watch};
+pub use network::Network;
 pub use role::{Controller, Gateway, Handler, Launcher};
 
 /// Moves running virtual machines between hosts without stopping them.
@@ -446,6 +448,10 @@ pub struct Up {
     /// An image that its nodes have: a program of this machine that is run in its stead.
     #[arg(long, value_name = "NAME=PROGRAM")]
     pub image: Vec<String>,
+    /// A network for migrations, in which each node has an address: `moves=127.80.0.0/24`. The KubeVirt
+    /// object's `configuration.migrations.network` says whether it is taken.
+    #[arg(long, value_name = "NAME=RANGE")]
+    pub migration_network: Vec<Network>,
     /// Run controllers and handlers as processes of their own; their logs are in the cluster's
     /// folder.
     #[arg(long)]

@@ -141,6 +141,9 @@ fn detach(folder: &Folder, arguments: &cli::Up) -> Result<ExitCode> {
         let kvm = accelerator == cli::Accelerator::Kvm;
         command.args(["--accelerator", if kvm { "kvm" } else { "tcg" }]);
     }
+    for network in &arguments.migration_network {
+        command.arg("--migration-network").arg(network.to_string());
+    }
     if arguments.separate {
         command.arg("--separate");
     }

@@ -7,6 +7,7 @@ mod host;
 mod importing;
 mod migrating;
 mod moving;
+mod preflight;
 mod rights;
 mod roles;
 mod serving;

@@ -1,6 +1,7 @@
 //! `godwit migrate` and `godwit watch`: a VM of a cluster is moved, and one sees how far it is.
 
 use crate::cli::{Migrate, Watch};
+use crate::preflight;
 use crate::view::View;
 use crate::vms::{Cluster, plain};
 use anyhow::{Context, Result, bail, ensure};
@@ -29,6 +30,10 @@ const TAKEN_UP: Duration = Duration::from_secs(60);
 pub async fn run(arguments: Migrate) -> Result<ExitCode> {
     let cluster = Cluster::open(&arguments.place).await?;
     let vm = name_of(&arguments.vm)?;
+    if arguments.dry_run {
+        let (node, class) = (arguments.to_node.as_deref(), arguments.storage_class.as_deref());
+        return preflight::run(&cluster, vm, node, class, arguments.output).await;
+    }
     let migration = match &arguments.storage_class {
         Some(class) => to_class(&cluster, vm, class).await?,
         None => to_node(&cluster, vm, arguments.to_node.as_deref()).await?,
@@ -99,7 +104,10 @@ async fn to_node(cluster: &Cluster, vm: &str, node: Option<&str>) -> Result<Stri
 
 /// Lets all disks of a VM go to new claims of a class; returns the migration that does it.
 async fn to_class(cluster: &Cluster, vm: &str, class: &str) -> Result<String> {
-    let vms = api::<VirtualMachine>(cluster);
+    // N.B. as it is, with what the types here do not have: some of it is written back.
+    let kind = ApiResource::erase::<VirtualMachine>(&());
+    let vms: Api<DynamicObject> =
+        Api::namespaced_with(cluster.client.clone(), &cluster.namespace, &kind);
     let found = vms.get(vm).await.map_err(plain)?;
     if let Some(other) = under_way(cluster, vm).await? {
         bail!("{vm} is moved already by migration {other}: wait for its end, or delete it");
@@ -110,10 +118,11 @@ async fn to_class(cluster: &Cluster, vm: &str, class: &str) -> Result<String> {
         Ok(migration) => Ok(migration),
         Err(why) => {
             // Its next start would be on the new disks, which are empty.
+            let spec = &found.data["spec"];
             let back = Patch::Merge(json!({"spec": {
-                "updateVolumesStrategy": found.spec.update_volumes_strategy,
-                "dataVolumeTemplates": found.spec.data_volume_templates,
-                "template": {"spec": {"volumes": found.spec.template.spec["volumes"]}},
+                "updateVolumesStrategy": spec["updateVolumesStrategy"],
+                "dataVolumeTemplates": spec["dataVolumeTemplates"],
+                "template": {"spec": {"volumes": spec["template"]["spec"]["volumes"]}},
             }}));
             vms.patch(vm, &PatchParams::default(), &back).await.map_err(plain).with_context(
                 || format!("the old volumes of {vm} are not back in its template: put them there"),
@@ -147,26 +156,26 @@ async fn taken_up(cluster: &Cluster, vm: &str) -> Result<String> {
 }
 
 /// The change of a VM that has its disks go to new, blank ones of a class.
-async fn onto_class(cluster: &Cluster, vm: &VirtualMachine, class: &str) -> Result<Value> {
+async fn onto_class(cluster: &Cluster, vm: &DynamicObject, class: &str) -> Result<Value> {
     let name = vm.name_any();
-    let template = api::support::parse::<api::vmi::Spec>(&vm.spec.template.spec);
-    let (spec, _) = template.map_err(|why| anyhow::anyhow!("{name}: {why}"))?;
-    let old = spec.claims();
+    let spec = &vm.data["spec"];
+    let template = api::support::parse::<api::vmi::Spec>(&spec["template"]["spec"]);
+    let (parsed, _) = template.map_err(|why| anyhow::anyhow!("{name}: {why}"))?;
+    let old = parsed.claims();
     ensure!(!old.is_empty(), "{name} has no disks on claims that could go to another class");
     let claims = api::<PersistentVolumeClaim>(cluster);
     let taken = claims.list(&ListParams::default()).await.map_err(plain)?;
     let mut taken: BTreeSet<String> = taken.items.iter().map(ResourceExt::name_any).collect();
-    let mut templates = serde_json::to_value(&vm.spec.data_volume_templates)?;
-    let mut volumes = vm.spec.template.spec["volumes"].clone();
+    let mut templates = spec["dataVolumeTemplates"].as_array().cloned().unwrap_or_default();
+    let mut volumes = spec["template"]["spec"]["volumes"].clone();
     for (volume, claim) in &old {
         let found = claims.get(claim).await.map_err(plain)?;
         let has = found.status.and_then(|status| status.capacity?.get("storage").cloned());
         let size = has.with_context(|| format!("claim {claim} has no size yet"))?;
         let to = free_name(claim, class, &taken);
         taken.insert(to.clone());
-        let list = templates.as_array_mut().context("templates are no list")?;
-        list.retain(|template| template["metadata"]["name"] != **claim);
-        list.push(json!({
+        templates.retain(|template| template["metadata"]["name"] != **claim);
+        templates.push(json!({
             "metadata": {"name": to},
             "spec": {"source": {"blank": {}}, "storage": {
                 "storageClassName": class, "resources": {"requests": {"storage": size}},

@@ -11,6 +11,7 @@ use launcher::migration::ticket::{Here, Peer};
 use launcher::migration::verify;
 use launcher::migration::{PrepareRequest, SendRequest};
 use launcher::spec::VmSpec;
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -38,6 +39,7 @@ pub async fn run(arguments: cli::Move) -> Result<ExitCode> {
         migration: migration.clone(),
         from: peer_of(&way.from)?,
         spec: at_target(spec, way)?,
+        left: BTreeMap::new(),
         policy: policy.clone(),
     };
     let ticket = target.prepare(&request).await.context("the target cannot be prepared")?;

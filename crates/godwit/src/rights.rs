@@ -78,9 +78,17 @@ pub fn api() -> Value {
         rule(&["kubevirt.io"], &statuses, &["patch"]),
         rule(&["kubevirt.io"], &moves, &["list", "create"]),
         rule(&["kubevirt.io"], &["kubevirts"], &["list"]),
+        rule(&["migrations.kubevirt.io"], &["migrationpolicies"], &["list"]),
         rule(&["godwit.dev"], &["ownerrecords"], &["get"]),
         rule(&[""], &["nodes"], &["get", "list"]),
-        rule(&[""], &["pods"], &["get"]),
+        rule(&[""], &["pods"], &["get", "list"]),
+        // What a move would meet, before it is made.
+        rule(
+            &[""],
+            &["namespaces", "persistentvolumeclaims", "persistentvolumes", "resourcequotas"],
+            &["list"],
+        ),
+        rule(&["storage.k8s.io"], &["storageclasses"], &["list"]),
         rule(&["authorization.k8s.io"], &["subjectaccessreviews"], &["create"]),
         rule(&["authentication.k8s.io"], &["tokenreviews"], &["create"]),
     ];

@@ -14,6 +14,7 @@ use launcher::migration::ticket::{Here, Peer};
 use launcher::spec::VmSpec;
 use reconcile::lease::Candidate;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::io::Read;
 use std::path::{Path, PathBuf};
@@ -179,6 +180,7 @@ pub async fn handler(arguments: cli::Handler) -> Result<ExitCode> {
         node: arguments.node,
         folder: std::path::absolute(&arguments.folder)?,
         listen: arguments.listen,
+        networks: networks(&arguments.migration_network)?,
         credentials,
         confine: confine()?,
     };
@@ -187,6 +189,18 @@ pub async fn handler(arguments: cli::Handler) -> Result<ExitCode> {
         asked = asked_to_end() => asked?,
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// The node's places in networks for migrations.
+fn networks(named: &[String]) -> Result<BTreeMap<String, String>> {
+    let one = |text: &String| {
+        let (name, place) = text.split_once('=').filter(|(a, b)| !a.is_empty() && !b.is_empty())?;
+        Some((name.to_owned(), place.to_owned()))
+    };
+    let all = named.iter().map(|text| {
+        one(text).with_context(|| format!("--migration-network {text} is not NAME=ADDRESS"))
+    });
+    all.collect()
 }
 
 /// The folder that stands for `/` in a container without a file system of its own.
@@ -223,7 +237,7 @@ pub async fn launcher(arguments: cli::Launcher) -> Result<ExitCode> {
         root: root(),
         grace: Duration::from_secs(arguments.grace),
         shim: vec![own.into(), "exec".into()],
-        failpoints: arguments.failpoints,
+        failpoints: arguments.failpoints || std::env::var_os("GODWIT_FAILPOINTS").is_some(),
         fault: arguments.inject.unwrap_or_default(),
     };
     launcher::run(config, spec, arguments.force).await?;

@@ -20,6 +20,7 @@ pub mod node;
 pub mod records;
 pub mod serve;
 pub mod translate;
+mod way;
 
 use crate::watch::Watch;
 use api::kubevirt::KubeVirt;
@@ -34,6 +35,7 @@ use kube::{Api, Client};
 use reconcile::Queue;
 use reconcile::events::Recorder;
 use reconcile::kept::Keeper;
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -41,9 +43,6 @@ use std::sync::Arc;
 use tokio::sync::Notify;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
-
-/// File in the handler's folder: its gateway's port.
-const PORT: &str = "gateway.port";
 
 /// How a handler is run.
 #[derive(Debug, Clone)]
@@ -54,6 +53,9 @@ pub struct Config {
     pub folder: PathBuf,
     /// Where the gateway and the API role's way in listen; port 0 takes a free one.
     pub listen: SocketAddr,
+    /// The node's places in networks for migrations, by their names: an address, or an interface that
+    /// has one.
+    pub networks: BTreeMap<String, String>,
     /// Who it is and whom it believes, as they are renewed.
     pub credentials: watch::Receiver<Credentials>,
     /// A program that calls `images::confine`, and its arguments.
@@ -64,12 +66,6 @@ impl Config {
     /// Who it is.
     pub fn id(&self) -> SpiffeId {
         self.credentials.borrow().identity.id().clone()
-    }
-
-    /// Where the gateway of the handler before this one listened, if any free port will do.
-    fn last_listen(&self) -> Option<SocketAddr> {
-        let port = std::fs::read_to_string(self.folder.join(PORT)).ok()?.trim().parse().ok()?;
-        (self.listen.port() == 0).then(|| SocketAddr::new(self.listen.ip(), port))
     }
 
     /// The folders of pods.
@@ -167,20 +163,18 @@ pub async fn run(client: Client, config: Config) -> Result<(), Error> {
             limits: Limits::default(),
         })
     };
-    // A move that is under way finds the gateway again where it was.
-    let before = config.last_listen();
-    let gateway =
-        before.and_then(|listen| open(listen).ok()).map_or_else(|| open(config.listen), Ok);
-    let gateway = gateway.map_err(|source| Error::Gateway { node: config.node.clone(), source })?;
-    std::fs::write(config.folder.join(PORT), gateway.local_addr().port().to_string())
-        .map_err(folder)?;
+    settings_ready(&shared).await;
+    let (gateway, place) = way::open(&shared, open)
+        .await
+        .map_err(|source| Error::Gateway { node: config.node.clone(), source })?;
     let gateway = Arc::new(gateway);
     // It was empty: this is the only one.
     let _ = shared.moves.gateway.set(Arc::clone(&gateway));
     let served = serve::Served::open(&shared).await?;
-    let addresses = node::Addresses { gateway: gateway.local_addr(), handler: served.address };
     let mut tasks = JoinSet::new();
-    tasks.spawn(node::run(shared.clone(), addresses));
+    let places = watch::Sender::new(place);
+    tasks.spawn(node::run(shared.clone(), served.address, places.subscribe()));
+    tasks.spawn(way::follow(shared.clone(), Arc::clone(&gateway), places));
     tasks.spawn(served.run(shared.clone()));
     tasks.spawn(renew(Arc::clone(&gateway), config.credentials.clone()));
     reconcile_ready(&shared).await;
@@ -201,6 +195,11 @@ async fn renew(gateway: Arc<Gateway>, mut credentials: watch::Receiver<Credentia
             tracing::warn!("the gateway keeps its old credentials: {}", launcher::chain(&error));
         }
     }
+}
+
+async fn settings_ready(shared: &Shared) {
+    let Shared { settings, .. } = shared;
+    reconcile::ready!(settings);
 }
 
 async fn reconcile_ready(shared: &Shared) {

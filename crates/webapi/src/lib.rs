@@ -100,8 +100,28 @@ pub trait Guests: Send + Sync {
         name: &'a str,
     ) -> Later<'a, Box<dyn Stream>>;
 
+    /// Measures what a move of a guest would take: as the guest's node tells it.
+    fn forecast<'a>(&'a self, plan: Plan<'a>) -> Later<'a, Value>;
+
     /// Measures what all guests have used. Who does not answer is left out.
     fn measure(&self) -> Later<'_, Measured>;
+}
+
+/// A move that may be made.
+#[derive(Debug, Clone, Copy)]
+pub struct Plan<'a> {
+    /// The node that runs the guest.
+    pub source: &'a str,
+    /// The VMI's.
+    pub namespace: &'a str,
+    /// The VMI's.
+    pub name: &'a str,
+    /// The node to which it would go.
+    pub node: &'a str,
+    /// Whether all its disks go to other storage.
+    pub all: bool,
+    /// How.
+    pub options: &'a api::migration::Options,
 }
 
 /// What is added to the API.
@@ -213,7 +233,7 @@ impl Extension for WebApi {
             let mut text = metrics::text(&vms.items, &vmis.items, &migrations.items);
             metrics::measured(&mut text, &measured);
             let mut transitions = self.transitions.lock().unwrap_or_else(PoisonError::into_inner);
-            transitions.observe(&vmis.items);
+            transitions.observe(&vmis.items, &migrations.items);
             transitions.write(&mut text);
             Ok(text)
         })

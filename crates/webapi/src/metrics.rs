@@ -3,6 +3,7 @@
 //! What objects there are, what handlers have measured, and how long the phases of VMIs took.
 
 mod guests;
+mod moves;
 mod transitions;
 
 use api::migration::VirtualMachineInstanceMigration;
@@ -35,7 +36,7 @@ pub fn text(
     for metric in [number(vms), info(vms), phases(vmis), instances(vmis), memory(vmis)] {
         write(&mut text, &metric);
     }
-    for metric in moves(migrations) {
+    for metric in moves::metrics(migrations) {
         write(&mut text, &metric);
     }
     text
@@ -107,22 +108,6 @@ fn memory(vmis: &[VirtualMachineInstance]) -> Metric {
     };
     let samples = vmis.iter().filter_map(one).collect();
     Metric { name: "kubevirt_vmi_memory_domain_bytes", help: "Memory of each guest.", samples }
-}
-
-fn moves(migrations: &[VirtualMachineInstanceMigration]) -> Vec<Metric> {
-    let phases = [
-        ("kubevirt_vmi_migrations_in_unset_phase", ""),
-        ("kubevirt_vmi_migrations_in_pending_phase", "Pending"),
-        ("kubevirt_vmi_migrations_in_scheduling_phase", "Scheduling"),
-        ("kubevirt_vmi_migrations_in_running_phase", "Running"),
-    ];
-    let of = |(name, phase): (&'static str, &str)| {
-        let is = |m: &&VirtualMachineInstanceMigration| m.phase().to_string() == phase;
-        let count = migrations.iter().filter(is).count() as f64;
-        let samples = Samples::from([(Vec::new(), count)]);
-        Metric { name, help: "Migrations in this phase.", samples }
-    };
-    phases.into_iter().map(of).collect()
 }
 
 fn write(text: &mut String, metric: &Metric) {

@@ -10,8 +10,9 @@ const KINDS: [&str; 2] = ["virtualmachines", "virtualmachineinstances"];
 const MIGRATIONS: &str = "virtualmachineinstancemigrations";
 const POLICIES: (&str, &str) = ("migrations.kubevirt.io", "migrationpolicies");
 const DEFAULT: &str = "kubevirt.io:default";
-const MOVING: [&str; 3] = [
+const MOVING: [&str; 4] = [
     "virtualmachines/migrate",
+    "virtualmachines/preflight",
     "virtualmachines/evacuate/cancel",
     "virtualmachineinstances/evacuate/cancel",
 ];

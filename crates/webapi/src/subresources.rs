@@ -4,6 +4,7 @@ mod console;
 mod guest;
 mod lifecycle;
 mod migration;
+mod preflight;
 
 use crate::{Act, WebApi, failure, is_name};
 use api::SUBRESOURCES;
@@ -36,11 +37,17 @@ const UPDATE: &str = "update";
 const GET: &str = "get";
 
 /// What is served: resource, subresource, verb, and an example of its body.
-const SERVED: [(&str, &str, &str, &str); 14] = [
+const SERVED: [(&str, &str, &str, &str); 15] = [
     (VM, "start", UPDATE, r#"{"paused": true, "dryRun": ["All"]}"#),
     (VM, "stop", UPDATE, r#"{"gracePeriod": 30, "dryRun": ["All"]}"#),
     (VM, "restart", UPDATE, r#"{"gracePeriodSeconds": 0, "dryRun": ["All"]}"#),
     (VM, "migrate", UPDATE, r#"{"addedNodeSelector": {"LABEL": "VALUE"}, "dryRun": ["All"]}"#),
+    (
+        VM,
+        "preflight",
+        UPDATE,
+        r#"{"addedNodeSelector": {"LABEL": "VALUE"}, "storageClass": "CLASS"}"#,
+    ),
     (VM, "evacuate/cancel", UPDATE, r#"{"evacuationNodeName": "NODE", "dryRun": ["All"]}"#),
     (VM, "expand-spec", GET, ""),
     (VMI, "pause", UPDATE, r#"{"dryRun": ["All"]}"#),
@@ -75,6 +82,7 @@ struct Options {
     grace_period_seconds: Option<i64>,
     added_node_selector: BTreeMap<String, String>,
     evacuation_node_name: Option<String>,
+    storage_class: Option<String>,
     dry_run: Option<Vec<String>>,
 }
 
@@ -180,6 +188,7 @@ pub async fn serve(web: &WebApi, request: Request) -> Result<Answer, Failure> {
         "stop" => lifecycle::stop(&target, &options).await,
         "restart" => lifecycle::restart(&target, &options).await,
         "migrate" => migration::migrate(&target, &options).await,
+        "preflight" => preflight::look(&target, &options).await,
         "evacuate/cancel" => migration::stay(&target, &options).await,
         "expand-spec" => expanded(&target).await,
         "pause" => guest::act(&target, &options, Act::Pause).await,

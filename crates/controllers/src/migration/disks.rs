@@ -28,6 +28,12 @@ pub fn left_by(vm: &str, volume: &str) -> String {
     format!("{vm}/{volume}")
 }
 
+/// Whether a claim is or was a disk of a VM that has moved.
+pub fn is_left_by(claim: &PersistentVolumeClaim, vm: &str) -> bool {
+    let note = claim.annotations().get(keys::LEFT_BY).and_then(|note| note.split_once('/'));
+    note.is_some_and(|(of, _)| of == vm)
+}
+
 /// For the disks of a VMI that its target's node could not use.
 ///
 /// # Errors

@@ -39,6 +39,8 @@ struct Case {
     turn: bool,
     /// Seconds in this phase.
     age: i64,
+    /// Seconds since the source's handler was heard of.
+    silence: i64,
 }
 
 fn cases() -> impl Strategy<Value = Case> {
@@ -71,10 +73,11 @@ fn cases() -> impl Strategy<Value = Case> {
         any::<bool>(),
         any::<bool>(),
         prop::sample::select(vec![0, 5, 400, 2000]),
+        prop::sample::select(vec![0, 0, 0, 200, 400]),
     );
     (first, second).prop_map(|((phase, deleted, vmi, owner, pod), rest)| {
-        let (ready, state, other, turn, age) = rest;
-        Case { phase, deleted, vmi, owner, pod, ready, state, other, turn, age }
+        let (ready, state, other, turn, age, silence) = rest;
+        Case { phase, deleted, vmi, owner, pod, ready, state, other, turn, age, silence }
     })
 }
 
@@ -170,6 +173,7 @@ fn snapshot(case: &Case) -> Snapshot {
         turn: if case.turn { Ok(()) } else { Err("others are before it".into()) },
         options: (None, Options::defaults()),
         processor: BTreeMap::new(),
+        heard: Some(now() - jiff::SignedDuration::from_secs(case.silence)),
         later: 0,
         now: now(),
     }
@@ -238,6 +242,19 @@ proptest! {
                 if status["conditions"][0]["message"] == "others are before it")
         });
         prop_assert!(!(waits && case.phase == Phase::Pending && !case.turn) || told);
+    }
+
+    #[test]
+    fn none_waits_for_ever_for_a_source_that_is_silent(case in cases()) {
+        let plan = plan(&snapshot(&case));
+        let after = next(&plan.actions, case.phase);
+        let moves = after.is_handed_off() && case.vmi == Some("Running");
+        let arrived = case.state.as_ref().is_some_and(|state| {
+            !state["targetNodeDomainReadyTimestamp"].is_null()
+        });
+        let seen = case.state.is_some();
+        prop_assert!(!(moves && seen && !arrived && case.phase == after) || case.silence < 300);
+        prop_assert!(!moves || after.is_final() || plan.again.is_some() || arrived);
     }
 
     #[test]

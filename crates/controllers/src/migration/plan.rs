@@ -29,6 +29,9 @@ const PENDING: SignedDuration = SignedDuration::from_mins(15);
 const BEGIN: SignedDuration = SignedDuration::from_mins(6);
 /// A source that is silent although its guest runs at the target.
 const SILENT: SignedDuration = SignedDuration::from_mins(1);
+/// A source's handler that is silent for so long does not tell any more how its move ends: five
+/// heartbeats.
+const GONE: SignedDuration = SignedDuration::from_mins(5);
 /// Migrations of a VMI that are kept when they are over; as KubeVirt.
 const KEPT: usize = 5;
 /// The quota lets no pod in.
@@ -64,6 +67,8 @@ pub struct Snapshot {
     pub options: (Option<String>, Options),
     /// What the target's node must have, for the guest's processor.
     pub processor: BTreeMap<String, String>,
+    /// When the handler of the node that the guest leaves was last heard of.
+    pub heard: Option<Timestamp>,
     /// How many migrations of the VMI are over and were made after this one.
     pub later: usize,
     /// Now.
@@ -303,7 +308,11 @@ fn follow_disks(
     Ok(false)
 }
 
-fn target_pod(
+/// The pod to which the guest is to go.
+///
+/// # Errors
+/// Why it cannot be made, for people.
+pub fn target_pod(
     snapshot: &Snapshot,
     vmi: &VirtualMachineInstance,
     binds: bool,
@@ -382,6 +391,7 @@ fn hand_off(snapshot: &Snapshot, of_vmi: &vmi::Status, status: &mut Status, plan
     }
     let record = snapshot.owner.as_ref().and_then(|owner| owner.status.clone()).unwrap_or_default();
     let (policy, options) = snapshot.options.clone();
+    let is_apart = options.network.as_ref().is_some_and(|network| !network.is_empty());
     let state = State {
         migration_uid: Some(snapshot.uid()),
         source_node: of_vmi.node_name.clone(),
@@ -390,7 +400,7 @@ fn hand_off(snapshot: &Snapshot, of_vmi: &vmi::Status, status: &mut Status, plan
         target_pod: Some(pod.name_any()),
         migration_policy_name: policy,
         migration_configuration: Some(options),
-        migration_network_type: Some("Pod".into()),
+        migration_network_type: Some(if is_apart { "Migration" } else { "Pod" }.into()),
         ..State::default()
     };
     plan.actions.push(Action::Label(json!({keys::TARGET_NODE: node})));
@@ -428,11 +438,18 @@ fn follow(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
     if state.target_node_domain_ready_timestamp.is_some() {
         return settle(snapshot, &state, plan);
     }
+    if let Some(since) = snapshot.heard.filter(|since| now.duration_since(*since) > GONE) {
+        // N.B. nothing is known of the guest: its record keeps what may have it.
+        let node = state.source_node.unwrap_or_default();
+        let why = format!(
+            "node {node}, which runs the guest, is silent since {since}: who has the guest is known once \
+             it is back, or a person has tainted it as out of service"
+        );
+        return fail(snapshot, status, &why, plan);
+    }
+    plan.again = Some(AGAIN * 10);
     let begun = state.start_timestamp.is_some();
     let late = !begun && status.since().is_some_and(|since| now.duration_since(since) > BEGIN);
-    if !begun {
-        plan.again = Some(AGAIN * 10);
-    }
     if (snapshot.leaves() || late) && state.abort_requested != Some(true) {
         plan.actions.push(Action::PatchVmi(json!({"migrationState": {"abortRequested": true}})));
     }
@@ -479,7 +496,11 @@ fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
             plan.actions.push(Action::DeletePod(pod));
         }
     }
-    if status.phase == Phase::Failed && !forget_disks(snapshot, plan) {
+    let cleared = match status.phase {
+        Phase::Failed => forget_disks(snapshot, plan),
+        _ => forget_copies(snapshot, plan),
+    };
+    if !cleared {
         return;
     }
     if let Some(binder) = snapshot.binder().filter(|p| p.metadata.deletion_timestamp.is_none()) {
@@ -505,7 +526,29 @@ fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
     }
 }
 
-/// Disks that were to follow stay: whether nothing is left of that.
+/// Half copies that earlier migrations left: the disks have come elsewhere. Always true.
+fn forget_copies(snapshot: &Snapshot, plan: &mut Plan) -> bool {
+    // N.B. right after its end: a later migration may go on from what is there then.
+    let holds = snapshot.migration.finalizers().iter().any(|f| f == keys::MIGRATION_FINALIZER);
+    let moves = snapshot.vmi.as_ref().and_then(|vmi| Some(&vmi.status.as_ref()?.migrated_volumes));
+    let goes = |name: &str| moves.into_iter().flatten().any(|m| m.destination.claim_name == name);
+    let stale = snapshot.left.iter().filter(|claim| {
+        is_half_copy(claim)
+            && claim.labels().contains_key(keys::MIGRATION)
+            && holds
+            && !goes(&claim.name_any())
+    });
+    plan.actions.extend(stale.map(|claim| Action::DeleteClaim(claim.name_any())));
+    true
+}
+
+fn is_half_copy(claim: &PersistentVolumeClaim) -> bool {
+    claim.annotations().contains_key(keys::INCOMPLETE)
+        && claim.metadata.deletion_timestamp.is_none()
+}
+
+/// Disks that were to follow stay: whether nothing is left of that. What was copied of them is kept
+/// for the next migration, unless this one was not wanted any more.
 fn forget_disks(snapshot: &Snapshot, plan: &mut Plan) -> bool {
     let found = snapshot.vmi.as_ref().and_then(|vmi| vmi.status.as_ref());
     let moves = found.is_some_and(|status| !status.migrated_volumes.is_empty());
@@ -516,6 +559,7 @@ fn forget_disks(snapshot: &Snapshot, plan: &mut Plan) -> bool {
     let own = snapshot.left.iter().filter(|claim| {
         claim.labels().get(keys::MIGRATION) == snapshot.migration.uid().as_ref()
             && claim.metadata.deletion_timestamp.is_none()
+            && (snapshot.leaves() || !is_half_copy(claim))
             && !record.volumes.values().any(|volume| *volume == claim.name_any())
     });
     let own: Vec<String> = own.map(|claim| claim.name_any()).collect();

@@ -21,6 +21,10 @@ pub struct Migrate {
     /// Do not wait for its end.
     #[arg(long)]
     pub no_wait: bool,
+    /// Move nothing: tell all that would make it fail, what it would take, and how long the guest
+    /// would stand still.
+    #[arg(long, conflicts_with = "no_wait")]
+    pub dry_run: bool,
     /// How it is shown.
     #[arg(short, long, value_enum, default_value = "text")]
     pub output: Output,

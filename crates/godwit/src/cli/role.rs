@@ -67,6 +67,9 @@ pub struct Handler {
     /// The address to listen on, and on no other. Port 0 takes a free one.
     #[arg(long)]
     pub listen: SocketAddr,
+    /// A network for migrations, and the node's address in it or the interface that has one.
+    #[arg(long, value_name = "NAME=ADDRESS|INTERFACE")]
+    pub migration_network: Vec<String>,
     /// The folder of its credentials: tls.crt, tls.key and trust.pem. It takes new ones as they
     /// come.
     #[arg(long)]

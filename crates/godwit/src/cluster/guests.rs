@@ -4,12 +4,14 @@ use apiserver::extension::Later;
 use apiserver::status::Failure;
 use channel::identity::{Credentials, Role, SpiffeId};
 use channel::tls;
+use handler::cluster::moves;
 use handler::cluster::node::HANDLER;
 use handler::cluster::serve::{self, Act, Ask, Told};
 use k8s_openapi::api::core::v1::Node;
 use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
 use reconcile::why;
+use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -24,6 +26,18 @@ pub struct Handlers {
 }
 
 impl Handlers {
+    /// Where the handler of a node is.
+    async fn address(&self, node: &str) -> Result<String, Failure> {
+        let nodes: Api<Node> = Api::all(self.client.clone());
+        let found = nodes.get(node).await.map_err(|error| Failure::internal(why(&error)))?;
+        found.annotations().get(HANDLER).cloned().ok_or_else(|| {
+            failure(Told {
+                code: 503,
+                message: format!("node {node} has no handler that could be asked"),
+            })
+        })
+    }
+
     async fn ask(
         &self,
         node: &str,
@@ -31,18 +45,22 @@ impl Handlers {
         name: &str,
         act: Act,
     ) -> Result<Box<dyn webapi::Stream>, Failure> {
-        let nodes: Api<Node> = Api::all(self.client.clone());
-        let found = nodes.get(node).await.map_err(|error| Failure::internal(why(&error)))?;
-        let address = found.annotations().get(HANDLER).ok_or_else(|| {
-            failure(Told {
-                code: 503,
-                message: format!("node {node} has no handler that could be asked"),
-            })
-        })?;
+        let address = self.address(node).await?;
         let (tls, handler) = self.way(node)?;
-        let ask = Ask { act, namespace: namespace.into(), name: name.into() };
-        let stream = serve::ask(&tls, address, &handler, &ask).await.map_err(failure)?;
+        let ask = Ask { act, namespace: namespace.into(), name: name.into(), plan: None };
+        let stream = serve::ask(&tls, &address, &handler, &ask).await.map_err(failure)?;
         Ok(Box::new(stream))
+    }
+
+    async fn forecast(&self, plan: webapi::Plan<'_>) -> Result<Value, Failure> {
+        let webapi::Plan { source, namespace, name, node, all, options } = plan;
+        let address = self.address(source).await?;
+        let (tls, handler) = self.way(source)?;
+        let plan = moves::Plan { node: node.into(), all, options: options.clone() };
+        let (namespace, name) = (namespace.into(), name.into());
+        let ask = Ask { act: Act::Forecast, namespace, name, plan: Some(plan) };
+        let told = serve::forecast(&tls, &address, &handler, &ask).await.map_err(failure)?;
+        serde_json::to_value(told).map_err(|error| Failure::internal(error.to_string()))
     }
 
     /// Who asks, and whom.
@@ -123,6 +141,10 @@ impl webapi::Guests for Handlers {
         name: &'a str,
     ) -> Later<'a, Box<dyn webapi::Stream>> {
         Box::pin(self.ask(node, namespace, name, Act::Console))
+    }
+
+    fn forecast<'a>(&'a self, plan: webapi::Plan<'a>) -> Later<'a, Value> {
+        Box::pin(self.forecast(plan))
     }
 
     fn measure(&self) -> Later<'_, Measured> {

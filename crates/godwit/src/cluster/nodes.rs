@@ -106,7 +106,10 @@ impl Nodes {
                 .await
                 .map_err(|error| anyhow!("cannot register node {name}: {}", why(&error)))?;
             agents.spawn(agent::run(client, config, node, ends.clone()));
-            vms.start_handler(server, &name, &disks.node(&name), &mut controllers)?;
+            let networks = arguments.migration_network.iter();
+            let networks = networks.map(|n| (n.name.clone(), n.address(number).to_string()));
+            let (folder, networks) = (disks.node(&name), networks.collect());
+            vms.start_handler(server, &name, &folder, networks, &mut controllers)?;
         }
         let names: Vec<String> =
             (1..=arguments.nodes).map(|number| format!("{}-{number}", arguments.name)).collect();
@@ -143,14 +146,15 @@ pub fn own_program() -> Result<PathBuf> {
 /// How programs in pods find the API.
 fn environment(server: &Server) -> Vec<(String, String)> {
     let pair = |name: &str, value: String| (name.to_owned(), value);
-    // Which QEMU this program was told to take, launchers take too.
-    let qemu = std::env::var("GODWIT_QEMU").ok().map(|qemu| pair("GODWIT_QEMU", qemu));
+    // Which QEMU this program was told to take, launchers take too; and tests stop their moves.
+    let own = ["GODWIT_QEMU", "GODWIT_FAILPOINTS"].into_iter();
+    let own = own.filter_map(|name| Some(pair(name, std::env::var(name).ok()?)));
     let mut all = vec![
         pair("KUBERNETES_SERVICE_HOST", server.address.ip().to_string()),
         pair("KUBERNETES_SERVICE_PORT", server.address.port().to_string()),
         pair("KUBERNETES_SERVICE_PORT_HTTPS", server.address.port().to_string()),
     ];
-    all.extend(qemu);
+    all.extend(own);
     all
 }
 

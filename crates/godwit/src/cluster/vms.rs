@@ -17,6 +17,7 @@ use http::Method;
 use kube::Client;
 use node::agent::volumes::HostPaths;
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -143,6 +144,7 @@ impl Vms {
         server: &Server,
         node: &str,
         folder: &Path,
+        networks: BTreeMap<String, String>,
         tasks: &mut JoinSet<()>,
     ) -> Result<()> {
         let credentials =
@@ -160,6 +162,10 @@ impl Vms {
             let mut arguments: Vec<OsString> = vec!["handler".into(), "--node".into(), node.into()];
             arguments.extend(["--folder".into(), handler_folder(folder).into()]);
             arguments.extend(["--listen".into(), listen.to_string().into()]);
+            for (name, address) in &networks {
+                let network = format!("{name}={address}");
+                arguments.extend(["--migration-network".into(), network.into()]);
+            }
             arguments.extend(["--identity".into(), identity.into()]);
             arguments.extend(["--kubeconfig".into(), config.write(server, &place)?.into()]);
             children.start(&name, arguments);
@@ -169,6 +175,7 @@ impl Vms {
             node: node.to_owned(),
             folder: handler_folder(folder),
             listen,
+            networks,
             credentials,
             confine: crate::roles::confine()?,
         };

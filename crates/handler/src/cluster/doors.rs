@@ -9,6 +9,7 @@ use launcher::migration::ticket::{Here, Peer};
 use rustix::fs::{FlockOperation, Mode, OFlags};
 use std::collections::HashMap;
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -23,19 +24,23 @@ pub fn folder(pods: &Path, pod: &Pod) -> PathBuf {
 
 /// Opens doors for pods that come, shuts those of pods that are gone. Never ends by itself.
 pub async fn run(shared: Shared, gateway: Arc<Gateway>) {
-    let mut open: HashMap<PathBuf, gateway::Door> = HashMap::new();
+    let mut open: HashMap<PathBuf, (SocketAddr, gateway::Door)> = HashMap::new();
     let mut told: HashMap<PathBuf, String> = HashMap::new();
     loop {
         let pods = shared.pods.state();
         let folders: Vec<PathBuf> =
             pods.iter().map(|pod| folder(&shared.config.pods(), pod)).collect();
         for (pod, folder) in pods.iter().zip(&folders) {
-            if open.contains_key(folder) {
+            let here = gateway.local_addr();
+            if let Some((written, _)) = open.get_mut(folder) {
+                if *written != here && write_place(&shared, here, folder).is_ok() {
+                    *written = here;
+                }
                 continue;
             }
-            match door(&shared, &gateway, pod, folder) {
+            match door(&shared, &gateway, here, pod, folder) {
                 Ok(Some(door)) => {
-                    open.insert(folder.clone(), door);
+                    open.insert(folder.clone(), (here, door));
                     // Whoever waited for it is looked at.
                     if let Some(vmi) = guests::owner(pod) {
                         shared.queue.ring(vmi);
@@ -60,23 +65,27 @@ pub async fn run(shared: Shared, gateway: Arc<Gateway>) {
 fn door(
     shared: &Shared,
     gateway: &Gateway,
+    here: SocketAddr,
     pod: &Arc<Pod>,
     folder: &Path,
 ) -> Result<Option<gateway::Door>, String> {
     let Some((namespace, name)) = guests::owner(pod) else { return Ok(None) };
-    let text = |error: io::Error| error.to_string();
-    std::fs::create_dir_all(folder).map_err(text)?;
-    let peer = Peer { address: gateway.local_addr().to_string(), id: shared.config.id() };
-    let draft = folder.join("gateway.json.new");
-    let here = serde_json::to_vec(&Here { peer }).map_err(|error| error.to_string())?;
-    std::fs::write(&draft, here).map_err(text)?;
-    std::fs::rename(&draft, folder.join("gateway.json")).map_err(text)?;
+    std::fs::create_dir_all(folder).map_err(|error| error.to_string())?;
+    write_place(shared, here, folder).map_err(|error| error.to_string())?;
     let vm = api::owner::vm_id(&namespace, &name);
     let vm = handover::record::VmId(vm);
     let record = OfVm { shared: shared.clone(), namespace, name, vm };
     let service = Door { record, pod: Arc::clone(pod) };
     let door = gateway.open_door(folder, Arc::new(service));
     door.map(Some).map_err(|error| launcher::chain(&error))
+}
+
+/// Writes down where a launcher is reached by others: its gateway.
+fn write_place(shared: &Shared, here: SocketAddr, folder: &Path) -> io::Result<()> {
+    let peer = Peer { address: here.to_string(), id: shared.config.id() };
+    let draft = folder.join("gateway.json.new");
+    std::fs::write(&draft, serde_json::to_vec(&Here { peer })?)?;
+    std::fs::rename(&draft, folder.join("gateway.json"))
 }
 
 /// Removes folders of pods that are gone, unless a launcher still lives in one.

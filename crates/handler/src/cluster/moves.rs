@@ -11,14 +11,16 @@
 //! What a move does is between the two launchers. Handlers begin it, tell of it, and take nothing
 //! for granted: who runs the guest says the owner record.
 
+mod forecast;
 mod mobility;
 mod prepare;
 mod source;
 
+pub use forecast::{Outlook, Plan, look};
 pub use prepare::Cluster;
 
-use super::guests::{Guest, Key, SOON};
-use super::{Shared, translate};
+use super::guests::{Guest, Key, SOON, get};
+use super::{Shared, records, translate};
 use api::conditions::moment;
 use api::keys;
 use api::migration::State;
@@ -28,12 +30,13 @@ use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
+use launcher::migration::marks::Mark;
 use launcher::spec::VmSpec;
 use launcher::status::{Phase as Does, Status as Found};
 use reconcile::events::Kind;
 use reconcile::queue::Next;
 use serde_json::json;
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -59,6 +62,8 @@ struct Arranged {
     vm: VmSpec,
     /// The claims to which disks are copied.
     copied: Vec<String>,
+    /// Which of them the VM has left, and how, by the disks' names.
+    left: BTreeMap<String, Mark>,
 }
 
 /// What is known of one migration.
@@ -111,16 +116,16 @@ pub async fn elsewhere(
     Ok(vmis.get_opt(name).await?.map(Arc::new))
 }
 
-/// Writes, or removes, what is to be known of a claim.
-async fn annotate(
+/// Writes, or removes, what is to be known of a claim: annotations of it.
+async fn annotate<const N: usize>(
     shared: &Shared,
     namespace: &str,
     claim: &str,
-    key: &str,
-    note: Option<&str>,
+    notes: [(&str, Option<&str>); N],
 ) -> kube::Result<()> {
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(shared.client.clone(), namespace);
-    let patch = Patch::Merge(json!({"metadata": {"annotations": {key: note}}}));
+    let notes: BTreeMap<_, _> = notes.into();
+    let patch = Patch::Merge(json!({"metadata": {"annotations": notes}}));
     claims.patch(claim, &PatchParams::default(), &patch).await.map(|_| ())
 }
 
@@ -159,13 +164,13 @@ impl Guest<'_> {
             state.target_node_domain_ready_timestamp = Some(moment(Timestamp::now()));
             state.target_node_domain_detected = Some(true);
         }
-        self.write(status).await?;
-        // N.B. the owner record names them as the VM's: until this is done they are not refused.
-        for claim in self.other_claims().into_values() {
-            for key in [keys::INCOMPLETE, keys::SUPERSEDED] {
-                annotate(self.shared, &self.key.0, &claim, key, None).await?;
-            }
+        // N.B. all of them, before anything else: the VMI may name them already, and nobody comes here
+        // again once it is said to be here.
+        for claim in records::volumes(&self.pod).into_values() {
+            let none = [keys::INCOMPLETE, keys::SUPERSEDED, keys::LEFT_AS].map(|key| (key, None));
+            annotate(self.shared, &self.key.0, &claim, none).await?;
         }
+        self.write(status).await?;
         let message = format!("The VirtualMachineInstance migrated to node {node}.");
         self.say(Kind::Normal, "Migrated", &message).await;
         // The controller labels it, and so it comes to this handler's own.
@@ -176,7 +181,7 @@ impl Guest<'_> {
     pub(super) async fn move_along(&self, found: &Found) -> kube::Result<Next> {
         match found.phase {
             Does::Empty if self.pod.labels().contains_key(keys::MIGRATION) => self.expect().await,
-            Does::Left => self.has_left().await,
+            Does::Left => self.has_left(found).await,
             _ => Ok(Next::Rest),
         }
     }
@@ -199,6 +204,7 @@ impl Guest<'_> {
             .map(|(_, vm)| Arranged {
                 vm: translate::arriving(vm),
                 copied: self.other_claims().into_values().collect(),
+                left: self.left_before(),
             })
             .map_err(|refusal| format!("{}: {}", refusal.reason, refusal.message));
         self.shared.moves.memory().arranged.insert(uid, arranged);
@@ -206,7 +212,7 @@ impl Guest<'_> {
     }
 
     /// The guest has left this pod, and all that is to be kept of it is written down.
-    async fn has_left(&self) -> kube::Result<Next> {
+    async fn has_left(&self, found: &Found) -> kube::Result<Next> {
         let mut status = self.status();
         let own =
             |state: &&mut State| state.source_pod == self.pod.metadata.name && !state.is_over();
@@ -217,6 +223,7 @@ impl Guest<'_> {
             // The target's handler says it, or will.
             return Ok(Next::After(SOON));
         }
+        self.mark_left(found).await?;
         state.completed = Some(true);
         state.end_timestamp = Some(moment(Timestamp::now()));
         let migration = state.migration_uid.clone().unwrap_or_default();
@@ -224,5 +231,34 @@ impl Guest<'_> {
         self.write(status).await?;
         self.shared.moves.forget(&migration);
         Ok(Next::Rest)
+    }
+
+    /// Writes down how the guest left its disks. N.B. a device does not tell whether it was written
+    /// since, and what else may use a claim is not ours: then hashes are compared.
+    async fn mark_left(&self, found: &Found) -> kube::Result<()> {
+        let claims = self.claims_by_disk();
+        for (disk, mark) in found.left.iter().filter(|(_, mark)| mark.is_dated()) {
+            let (Some(claim), Ok(note)) = (claims.get(disk), serde_json::to_string(mark)) else {
+                continue;
+            };
+            annotate(self.shared, &self.key.0, claim, [(keys::LEFT_AS, Some(&note))]).await?;
+        }
+        Ok(())
+    }
+
+    /// How the guest has left the disks to which it comes, by their names.
+    fn left_before(&self) -> BTreeMap<String, Mark> {
+        let mark = |(disk, claim): (String, String)| {
+            let found = get(&self.shared.claims, &(self.key.0.clone(), claim))?;
+            let note = found.annotations().get(keys::LEFT_AS)?;
+            Some((disk, serde_json::from_str(note).ok()?))
+        };
+        self.claims_by_disk().into_iter().filter_map(mark).collect()
+    }
+
+    /// The claims of this pod's disks.
+    fn claims_by_disk(&self) -> BTreeMap<String, String> {
+        let spec = self.vmi.parse().unwrap_or_default();
+        translate::claims(&spec, &records::volumes(&self.pod))
     }
 }

@@ -14,6 +14,7 @@ use std::net::SocketAddr;
 use std::process::Stdio;
 use std::time::Duration;
 use tokio::process::Command;
+use tokio::sync::watch;
 
 /// Annotation of a node: where its handler takes the API role's requests.
 pub const HANDLER: &str = "godwit.dev/handler";
@@ -28,27 +29,29 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// QEMU, as the launcher finds it.
 const QEMU: &str = "qemu-system-x86_64";
 
-/// Where a handler is reached.
-#[derive(Debug, Clone, Copy)]
-pub struct Addresses {
-    /// By other handlers.
-    pub gateway: SocketAddr,
-    /// By the API role.
-    pub handler: SocketAddr,
-}
-
-/// Keeps the node's labels and heartbeat. Never ends by itself.
-pub async fn run(shared: Shared, addresses: Addresses) {
+/// Keeps the node's labels and heartbeat. Never ends by itself. `handler`: where the API role reaches
+/// it; `gateway`: where other handlers do, if they can.
+pub async fn run(
+    shared: Shared,
+    handler: SocketAddr,
+    mut gateway: watch::Receiver<Option<SocketAddr>>,
+) {
     // N.B. first that it is there, since guests wait for it; what QEMU knows takes a moment.
-    tell(&shared, addresses, &json!({})).await;
+    let now = |gateway: &mut watch::Receiver<_>| (handler, *gateway.borrow_and_update());
+    tell(&shared, now(&mut gateway), &json!({})).await;
     let labels = labels().await;
     loop {
-        tell(&shared, addresses, &labels).await;
-        tokio::time::sleep(BEAT).await;
+        tell(&shared, now(&mut gateway), &labels).await;
+        // Whoever tells of the gateway lives as long as this.
+        let _ = tokio::time::timeout(BEAT, gateway.changed()).await;
     }
 }
 
-async fn tell(shared: &Shared, addresses: Addresses, labels: &Value) {
+async fn tell(
+    shared: &Shared,
+    (handler, gateway): (SocketAddr, Option<SocketAddr>),
+    labels: &Value,
+) {
     let nodes: Api<Node> = Api::all(shared.client.clone());
     loop {
         let mut labels = labels.clone();
@@ -57,8 +60,8 @@ async fn tell(shared: &Shared, addresses: Addresses, labels: &Value) {
             "labels": labels,
             "annotations": {
                 keys::HEARTBEAT: moment(Timestamp::now()),
-                HANDLER: addresses.handler.to_string(),
-                GATEWAY: addresses.gateway.to_string(),
+                HANDLER: handler.to_string(),
+                GATEWAY: gateway.map(|gateway| gateway.to_string()),
             },
         }});
         let name = &shared.config.node;

@@ -1,9 +1,11 @@
 //! The API role's way in: what persons do to a guest, and its console.
 //!
 //! Over mTLS, one request for each connection: a line of JSON, answered by a line; after the answer
-//! to a console's request its bytes follow, both ways, and after that to a measurement one more line.
+//! to a console's request its bytes follow, both ways, and after that to a measurement or a forecast one
+//! more line.
 
 use super::measure::{self, Sample};
+use super::moves::{self, Outlook, Plan};
 use super::{Error, Shared, doors, guests};
 use channel::identity::{Credentials, Role, SpiffeId};
 use channel::tls;
@@ -11,6 +13,7 @@ use kube::ResourceExt;
 use launcher::client::Client as Launcher;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, BufReader};
@@ -20,11 +23,13 @@ use tokio::sync::{Semaphore, watch};
 /// For a handshake, and for a request.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// A request is a line of this many bytes at most.
-const LINE: u64 = 4096;
+const LINE: u64 = 16 << 10;
 /// What guests have used is a line of this many bytes at most.
 const SAMPLES: u64 = 16 << 20;
 /// Whoever collects metrics waits for 10 s, most often.
 const MEASURED: Duration = Duration::from_secs(6);
+/// A guest and a link are watched for a second each; a slow link takes longer.
+const FORECAST: Duration = Duration::from_secs(25);
 /// Connections at once: more wait.
 const CONNECTIONS: usize = 256;
 
@@ -44,6 +49,8 @@ pub enum Act {
     Console,
     /// Tell what all guests of the node have used.
     Measure,
+    /// Tell what a move of it would take.
+    Forecast,
 }
 
 /// A request.
@@ -58,6 +65,9 @@ pub struct Ask {
     /// The VMI's.
     #[serde(default)]
     pub name: String,
+    /// Of a forecast: the move.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plan: Option<Plan>,
 }
 
 /// An answer.
@@ -147,6 +157,23 @@ async fn serve(shared: &Shared, tls: &tls::Server, stream: TcpStream) -> Result<
         let _ = stream.shutdown().await;
         return Ok(());
     }
+    if let Some(plan) = ask.plan.as_ref().filter(|_| ask.act == Act::Forecast) {
+        let looked = match find(shared, &ask).await {
+            Ok((_, launcher)) => {
+                moves::look(shared, &launcher, plan).await.map_err(|why| told(503, why))
+            }
+            Err(told) => Err(told),
+        };
+        match looked {
+            Ok(outlook) => {
+                write_line(&mut stream, &told(200, "")).await?;
+                write_line(&mut stream, &outlook).await?;
+            }
+            Err(told) => write_line(&mut stream, &told).await?,
+        }
+        let _ = stream.shutdown().await;
+        return Ok(());
+    }
     let (told, console) = match carry_out(shared, &ask).await {
         Ok(console) => (Told { code: 200, message: String::new() }, console),
         Err(told) => (told, None),
@@ -165,7 +192,8 @@ fn told(code: u16, message: impl Into<String>) -> Told {
     Told { code, message: message.into() }
 }
 
-async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::UnixStream>, Told> {
+/// The launcher of the guest that is meant, and its pod's folder.
+async fn find(shared: &Shared, ask: &Ask) -> Result<(PathBuf, Launcher), Told> {
     let key = (ask.namespace.clone(), ask.name.clone());
     let of = |pod: &Arc<k8s_openapi::api::core::v1::Pod>| guests::owner(pod).as_ref() == Some(&key);
     let pods: Vec<_> = shared.pods.state().into_iter().filter(of).collect();
@@ -176,29 +204,34 @@ async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::Unix
     for pod in pods {
         let folder = doors::folder(&shared.config.pods(), &pod);
         let launcher = Launcher::new(&folder, &vm);
-        if pod.labels().contains_key(api::keys::BINDS) || launcher.status().await.is_err() {
-            continue;
+        if !pod.labels().contains_key(api::keys::BINDS) && launcher.status().await.is_ok() {
+            return Ok((folder, launcher));
         }
-        let done = match ask.act {
-            Act::Console => {
-                let sockets = folder.join("vms").join(&vm);
-                let socket = channel::socket::connect_beneath(&sockets, "console.sock");
-                let stream = socket.await.map_err(|error| told(500, launcher::chain(&error)))?;
-                return Ok(Some(stream));
-            }
-            Act::Pause => launcher.pause().await,
-            Act::Unpause => launcher.resume().await,
-            Act::Reset => launcher.reset().await,
-            Act::Measure => return Err(told(400, "guests are measured all at once")),
-            Act::SoftReboot => {
-                return Err(told(501, "soft reboots are not built: use reset, or restart the VM"));
-            }
-        };
-        return done.map(|_| None).map_err(|error| {
-            told(if error.is_conflict() { 409 } else { 500 }, launcher::chain(&error))
-        });
     }
     Err(none())
+}
+
+async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::UnixStream>, Told> {
+    let (folder, launcher) = find(shared, ask).await?;
+    let done = match ask.act {
+        Act::Console => {
+            let vm = api::owner::vm_id(&ask.namespace, &ask.name);
+            let sockets = folder.join("vms").join(&vm);
+            let socket = channel::socket::connect_beneath(&sockets, "console.sock");
+            let stream = socket.await.map_err(|error| told(500, launcher::chain(&error)))?;
+            return Ok(Some(stream));
+        }
+        Act::Pause => launcher.pause().await,
+        Act::Unpause => launcher.resume().await,
+        Act::Reset => launcher.reset().await,
+        Act::Measure => return Err(told(400, "guests are measured all at once")),
+        Act::Forecast => return Err(told(400, "a forecast is that of a plan")),
+        Act::SoftReboot => {
+            return Err(told(501, "soft reboots are not built: use reset, or restart the VM"));
+        }
+    };
+    done.map(|_| None)
+        .map_err(|error| told(if error.is_conflict() { 409 } else { 500 }, launcher::chain(&error)))
 }
 
 async fn read_line<T: serde::de::DeserializeOwned>(
@@ -258,7 +291,7 @@ pub async fn measure(
     address: &str,
     handler: &SpiffeId,
 ) -> Result<Vec<Sample>, Told> {
-    let all = Ask { act: Act::Measure, namespace: String::new(), name: String::new() };
+    let all = Ask { act: Act::Measure, namespace: String::new(), name: String::new(), plan: None };
     let work = async {
         let mut stream = ask(client, address, handler, &all).await?;
         let wrong = |why| told(503, format!("the handler at {address} does not measure: {why}"));
@@ -266,4 +299,23 @@ pub async fn measure(
     };
     let late = |_| told(503, format!("the handler at {address} does not measure in time"));
     tokio::time::timeout(MEASURED, work).await.map_err(late)?
+}
+
+/// Asks a handler what a move of a guest would take.
+///
+/// # Errors
+/// What the handler said, or 503 when it cannot be reached or does not tell.
+pub async fn forecast(
+    client: &tls::Client,
+    address: &str,
+    handler: &SpiffeId,
+    of: &Ask,
+) -> Result<Outlook, Told> {
+    let work = async {
+        let mut stream = ask(client, address, handler, of).await?;
+        let wrong = |why| told(503, format!("the handler at {address} does not measure: {why}"));
+        read_line(&mut stream, SAMPLES).await.map_err(wrong)
+    };
+    let late = |_| told(503, format!("the handler at {address} does not measure in time"));
+    tokio::time::timeout(FORECAST, work).await.map_err(late)?
 }

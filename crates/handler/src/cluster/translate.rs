@@ -49,6 +49,15 @@ fn id(kind: &str, index: usize, name: &str) -> String {
     if plain { name.to_owned() } else { format!("{kind}{index}") }
 }
 
+/// The claims of disks, by the names that launchers have for them; `volumes`: by the volumes'.
+pub fn claims(vmi: &Spec, volumes: &BTreeMap<String, String>) -> BTreeMap<String, String> {
+    let disks = vmi.domain.devices.disks.iter().enumerate();
+    let one = |(index, disk): (usize, &Disk)| {
+        Some((id("disk", index, &disk.name), volumes.get(&disk.name)?.clone()))
+    };
+    disks.filter_map(one).collect()
+}
+
 /// Where a volume's disk is, in the pod.
 pub fn place(volume: &Volume, blocks: &BTreeMap<String, bool>) -> PathBuf {
     match volume.claim() {

@@ -1,6 +1,8 @@
-//! How long VMIs were in their phases.
+//! How long VMIs and migrations took to come to their phases.
 
 use super::line;
+use api::conditions::Transition;
+use api::migration::VirtualMachineInstanceMigration as Migration;
 use api::vmi::VirtualMachineInstance;
 use jiff::Timestamp;
 use kube::ResourceExt;
@@ -15,11 +17,11 @@ const BUCKETS: [f64; 16] = [
 
 type Labels = Vec<(&'static str, String)>;
 
-/// Three histograms, of all VMIs that were there when it was looked. One that came and went between
-/// two looks is in none.
+/// Histograms, of all objects that were there when it was looked. One that came and went between two
+/// looks is in none.
 #[derive(Debug, Default)]
 pub struct Transitions {
-    /// How many transitions of each VMI are counted, by its uid.
+    /// How many transitions of each object are counted, by its uid.
     counted: HashMap<String, usize>,
     all: BTreeMap<(&'static str, Labels), Histogram>,
 }
@@ -32,22 +34,38 @@ struct Histogram {
 }
 
 impl Transitions {
-    /// Counts what is new of VMIs; `vmis` are all that there are.
-    pub fn observe(&mut self, vmis: &[VirtualMachineInstance]) {
+    /// Counts what is new; `vmis` and `migrations` are all that there are.
+    pub fn observe(&mut self, vmis: &[VirtualMachineInstance], migrations: &[Migration]) {
         let mut counted = HashMap::new();
         for vmi in vmis {
             let uid = vmi.uid().unwrap_or_default();
             let before = self.counted.get(&uid).copied().unwrap_or_default();
             counted.insert(uid, self.count(vmi, before));
         }
+        for migration in migrations {
+            let uid = migration.uid().unwrap_or_default();
+            let before = self.counted.get(&uid).copied().unwrap_or_default();
+            counted.insert(uid, self.count_migration(migration, before));
+        }
         self.counted = counted;
+    }
+
+    fn count_migration(&mut self, migration: &Migration, before: usize) -> usize {
+        let all = migration.status.iter().flat_map(|status| &status.phase_transition_timestamps);
+        let all = moments(all, ToString::to_string);
+        let created = migration.creation_timestamp();
+        for (phase, at) in all.iter().skip(before) {
+            let name = "kubevirt_vmi_migration_phase_transition_time_from_creation_seconds";
+            let from = created.as_ref().map_or(*at, |created| created.0);
+            self.add(name, vec![("phase", phase.clone())], from, *at);
+        }
+        all.len()
     }
 
     /// Counts what is new of a VMI. Returns how many of its transitions are counted then.
     fn count(&mut self, vmi: &VirtualMachineInstance, before: usize) -> usize {
         let all = vmi.status.iter().flat_map(|status| &status.phase_transition_timestamps);
-        let all: Vec<(String, Timestamp)> =
-            all.filter_map(|it| Some((it.phase.name().to_owned(), it.at()?))).collect();
+        let all = moments(all, |phase| phase.name().to_owned());
         let (created, deleted) =
             (vmi.creation_timestamp(), vmi.metadata.deletion_timestamp.clone());
         for (index, (phase, at)) in all.iter().enumerate().skip(before) {
@@ -84,7 +102,7 @@ impl Transitions {
         let mut last = "";
         for ((name, labels), histogram) in &self.all {
             if last != *name {
-                let help = "Seconds that VMIs took to come into a phase.";
+                let help = "Seconds that it took to come into a phase.";
                 let _ = writeln!(text, "# HELP {name} {help}\n# TYPE {name} histogram");
                 last = name;
             }
@@ -100,6 +118,14 @@ impl Transitions {
             line(text, &format!("{name}_count"), labels.iter().copied(), *count as f64);
         }
     }
+}
+
+/// Phases by their names, and when they were come to.
+fn moments<'a, P: 'a>(
+    all: impl Iterator<Item = &'a Transition<P>>,
+    name: impl Fn(&P) -> String,
+) -> Vec<(String, Timestamp)> {
+    all.filter_map(|it| Some((name(&it.phase), it.at()?))).collect()
 }
 
 #[cfg(test)]
@@ -129,9 +155,9 @@ mod test {
         let runs = vmi("1", &[("Pending", "00"), ("Scheduling", "03"), ("Running", "13")]);
         let runs = [runs];
         for vmis in [&[][..], &[begun], &runs, &runs, &[]] {
-            transitions.observe(vmis);
+            transitions.observe(vmis, &[]);
         }
-        transitions.observe(&[vmi("2", &[("Pending", "01"), ("Scheduling", "02")])]);
+        transitions.observe(&[vmi("2", &[("Pending", "01"), ("Scheduling", "02")])], &[]);
         let mut text = String::new();
         transitions.write(&mut text);
         let name = "kubevirt_vmi_phase_transition_time";

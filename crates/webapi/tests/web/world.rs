@@ -43,6 +43,11 @@ impl Guests for Fake {
         Box::pin(async { Ok::<Box<dyn Stream>, Failure>(Box::new(theirs)) })
     }
 
+    fn forecast<'a>(&'a self, plan: webapi::Plan<'a>) -> Later<'a, Value> {
+        let to = plan.node.to_owned();
+        Box::pin(async move { Ok(json!({"to": to})) })
+    }
+
     fn measure(&self) -> Later<'_, Measured> {
         Box::pin(async { Ok(Measured::default()) })
     }

@@ -129,7 +129,7 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
         }
     };
     let folder = doors::folder(&shared.config.pods(), &found);
-    let Arranged { vm: spec, copied } = arranged;
+    let Arranged { vm: spec, copied, left } = arranged;
     let launcher = Launcher::new(&folder, &spec.name);
     match launcher.status().await {
         Ok(status) if status.phase == Does::Receiving => {
@@ -143,12 +143,13 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
     // N.B. before the first byte is written: what is half a disk is known as such.
     for claim in copied {
         let note = format!("a copy of {} by migration {migration}", spec.name);
-        let marked = annotate(shared, &key.0, &claim, keys::INCOMPLETE, Some(&note)).await;
+        let notes = [(keys::INCOMPLETE, Some(&*note)), (keys::LEFT_AS, None)];
+        let marked = annotate(shared, &key.0, &claim, notes).await;
         if let Err(error) = marked {
             return not_yet(format!("claim {claim} cannot be marked: {}", why(&error)));
         }
     }
-    match launcher.prepare(&PrepareRequest { migration, from, spec, policy }).await {
+    match launcher.prepare(&PrepareRequest { migration, from, spec, left, policy }).await {
         Ok(ticket) => Told::Prepared { ticket: Box::new(ticket) },
         Err(error) if error.is_conflict() => not_yet(launcher::chain(&error)),
         Err(error) => refused(launcher::chain(&error)),

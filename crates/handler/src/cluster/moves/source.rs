@@ -1,7 +1,7 @@
 //! The source's part: to begin a move, to tell how far it is, to end it.
 
 use super::super::guests::{Guest, SOON};
-use super::super::node;
+use super::super::{Shared, node};
 use super::prepare::{Ask, Told};
 use api::conditions::moment;
 use api::keys;
@@ -72,7 +72,7 @@ impl Guest<'_> {
     /// heard, or another handler sent it.
     async fn tell_start(&self, mut state: State) -> kube::Result<Next> {
         let node = state.target_node.clone().unwrap_or_default();
-        let address = self.gateway_of(&node).await.unwrap_or_default();
+        let address = gateway_of(self.shared, &node).await.unwrap_or_default();
         state.target_node_address = Some(address.rsplit_once(':').map_or("", |(ip, _)| ip).into());
         state.start_timestamp = Some(moment(Timestamp::now()));
         state.mode = Some("PreCopy".into());
@@ -90,7 +90,7 @@ impl Guest<'_> {
     ) -> Result<Told, String> {
         let gateway = self.shared.moves.gateway.get().ok_or("the gateway is not open yet")?;
         let name = state.target_node.clone().unwrap_or_default();
-        let address = self.gateway_of(&name).await?;
+        let address = gateway_of(self.shared, &name).await?;
         let own = self.shared.config.id();
         let id = SpiffeId::new(own.cluster(), Role::Handler, &name).map_err(|e| e.to_string())?;
         let ask = Ask::Prepare {
@@ -104,14 +104,6 @@ impl Guest<'_> {
         let ask = serde_json::to_value(&ask).map_err(|error| error.to_string())?;
         let told = gateway.ask(&address, &id, &ask).await.map_err(|e| launcher::chain(&e))?;
         serde_json::from_value(told).map_err(|e| format!("node {name} answers nonsense: {e}"))
-    }
-
-    /// Where a node's gateway is.
-    async fn gateway_of(&self, node: &str) -> Result<String, String> {
-        let nodes: Api<Node> = Api::all(self.shared.client.clone());
-        let found = nodes.get(node).await.map_err(|error| why(&error))?;
-        let address = found.annotations().get(node::GATEWAY).cloned();
-        address.ok_or(format!("node {node} does not say where its gateway is"))
     }
 
     /// A move that has begun.
@@ -244,6 +236,19 @@ impl Guest<'_> {
     }
 }
 
+/// Where a node's gateway is.
+pub(super) async fn gateway_of(shared: &Shared, node: &str) -> Result<String, String> {
+    let nodes: Api<Node> = Api::all(shared.client.clone());
+    let found = nodes.get(node).await.map_err(|error| why(&error))?;
+    let address = found.annotations().get(node::GATEWAY).cloned();
+    address.ok_or_else(|| {
+        format!(
+            "node {node} does not say where its gateway is: has it an address in the network for \
+                 migrations? Its handler's log tells more"
+        )
+    })
+}
+
 /// What is told but for the moments at which phases began.
 fn without_time(progress: &Value) -> Value {
     let mut progress = progress.clone();
@@ -261,7 +266,7 @@ fn size_gib(vm: &VmSpec) -> i64 {
 }
 
 /// The launchers' policy.
-fn policy(options: Option<&Options>) -> Policy {
+pub(super) fn policy(options: Option<&Options>) -> Policy {
     let options = options.cloned().unwrap_or_default();
     let mut policy = Policy::default();
     let positive = |number: i64| u64::try_from(number).ok().filter(|number| *number > 0);

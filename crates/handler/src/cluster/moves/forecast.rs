@@ -1,0 +1,49 @@
+//! What a move of a guest of this node would take.
+
+use super::super::Shared;
+use super::source::{gateway_of, policy};
+use api::migration::Options;
+use channel::identity::{Role, SpiffeId};
+use launcher::client::Client as Launcher;
+use launcher::forecast::{Forecast, Measured, Way, forecast};
+use serde::{Deserialize, Serialize};
+
+/// Of which move.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Plan {
+    /// The node to which the guest would go.
+    pub node: String,
+    /// Whether all disks go to other storage, those too that both nodes can use.
+    pub all: bool,
+    /// How it would be moved.
+    pub options: Options,
+}
+
+/// What was measured, and what it would take.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+pub struct Outlook {
+    /// The guest.
+    pub guest: Measured,
+    /// The way to the node.
+    pub way: Way,
+    /// The move.
+    pub forecast: Forecast,
+}
+
+/// Measures the guest and the way, for a second or two.
+///
+/// # Errors
+/// What cannot be measured, for people.
+pub async fn look(shared: &Shared, launcher: &Launcher, plan: &Plan) -> Result<Outlook, String> {
+    let gateway = shared.moves.gateway.get().ok_or("the gateway is not open yet")?;
+    let address = gateway_of(shared, &plan.node).await?;
+    let id = SpiffeId::new(shared.config.id().cluster(), Role::Handler, &plan.node)
+        .map_err(|error| error.to_string())?;
+    // N.B. one after the other: each would slow the other down.
+    let guest = launcher.measure().await.map_err(|error| launcher::chain(&error))?;
+    let link = gateway.probe(&address, &id).await.map_err(|error| launcher::chain(&error))?;
+    let way = Way { rtt_ms: link.rtt.as_secs_f64() * 1e3, rates: link.rates };
+    let forecast = forecast(&guest, &way, &policy(Some(&plan.options)), plan.all);
+    Ok(Outlook { guest, way, forecast })
+}
