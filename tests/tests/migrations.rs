@@ -389,3 +389,67 @@ async fn a_move_is_foretold_and_takes_the_network_that_the_settings_name() -> Re
     Oracle::again(&mut console).check()?;
     Ok(())
 }
+
+/// Parity 50, 84: what is not through in its time is given up, by the policy that is the VMI's; 131, 132:
+/// or its guest is stopped until it is through; 87: compressed.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_that_is_not_caught_in_time_stays_or_is_stopped_as_its_policy_says() -> Result<()> {
+    const POLICIES: &str = "/apis/migrations.kubevirt.io/v1alpha1/migrationpolicies";
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let cluster = Cluster::new(PROGRAM, &NODES).await?;
+    shared(&cluster, "web", &image).await?;
+    let mut console = cluster.terminal("web")?;
+    Oracle::begin(&mut console)?;
+    // Faster than the link carries.
+    console.run("(while :; do yes | head -c 40M > /tmp/dirt; done) & echo $! > /tmp/busy")?;
+    drop(console);
+    let slow =
+        json!({"spec": {"configuration": {"migrations": {"bandwidthPerMigration": "16Mi"}}}});
+    cluster.send("PATCH", SETTINGS, Some(slow)).await?;
+    let policy = |more: Value| {
+        let mut policy = json!({
+            "apiVersion": "migrations.kubevirt.io/v1alpha1", "kind": "MigrationPolicy",
+            "metadata": {"name": "short"},
+            "spec": {"completionTimeoutPerGiB": 12, "selectors": {
+                "namespaceSelector": {"kubernetes.io/metadata.name": "default"},
+            }},
+        });
+        let more = more.as_object().cloned().unwrap_or_default();
+        policy["spec"].as_object_mut().into_iter().for_each(|spec| spec.extend(more.clone()));
+        policy
+    };
+    cluster.create(POLICIES, policy(json!({}))).await?;
+    cluster.create(MOVES, migration("late", "web")).await?;
+    let late = cluster.until_moved("late", "Failed").await?;
+    let state = &late["status"]["migrationState"];
+    ensure!(state["migrationPolicyName"] == "short", "{state}");
+    let why = state["failureReason"].as_str().unwrap_or_default();
+    ensure!(why.contains("in the time that it had"), "{why}");
+    nothing_is_lost(&cluster)?;
+
+    let path = format!("{POLICIES}/short");
+    let stop = json!({"spec": {"allowWorkloadDisruption": true}});
+    cluster.send("PATCH", &path, Some(stop)).await?;
+    cluster.create(MOVES, migration("stopped", "web")).await?;
+    let stopped = cluster.until_moved("stopped", "Succeeded").await?;
+    ensure!(stopped["status"]["migrationState"]["mode"] == "Paused", "{stopped}");
+    nothing_is_lost(&cluster)?;
+
+    let mut console = cluster.console("web")?;
+    console.run("kill $(cat /tmp/busy)")?;
+    drop(console);
+    let zip = json!({"spec": {"experimental": {"compression": "zstd"}}});
+    cluster.send("PATCH", &path, Some(zip)).await?;
+    cluster.create(MOVES, migration("zip", "web")).await?;
+    let zip = cluster.until_moved("zip", "Succeeded").await?;
+    let options = &zip["status"]["migrationState"]["migrationConfiguration"];
+    ensure!(options["experimental"]["compression"] == "zstd", "{options}");
+    nothing_is_lost(&cluster)
+}
+
+/// Has the oracle look, at the console of wherever the guest is.
+fn nothing_is_lost(cluster: &Cluster) -> Result<()> {
+    let mut console = cluster.console("web")?;
+    Oracle::again(&mut console).check().map(|_| ())
+}

@@ -200,6 +200,12 @@ pub struct Options {
     /// Whether a guest that cannot be caught is slowed down.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub allow_auto_converge: Option<bool>,
+    /// Whether a guest that has not been caught in its time is stopped until it is through.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub allow_workload_disruption: Option<bool>,
+    /// What may change. A policy's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub experimental: Option<Experimental>,
     /// The network that guests take, by its name; none: the one that nodes have anyhow.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub network: Option<String>,
@@ -226,6 +232,49 @@ pub struct Options {
     pub node_drain_taint_key: Option<String>,
 }
 
+/// What may change, of a policy.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Experimental {
+    /// How disks and memory are compressed; none: disks are where it makes the move faster.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub compression: Option<Compression>,
+    /// How a longer pause comes to be allowed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub downtime_tuning: Option<DowntimeTuning>,
+    /// When a move is held to be stuck.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stall_detector: Option<StallDetector>,
+}
+
+/// How a move is compressed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Compression {
+    /// Not at all.
+    None,
+    /// By Zstandard.
+    Zstd,
+}
+
+/// How a longer pause comes to be allowed.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct DowntimeTuning {
+    /// The pause to be aimed at first, milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub initial_ms: Option<i64>,
+}
+
+/// When a move is held to be stuck.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct StallDetector {
+    /// Seconds without progress.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stall_progress_timeout: Option<i64>,
+}
+
 /// Seconds per GiB where nothing is said; as KubeVirt.
 pub const COMPLETION_PER_GIB: i64 = 150;
 /// The longest pause where nothing is said; as KubeVirt.
@@ -245,6 +294,10 @@ impl Options {
         let others = others.clone();
         Self {
             allow_auto_converge: self.allow_auto_converge.or(others.allow_auto_converge),
+            allow_workload_disruption: self
+                .allow_workload_disruption
+                .or(others.allow_workload_disruption),
+            experimental: self.experimental.or(others.experimental),
             network: self.network.or(others.network),
             bandwidth_per_migration: self
                 .bandwidth_per_migration
@@ -268,6 +321,8 @@ impl Options {
     pub fn defaults() -> Self {
         Self {
             allow_auto_converge: Some(false),
+            allow_workload_disruption: Some(false),
+            experimental: None,
             network: None,
             bandwidth_per_migration: Some(Quantity("0".into())),
             completion_timeout_per_gib: Some(COMPLETION_PER_GIB),

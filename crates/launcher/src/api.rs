@@ -10,6 +10,7 @@
 //! POST   /v1/kill  /v1/pause  /v1/resume
 //! POST   /v1/prepare                a move to here: its ticket
 //! POST   /v1/send  /v1/cancel       a move away from here; 202, the status tells the rest
+//! POST   /v1/disrupt                the guest stands still until it is through; 202
 //! POST   /v1/verify/{begin,send,judge}  compares disks with those that were left: see [`migration::verify`]
 //! POST   /v1/failpoint  DELETE      tests only: 404 unless failpoints are on
 //! ```
@@ -124,6 +125,7 @@ fn router(launcher: Handle) -> Router {
         .route("/v1/prepare", post(prepare))
         .route("/v1/send", post(send))
         .route("/v1/cancel", post(cancel))
+        .route("/v1/disrupt", post(disrupt))
         .route("/v1/verify/begin", post(verify_begin))
         .route("/v1/verify/send", post(verify_send))
         .route("/v1/verify/judge", post(verify_judge).layer(DefaultBodyLimit::max(MAX_REPORT)))
@@ -317,6 +319,12 @@ async fn send(
 async fn cancel(State(launcher): State<Handle>) -> Result<(StatusCode, Json<Status>), Refusal> {
     let here = launcher.clone();
     finish(async move { migration::cancel(&here).await }).await?;
+    Ok((StatusCode::ACCEPTED, now(&launcher)))
+}
+
+async fn disrupt(State(launcher): State<Handle>) -> Result<(StatusCode, Json<Status>), Refusal> {
+    let here = launcher.clone();
+    finish(async move { migration::disrupt(&here).await }).await?;
     Ok((StatusCode::ACCEPTED, now(&launcher)))
 }
 

@@ -222,6 +222,14 @@ impl Client {
         self.post("/v1/cancel", &(), ANSWER).await
     }
 
+    /// Has the guest that is on its way stand still until it is through.
+    ///
+    /// # Errors
+    /// [`Error`].
+    pub async fn disrupt(&self) -> Result<Status, Error> {
+        self.post("/v1/disrupt", &(), ANSWER).await
+    }
+
     /// See [`verify::verify_begin`].
     ///
     /// # Errors

@@ -76,11 +76,13 @@ struct Known {
     told: Option<(Instant, serde_json::Value)>,
     /// Whole GiB that it moves, once that is known.
     size: Option<i64>,
+    /// Its guest was stopped, since it took too long.
+    disrupted: bool,
 }
 
 impl Default for Known {
     fn default() -> Self {
-        Self { since: Instant::now(), name: None, told: None, size: None }
+        Self { since: Instant::now(), name: None, told: None, size: None, disrupted: false }
     }
 }
 
@@ -92,6 +94,15 @@ impl Moves {
     /// How long a migration has been known here.
     fn age(&self, migration: &str) -> Duration {
         self.memory().known.entry(migration.to_owned()).or_default().since.elapsed()
+    }
+
+    /// Whether its guest was stopped.
+    fn is_disrupted(&self, migration: &str) -> bool {
+        self.memory().known.get(migration).is_some_and(|known| known.disrupted)
+    }
+
+    fn disrupted(&self, migration: &str) {
+        self.memory().known.entry(migration.to_owned()).or_default().disrupted = true;
     }
 
     fn forget(&self, migration: &str) {

@@ -9,11 +9,13 @@ use super::policy::Policy;
 use crate::qemu::Qemu;
 use crate::vm::QMP_DEADLINE;
 use channel::resumable::{self, Error, LinkError, Links as _};
+use mover::codec::Compression;
 use qmp::commands::{
     AnnounceSelf, BlockExportAdd, Cont, ExportType, Migrate, MigrateCancel, MigrateContinue,
     MigrateIncoming, MigrateSetCapabilities, MigrateSetParameters, MigrationCapability,
-    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus, NbdAddress,
-    NbdServerStart, NbdServerStop, QueryMigrate, QueryStatus, RunState,
+    MigrationCapabilityStatus, MigrationInfo, MigrationParameters, MigrationStatus,
+    MultifdCompression, NbdAddress, NbdServerStart, NbdServerStop, QueryMigrate, QueryStatus,
+    RunState,
 };
 use std::path::Path;
 use std::time::Duration;
@@ -36,17 +38,27 @@ const NO_LIMIT: u64 = 64 << 30;
 /// QEMU's socket for exports, in its folder.
 const EXPORTS: &str = "nbd.sock";
 
-/// What both sides set before a migration. `bandwidth`: bytes per second that are let through.
+/// What both sides set before a migration.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Setup {
+    /// Additional channels; 0 is none.
+    pub multifd: u8,
+    /// Whether memory is compressed, which only additional channels do.
+    pub zstd: bool,
+    /// Whether a guest that cannot be caught is slowed down.
+    pub converge: bool,
+    /// The pause to aim at.
+    pub downtime: Duration,
+    /// Bytes per second that are let through.
+    pub bandwidth: Option<u64>,
+}
+
+/// Prepares QEMU for a migration.
 ///
 /// # Errors
 /// QEMU's refusal.
-pub async fn set_up(
-    qemu: &Qemu,
-    multifd: u8,
-    converge: bool,
-    downtime: Duration,
-    bandwidth: Option<u64>,
-) -> Result<(), qmp::Error> {
+pub async fn set_up(qemu: &Qemu, setup: Setup) -> Result<(), qmp::Error> {
+    let Setup { multifd, zstd, converge, downtime, bandwidth } = setup;
     let on = |capability, state| MigrationCapabilityStatus { capability, state };
     let capabilities = vec![
         on(MigrationCapability::PauseBeforeSwitchover, true),
@@ -61,6 +73,10 @@ pub async fn set_up(
         max_bandwidth: Some(bandwidth.unwrap_or(NO_LIMIT)),
         downtime_limit: Some(millis(downtime)),
         multifd_channels: (multifd > 0).then_some(multifd),
+        multifd_compression: (multifd > 0).then_some(match zstd {
+            true => MultifdCompression::Zstd,
+            false => MultifdCompression::None,
+        }),
         // QEMU would announce the guest when its state is loaded, before it runs.
         announce_rounds: Some(0),
         ..MigrationParameters::default()
@@ -314,9 +330,14 @@ pub async fn send(qemu: &Qemu, policy: &Policy, overhead: Duration) -> Result<()
     let converge = policy.rounds.throttle;
     // At least half: over a long link a guest that works would never be caught.
     let limit = |downtime: Duration| downtime.saturating_sub(overhead).max(downtime / 2);
-    set_up(qemu, policy.multifd, converge, limit(downtime), policy.bandwidth)
-        .await
-        .map_err(|e| e.to_string())?;
+    let setup = Setup {
+        multifd: policy.multifd,
+        zstd: policy.compression == Compression::Zstd,
+        converge,
+        downtime: limit(downtime),
+        bandwidth: policy.bandwidth,
+    };
+    set_up(qemu, setup).await.map_err(|e| e.to_string())?;
     let mut events = qemu.qmp.events();
     let uri = format!("unix:{OUTGOING}");
     qemu.qmp.execute(Migrate { uri }, QMP_DEADLINE).await.map_err(|e| e.to_string())?;

@@ -31,7 +31,7 @@ pub mod verify;
 pub use disks::Carried;
 pub use fault::Fault;
 pub use hall::serve;
-pub use source::{SendRequest, cancel, send};
+pub use source::{SendRequest, cancel, disrupt, send};
 pub use target::{PrepareRequest, prepare};
 pub use verify::{verify_begin, verify_judge, verify_send};
 

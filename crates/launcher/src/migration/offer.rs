@@ -27,6 +27,9 @@ pub struct Offer {
     pub disk_streams: u16,
     /// QEMU's additional memory channels; 0 is none.
     pub multifd: u8,
+    /// Memory is compressed, by the additional channels.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub zstd: bool,
     /// The guest stands still, and is to stand still there.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub paused: bool,

@@ -9,8 +9,10 @@ use serde::{Deserialize, Serialize};
 pub struct Policy {
     /// Limit on disks and memory together, bytes per second; None is none.
     pub bandwidth: Option<u64>,
-    /// Whether disks are compressed on the way.
+    /// Whether disks are compressed on the way; by Zstandard, memory is too.
     pub compression: Compression,
+    /// Whether a guest that cannot be caught is stopped until it is through.
+    pub disrupt: bool,
     /// Pauses and throttling.
     pub rounds: mover::rounds::Policy,
     /// Disk streams.
@@ -36,6 +38,7 @@ impl Default for Policy {
         Self {
             bandwidth: None,
             compression: Compression::Auto,
+            disrupt: false,
             rounds: mover::rounds::Policy::default(),
             disk_streams: 2,
             multifd: memory_channels(),

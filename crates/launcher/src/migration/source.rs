@@ -61,6 +61,8 @@ enum Input {
     /// QEMU stands at pre-switchover; whether the delta fits is to be judged.
     Standing,
     Throttle(u64),
+    /// The guest is to stand still until it is through.
+    Disrupt,
 }
 
 /// Begins to move the guest away.
@@ -134,6 +136,22 @@ pub async fn cancel(launcher: &Handle) -> Result<(), vm::Error> {
     }
 }
 
+/// Has a guest that is on its way stand still until it is through, or the move is over. Idempotent.
+///
+/// # Errors
+/// When none is on its way.
+pub async fn disrupt(launcher: &Handle) -> Result<(), vm::Error> {
+    let moving = launcher.vm.lock().await.moving.clone();
+    match moving {
+        Some(Moving::Away(remote)) => {
+            // A half that is gone has nothing left to stop.
+            let _ = remote.inputs.send(Input::Disrupt).await;
+            Ok(())
+        }
+        _ => Err(Error::Request("no guest is on its way from here".to_owned()).into()),
+    }
+}
+
 /// Orders for the task that drives the disks.
 enum Order {
     /// The guest stands still: send the last delta.
@@ -163,6 +181,8 @@ struct Shell {
     memory_monitors: Vec<Monitor>,
     carried: Option<Carried>,
     throttled: bool,
+    /// The guest stands still because it could not be caught.
+    disrupted: bool,
     /// Somebody had the guest stand still before it set out.
     was_paused: bool,
     memory_retries: u32,
@@ -223,6 +243,7 @@ impl Shell {
             memory_monitors: Vec::new(),
             carried: None,
             throttled: false,
+            disrupted: false,
             was_paused,
             swaps,
             meter: Meter::default(),
@@ -325,6 +346,7 @@ impl Shell {
             }
             Input::Standing => self.judge_delta().await,
             Input::Throttle(limit) => self.throttle(Some(limit)).await,
+            Input::Disrupt => self.disrupt().await,
         }
     }
 

@@ -110,7 +110,9 @@ impl Side {
     /// Waits for the guest, as the product's targets do.
     pub async fn target(spec: &VmSpec, multifd: u8) -> Self {
         let side = Self::start(spec, Mode::Incoming).await;
-        memory::set_up(&side.qemu, multifd, false, Duration::from_millis(300), None).await.unwrap();
+        let setup =
+            memory::Setup { multifd, downtime: Duration::from_millis(300), ..Default::default() };
+        memory::set_up(&side.qemu, setup).await.unwrap();
         memory::listen(&side.qemu).await.unwrap();
         side
     }

@@ -18,7 +18,7 @@ async fn a_downtime_limit_of_0_does_not_hold_back_an_idle_guest() {
     let spec = linux();
     let (source, target) = tokio::join!(Side::source(&spec), Side::target(&spec, 0));
     source.booted().await;
-    memory::set_up(&source.qemu, 0, false, Duration::ZERO, None).await.unwrap();
+    memory::set_up(&source.qemu, memory::Setup::default()).await.unwrap();
     // The product asks for 1 ms at least.
     let none = MigrationParameters { downtime_limit: Some(0), ..Default::default() };
     source.execute(MigrateSetParameters(none)).await.unwrap();

@@ -6,7 +6,7 @@ use super::prepare::{Ask, Told};
 use api::conditions::moment;
 use api::keys;
 use api::migration::{COMPLETION_PER_GIB, VirtualMachineInstanceMigration};
-use api::migration::{MAX_DOWNTIME_MS, Options, PROGRESS_TIMEOUT, State};
+use api::migration::{Compression as Zip, MAX_DOWNTIME_MS, Options, PROGRESS_TIMEOUT, State};
 use channel::identity::{Role, SpiffeId};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{Node, Pod};
@@ -18,6 +18,7 @@ use launcher::migration::status::{Half, Outcome, Status as Move};
 use launcher::migration::ticket::Peer;
 use launcher::spec::VmSpec;
 use launcher::status::Status as Found;
+use mover::codec::Compression;
 use reconcile::events::{Kind, why};
 use reconcile::queue::Next;
 use serde_json::{Value, json};
@@ -123,7 +124,7 @@ impl Guest<'_> {
             return self.tell_start(state).await;
         }
         self.tell(&state, migration, of).await;
-        let late = self.is_late(&state, migration).await;
+        let late = self.is_late(&mut state, migration).await?;
         let wanted = state.abort_requested == Some(true);
         if (wanted || late) && state.abort_status.is_none() {
             let asked = self.launcher.cancel().await;
@@ -136,14 +137,31 @@ impl Guest<'_> {
         Ok(Next::After(TELL))
     }
 
-    /// Whether the move has taken longer than its size allows.
-    async fn is_late(&self, state: &State, migration: &str) -> bool {
+    /// Whether the move has taken longer than its size allows: twice as long, where its guest may be
+    /// stopped until it is through, and was.
+    async fn is_late(&self, state: &mut State, migration: &str) -> kube::Result<bool> {
         let options = state.migration_configuration.clone().unwrap_or_default();
         let per_gib = options.completion_timeout_per_gib.unwrap_or(COMPLETION_PER_GIB);
         let began = state.start_timestamp.as_deref().and_then(|at| at.parse::<Timestamp>().ok());
-        let (Some(began), Some(size)) = (began, self.size(migration).await) else { return false };
+        let (Some(began), Some(size)) = (began, self.size(migration).await) else {
+            return Ok(false);
+        };
         let allowed = size.saturating_mul(per_gib.max(0));
-        per_gib > 0 && Timestamp::now().duration_since(began).as_secs() > allowed
+        let took = Timestamp::now().duration_since(began).as_secs();
+        if per_gib <= 0 || took <= allowed {
+            return Ok(false);
+        }
+        if options.allow_workload_disruption != Some(true) || took > allowed.saturating_mul(2) {
+            return Ok(true);
+        }
+        if !self.shared.moves.is_disrupted(migration) && self.launcher.disrupt().await.is_ok() {
+            self.shared.moves.disrupted(migration);
+            state.mode = Some("Paused".into());
+            self.write_state(state.clone()).await?;
+            let message = "The guest stands still until it is through: it was not caught in time.";
+            self.say(Kind::Normal, "Migrating", message).await;
+        }
+        Ok(false)
     }
 
     /// Whole GiB that a move brings over: looked at once.
@@ -272,12 +290,21 @@ pub(super) fn policy(options: Option<&Options>) -> Policy {
     let positive = |number: i64| u64::try_from(number).ok().filter(|number| *number > 0);
     let bandwidth = options.bandwidth_per_migration.and_then(|rate| api::quantity::bytes(&rate.0));
     policy.bandwidth = bandwidth.and_then(|rate| u64::try_from(rate).ok()).filter(|rate| *rate > 0);
+    policy.disrupt = options.allow_workload_disruption.unwrap_or(false);
+    let experimental = options.experimental.unwrap_or_default();
+    match experimental.compression {
+        Some(Zip::None) => policy.compression = Compression::Off,
+        Some(Zip::Zstd) => policy.compression = Compression::Zstd,
+        None => {}
+    }
     let pause = positive(options.max_downtime_ms.unwrap_or(MAX_DOWNTIME_MS)).unwrap_or(1);
     policy.rounds.max_downtime_ms = pause;
-    policy.rounds.downtime_ms = policy.rounds.downtime_ms.min(pause);
+    let first = experimental.downtime_tuning.and_then(|tuning| positive(tuning.initial_ms?));
+    policy.rounds.downtime_ms = first.unwrap_or(policy.rounds.downtime_ms).min(pause);
     policy.rounds.throttle = options.allow_auto_converge.unwrap_or(false);
-    if let Some(stall) = positive(options.progress_timeout.unwrap_or(PROGRESS_TIMEOUT)) {
-        policy.stall_seconds = stall as f64;
+    let stall = experimental.stall_detector.and_then(|stall| stall.stall_progress_timeout);
+    if let Some(stall) = positive(stall.or(options.progress_timeout).unwrap_or(PROGRESS_TIMEOUT)) {
+        policy.stall_seconds = (stall as f64).min(86_400.0);
     }
     policy
 }

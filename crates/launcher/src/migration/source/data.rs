@@ -18,7 +18,7 @@ use handover::source::{Action, Event, State};
 use mover::disk::Disk;
 use mover::rounds::Next;
 use mover::sender::{Options, Sender};
-use qmp::commands::QomSet;
+use qmp::commands::{QomSet, Stop};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
@@ -149,7 +149,7 @@ impl Shell {
         if self.core.state != State::Converging {
             return;
         }
-        self.paused = Some(Instant::now());
+        self.paused.get_or_insert_with(Instant::now);
         let delta = self.delta().await;
         let pause = Duration::from_millis(self.request.policy.rounds.max_downtime_ms);
         let room = (self.disk_rate() * pause.as_secs_f64()) as u64;
@@ -174,6 +174,22 @@ impl Shell {
         self.start_memory();
     }
 
+    /// Stops the guest, that it may be caught.
+    pub(super) async fn disrupt(&mut self) {
+        let runs = matches!(self.core.state, State::Seeding | State::Arming | State::Converging);
+        if !runs || self.disrupted || self.was_paused {
+            return;
+        }
+        match self.guest.qemu.qmp.execute(Stop, QMP_DEADLINE).await {
+            Ok(_) => {
+                tracing::info!("the guest stands still until it is through");
+                self.disrupted = true;
+                self.paused.get_or_insert_with(Instant::now);
+            }
+            Err(error) => tracing::warn!(%error, "the guest cannot be stopped, and goes on"),
+        }
+    }
+
     async fn delta(&self) -> Option<u64> {
         let left = self.sender.as_ref().map_or(0, |s| s.left());
         disks::recorded(&self.guest.qemu).await.ok().map(|bytes| bytes + left)
@@ -190,6 +206,7 @@ impl Shell {
         let deadline = Duration::from_secs_f64(self.request.policy.answer_seconds);
         match memory::bring_back(&self.guest.qemu, deadline, self.was_paused).await {
             Ok(()) => {
+                self.disrupted = false;
                 self.resumed = self.paused.take().map(|at| at.elapsed());
                 if *action == Action::ResumeGuest {
                     if !self.was_paused {
@@ -314,7 +331,12 @@ impl Driver {
                 () = tokio::time::sleep(pause) => {}
             }
             let rate = rate_of(&disks.counters(), self.policy.disk_streams);
-            match disks.round(&self.policy.rounds, rate, stall).await? {
+            let round = disks.round(&self.policy.rounds, rate, stall).await;
+            if self.policy.disrupt && matches!(round, Err(disks::Error::Outrun { .. })) {
+                let _ = self.inputs.send(Input::Disrupt).await;
+                continue;
+            }
+            match round? {
                 Next::Fits if !fits => {
                     fits = true;
                     self.tell(Event::DeltaFits).await;

@@ -80,6 +80,12 @@ impl Shell {
             pumps.abort();
         }
         let alive = self.guest.qemu.process.exit().is_none();
+        if alive && self.disrupted && self.core.state != State::Released {
+            let deadline = Duration::from_secs_f64(self.request.policy.answer_seconds);
+            if let Err(why) = memory::bring_back(&self.guest.qemu, deadline, false).await {
+                tracing::error!(%why, "the guest cannot be resumed");
+            }
+        }
         if alive {
             self.throttle(None).await;
             if let Err(error) = memory::reset(&self.guest.qemu).await {

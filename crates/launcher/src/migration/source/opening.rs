@@ -9,6 +9,7 @@ use handover::Failure;
 use handover::source::Event;
 use handover::wire::v1::{FromSource, FromTarget};
 use handover::wire::{Hello, Welcome};
+use mover::codec::Compression;
 use std::time::Duration;
 use tokio::sync::mpsc;
 
@@ -39,6 +40,7 @@ impl Shell {
             sizes: sizes.collect::<Result<_, _>>().map_err(|e| e.to_string())?,
             disk_streams: policy.disk_streams,
             multifd: policy.multifd,
+            zstd: policy.compression == Compression::Zstd,
             paused: self.was_paused,
         };
         let dialer = dialing.stream(Stream::Control, ticket.token.clone());

@@ -122,9 +122,13 @@ async fn open(
     let nodes = nodes(disks.iter().map(|d| (d.name.as_str(), d.shown, &d.disk)));
     let bitmaps = Bitmaps::new(qemu.qmp.clone(), &launcher.folder, nodes);
     let ready = async {
-        memory::set_up(&qemu, offer.multifd, false, Duration::from_millis(300), None)
-            .await
-            .map_err(text)?;
+        let setup = memory::Setup {
+            multifd: offer.multifd,
+            zstd: offer.zstd,
+            downtime: Duration::from_millis(300),
+            ..Default::default()
+        };
+        memory::set_up(&qemu, setup).await.map_err(text)?;
         memory::listen(&qemu).await.map_err(text)?;
         bitmaps.start(&since_name(offer.epoch)).await.map_err(text)
     };
