@@ -3,6 +3,7 @@
 use crate::cluster::{Cluster, SOON};
 use crate::terminal::Terminal;
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -82,13 +83,21 @@ pub fn says(object: &Value, kind: &str, reason: &str) -> bool {
     conditions.is_some_and(|all| all.iter().any(|c| c["type"] == kind && c["reason"] == reason))
 }
 
+/// Sends a signal to a process.
+///
+/// # Errors
+/// When there is none.
+pub fn signal(pid: i32, signal: Signal) -> Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
+    Ok(rustix::process::kill_process(pid, signal)?)
+}
+
 /// Ends a process at once.
 ///
 /// # Errors
 /// When there is none.
 pub fn kill(pid: i32) -> Result<()> {
-    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
-    Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
+    signal(pid, Signal::KILL)
 }
 
 /// Whether a process lives.

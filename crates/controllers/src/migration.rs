@@ -299,7 +299,7 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
                 let why = "a claim of the pod is being cloned: it is made once that is over";
                 return Err(refusal(422, "Invalid", why));
             }
-            match world.api::<Pod>(&namespace).create(&PostParams::default(), pod).await {
+            match world.create_pod(pod).await {
                 Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
                 other => {
                     let message = format!("Created migration target pod {}", other?.name_any());

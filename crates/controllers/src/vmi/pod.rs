@@ -1,6 +1,6 @@
 //! The pod of a VMI's launcher. Pure.
 
-use crate::{IMAGE, VERSION};
+use crate::VERSION;
 use api::keys;
 use api::vmi::{Spec, VirtualMachineInstance};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
@@ -141,7 +141,7 @@ impl Wanted<'_> {
                 "subdomain": spec.subdomain,
                 "volumes": volumes,
                 "containers": [{
-                    "name": "compute", "image": IMAGE, "command": command,
+                    "name": "compute", "command": command,
                     "resources": self.resources(),
                     "volumeMounts": mounts, "volumeDevices": devices,
                 }],

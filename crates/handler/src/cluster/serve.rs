@@ -44,6 +44,8 @@ pub enum Act {
     Console,
     /// Tell what all guests of the node have used.
     Measure,
+    /// Nothing: only answer.
+    Answer,
 }
 
 /// A request.
@@ -147,6 +149,11 @@ async fn serve(shared: &Shared, tls: &tls::Server, stream: TcpStream) -> Result<
         let _ = stream.shutdown().await;
         return Ok(());
     }
+    if ask.act == Act::Answer {
+        write_line(&mut stream, &Told { code: 200, message: String::new() }).await?;
+        let _ = stream.shutdown().await;
+        return Ok(());
+    }
     let (told, console) = match carry_out(shared, &ask).await {
         Ok(console) => (Told { code: 200, message: String::new() }, console),
         Err(told) => (told, None),
@@ -189,7 +196,7 @@ async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::Unix
             Act::Pause => launcher.pause().await,
             Act::Unpause => launcher.resume().await,
             Act::Reset => launcher.reset().await,
-            Act::Measure => return Err(told(400, "guests are measured all at once")),
+            Act::Measure | Act::Answer => return Err(told(400, "this is asked of the handler")),
             Act::SoftReboot => {
                 return Err(told(501, "soft reboots are not built: use reset, or restart the VM"));
             }
