@@ -14,6 +14,7 @@ mod disks;
 mod laws;
 mod plan;
 mod policy;
+mod processor;
 mod turn;
 
 pub(crate) use disks::left_by;
@@ -202,29 +203,12 @@ fn processor(
     cluster: Option<&KubeVirt>,
 ) -> BTreeMap<String, String> {
     let configuration = cluster.map(|c| c.spec.configuration.clone()).unwrap_or_default();
-    if configuration.developer_configuration.use_emulation {
-        // QEMU emulates all that it has a name for, whatever the node's processor is.
-        return BTreeMap::new();
-    }
     let model = spec.domain.cpu.model.clone().or(configuration.cpu_model);
     let node = vmi.and_then(|vmi| vmi.status.as_ref()?.node_name.clone()).unwrap_or_default();
     let node = world.nodes.get(&ObjectRef::<Node>::new(&node));
     let labels = node.map(|node| node.labels().clone()).unwrap_or_default();
-    let alike = |prefix: &str| {
-        let of = labels.iter().filter(|(name, _)| name.starts_with(prefix));
-        of.map(|(name, value)| (name.clone(), value.clone())).collect::<BTreeMap<_, _>>()
-    };
-    match model.as_deref() {
-        // The guest has what its node has.
-        None | Some("host-model" | "host-passthrough") => {
-            let mut wanted = alike("cpu-vendor.node.kubevirt.io/");
-            wanted.extend(alike("cpu-feature.node.kubevirt.io/"));
-            wanted
-        }
-        Some(model) => {
-            BTreeMap::from([(format!("cpu-model.node.kubevirt.io/{model}"), "true".into())])
-        }
-    }
+    let is_emulated = configuration.developer_configuration.use_emulation;
+    processor::wanted(model.as_deref(), is_emulated, &labels)
 }
 
 fn turn_of(
