@@ -38,6 +38,9 @@ pub struct VmSpec {
     /// Network cards, in the guest's order.
     #[serde(default)]
     pub nics: Vec<Nic>,
+    /// Devices by which people point; at most 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tablets: Vec<Tablet>,
     /// UEFI firmware; None is BIOS.
     #[serde(default)]
     pub uefi: Option<Uefi>,
@@ -100,6 +103,9 @@ pub struct Disk {
     /// Grow its file to so many bytes before it starts, if it is smaller.
     #[serde(default)]
     pub grow_to: Option<u64>,
+    /// Make a file of so many bytes before it starts, if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blank: Option<u64>,
     /// It is a CD-ROM: on SCSI or SATA, and read-only.
     #[serde(default)]
     pub cdrom: bool,
@@ -122,9 +128,22 @@ pub enum Bus {
     Scsi,
     /// AHCI.
     Sata,
+    /// USB 3.
+    Usb,
     /// The flash memory where UEFI firmware keeps its variables (boot entries, Secure Boot keys);
     /// begin with a copy of the `OVMF_VARS.fd` that belongs to the firmware. At most one.
     Flash,
+}
+
+/// A device by which people point at a place, rather than move from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Tablet {
+    /// As in [`Disk::name`].
+    pub name: String,
+    /// On USB; else it is virtio's.
+    #[serde(default)]
+    pub usb: bool,
 }
 
 /// A network card; at most 8.
@@ -220,14 +239,18 @@ const MAX_DISKS: usize = 24;
 const MAX_VIRTIO_DISKS: usize = 15;
 /// Ports of an AHCI controller.
 const MAX_SATA_DISKS: usize = 6;
+/// Ports of the USB controller, which tablets take too.
+const MAX_USB_DISKS: usize = 4;
+/// Slots 0x6 and 0x7, and ports of the USB controller.
+const MAX_TABLETS: usize = 2;
 /// Slots from 0x8 to 0xf.
 const MAX_NICS: usize = 8;
 /// ISA has four.
 const MAX_SERIALS: usize = 4;
-/// QEMU's node names hold 31 bytes; the longest suffix is 5.
+/// QEMU's node names hold 31 bytes; the longest suffix of a node is 5.
 const MAX_ID: usize = 20;
 /// What QEMU's ids are made of names with.
-const SUFFIXES: [&str; 6] = ["-file", "-raw", "-tg", "-net", "-nic", "-disk"];
+const SUFFIXES: [&str; 7] = ["-file", "-raw", "-tg", "-net", "-nic", "-disk", "-tablet"];
 /// Sockets of a launcher's folder, which a serial port's would replace.
 const SOCKETS: [&str; 4] = ["launcher", "streams", "qmp", "nbd"];
 
@@ -336,7 +359,7 @@ impl VmSpec {
         });
         self.check_machine(&mut faults);
         self.check_disks(&mut faults);
-        self.check_nics(&mut faults);
+        self.check_cards(&mut faults);
         self.check_boot(&mut faults);
         let Faults(faults) = faults;
         if faults.is_empty() { Ok(()) } else { Err(Invalid { name: self.name.clone(), faults }) }
@@ -418,6 +441,7 @@ impl VmSpec {
             (self.disks.len(), MAX_DISKS, "disks"),
             (on(Bus::Virtio), MAX_VIRTIO_DISKS, "virtio disks"),
             (on(Bus::Sata), MAX_SATA_DISKS, "SATA disks"),
+            (on(Bus::Usb), MAX_USB_DISKS, "USB disks"),
             (on(Bus::Flash), 1, "disk on flash"),
         ] {
             faults.demand(count <= most, || format!("at most {most} {what}"));
@@ -426,10 +450,15 @@ impl VmSpec {
             "a disk on flash holds the variables of UEFI firmware: name that under uefi".into()
         });
         let mut paths = BTreeSet::new();
-        for Disk { name, path, size, bus, read_only, cdrom, serial, grow_to, .. } in &self.disks {
-            faults.demand(grow_to.is_none_or(|size| size % 512 == 0 && !read_only), || {
-                format!("disk {name}: growTo must be a multiple of 512, of a disk that is written")
-            });
+        for disk in &self.disks {
+            let Disk { name, path, size, bus, read_only, cdrom, serial, .. } = disk;
+            for (what, size) in [("growTo", disk.grow_to), ("blank", disk.blank)] {
+                faults.demand(size.is_none_or(|size| size % 512 == 0 && !read_only), || {
+                    format!(
+                        "disk {name}: {what} must be a multiple of 512, of a disk that is written"
+                    )
+                });
+            }
             faults.demand(!cdrom || (*read_only && matches!(bus, Bus::Scsi | Bus::Sata)), || {
                 format!("disk {name}: a CD-ROM is on scsi or sata, and readOnly")
             });
@@ -449,7 +478,10 @@ impl VmSpec {
         }
     }
 
-    fn check_nics(&self, faults: &mut Faults) {
+    fn check_cards(&self, faults: &mut Faults) {
+        faults.names("tablet", self.tablets.iter().map(|tablet| &tablet.name));
+        faults
+            .demand(self.tablets.len() <= MAX_TABLETS, || format!("at most {MAX_TABLETS} tablets"));
         faults.names("nic", self.nics.iter().map(|nic| &nic.name));
         faults.demand(self.nics.len() <= MAX_NICS, || format!("at most {MAX_NICS} nics"));
         for Nic { name, mac, backend, forwards } in &self.nics {

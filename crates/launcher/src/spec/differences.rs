@@ -20,6 +20,7 @@ impl VmSpec {
             accelerator,
             disks,
             nics,
+            tablets,
             uefi,
             boot,
             uuid,
@@ -36,6 +37,7 @@ impl VmSpec {
         if !may_be(machine, &other.machine) && !may_be(&other.machine, machine) {
             found.compare("machine", machine, &other.machine);
         }
+        found.compare("tablets", tablets, &other.tablets);
         found.compare("cpu", cpu, &other.cpu);
         found.compare("accelerator", accelerator, &other.accelerator);
         found.compare("uefi", &uefi.is_some(), &other.uefi.is_some());
