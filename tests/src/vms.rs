@@ -53,6 +53,28 @@ pub fn import(name: &str, image: &str, storage: Value) -> Value {
     })
 }
 
+/// A VM of that name on storage that all nodes share, which runs.
+///
+/// # Errors
+/// When it does not.
+pub async fn on_shared_storage(cluster: &Cluster, name: &str, image: &str) -> Result<()> {
+    let storage = json!({
+        "accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "100Mi"}},
+        "storageClassName": "shared",
+    });
+    let disk = format!("{name}-root");
+    let root = json!({"name": "root", "dataVolume": {"name": disk}});
+    let template = import(&disk, image, storage);
+    cluster.create(VMS, vm(name, "Always", vec![root], vec![template])).await?;
+    cluster.until(&format!("{VMS}/{name}"), is_running).await?;
+    Ok(())
+}
+
+/// The node of a VMI.
+pub fn node(vmi: &Value) -> &str {
+    vmi["status"]["nodeName"].as_str().unwrap_or_default()
+}
+
 /// A migration of a VMI.
 pub fn migration(name: &str, vmi: &str) -> Value {
     json!({

@@ -7,39 +7,21 @@ use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{
     CLAIMS, DISKS, MOVES, OWNERS, Oracle, PODS, SETTINGS, VMIS, VMS, holds, import, is_running,
-    kill, migration, says, shows, vm,
+    kill, migration, node, on_shared_storage, says, shows, vm,
 };
 use serde_json::{Value, json};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const NODES: [&str; 4] = ["--nodes", "2", "--storage", "2Gi"];
 
-/// A VM on storage that all nodes share, which runs.
-async fn shared(cluster: &Cluster, name: &str, image: &str) -> Result<()> {
-    let storage = json!({
-        "accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "100Mi"}},
-        "storageClassName": "shared",
-    });
-    let disk = format!("{name}-root");
-    let root = json!({"name": "root", "dataVolume": {"name": disk}});
-    let template = import(&disk, image, storage);
-    cluster.create(VMS, vm(name, "Always", vec![root], vec![template])).await?;
-    cluster.until(&format!("{VMS}/{name}"), is_running).await?;
-    Ok(())
-}
-
-fn node(vmi: &Value) -> &str {
-    vmi["status"]["nodeName"].as_str().unwrap_or_default()
-}
-
 /// Parity 54, 57: shared disks, again and again; 43, 45 with the seed; 99: what is in effect is in
-/// the VMI's status; 74: migrations that are over are collected.
+/// the VMI's status.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_on_shared_storage_goes_from_node_to_node_and_loses_nothing() -> Result<()> {
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let cluster = Cluster::new(PROGRAM, &NODES).await?;
-    shared(&cluster, "web", &image).await?;
+    on_shared_storage(&cluster, "web", &image).await?;
     let vmi = format!("{VMIS}/web");
     let mut console = cluster.terminal("web")?;
     Oracle::begin(&mut console)?;
@@ -224,7 +206,7 @@ async fn a_migration_that_is_cancelled_or_cannot_be_leaves_the_guest_where_it_is
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let cluster = Cluster::new(PROGRAM, &NODES).await?;
-    shared(&cluster, "web", &image).await?;
+    on_shared_storage(&cluster, "web", &image).await?;
     let vmi = format!("{VMIS}/web");
     let mut console = cluster.terminal("web")?;
     Oracle::begin(&mut console)?;
@@ -323,7 +305,7 @@ async fn whichever_part_is_killed_during_a_move_one_guest_is_left_and_its_disk_i
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let cluster = Cluster::new(PROGRAM, &[&NODES[..], &["--separate"]].concat()).await?;
-    shared(&cluster, "web", &image).await?;
+    on_shared_storage(&cluster, "web", &image).await?;
     let (web, vmi) = (format!("{VMS}/web"), format!("{VMIS}/web"));
     let mut console = cluster.terminal("web")?;
     console.run("echo kept > /data/file; sync")?;
