@@ -3,6 +3,7 @@
 use crate::cluster::{Cluster, SOON};
 use crate::terminal::Terminal;
 use anyhow::{Context, Result, bail, ensure};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -52,6 +53,28 @@ pub fn import(name: &str, image: &str, storage: Value) -> Value {
     })
 }
 
+/// A VM of that name on storage that all nodes share, which runs.
+///
+/// # Errors
+/// When it does not.
+pub async fn on_shared_storage(cluster: &Cluster, name: &str, image: &str) -> Result<()> {
+    let storage = json!({
+        "accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "100Mi"}},
+        "storageClassName": "shared",
+    });
+    let disk = format!("{name}-root");
+    let root = json!({"name": "root", "dataVolume": {"name": disk}});
+    let template = import(&disk, image, storage);
+    cluster.create(VMS, vm(name, "Always", vec![root], vec![template])).await?;
+    cluster.until(&format!("{VMS}/{name}"), is_running).await?;
+    Ok(())
+}
+
+/// The node of a VMI.
+pub fn node(vmi: &Value) -> &str {
+    vmi["status"]["nodeName"].as_str().unwrap_or_default()
+}
+
 /// A migration of a VMI.
 pub fn migration(name: &str, vmi: &str) -> Value {
     json!({
@@ -82,13 +105,21 @@ pub fn says(object: &Value, kind: &str, reason: &str) -> bool {
     conditions.is_some_and(|all| all.iter().any(|c| c["type"] == kind && c["reason"] == reason))
 }
 
+/// Sends a signal to a process.
+///
+/// # Errors
+/// When there is none.
+pub fn signal(pid: i32, signal: Signal) -> Result<()> {
+    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
+    Ok(rustix::process::kill_process(pid, signal)?)
+}
+
 /// Ends a process at once.
 ///
 /// # Errors
 /// When there is none.
 pub fn kill(pid: i32) -> Result<()> {
-    let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
-    Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
+    signal(pid, Signal::KILL)
 }
 
 /// Whether a process lives.

@@ -7,30 +7,12 @@ use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{
     CLAIMS, DISKS, MOVES, OWNERS, Oracle, PODS, SETTINGS, VMIS, VMS, holds, import, is_running,
-    migration, says, shows, vm,
+    migration, node, on_shared_storage, says, shows, vm,
 };
 use serde_json::{Value, json};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const NODES: [&str; 4] = ["--nodes", "2", "--storage", "2Gi"];
-
-/// A VM on storage that all nodes share, which runs.
-async fn shared(cluster: &Cluster, name: &str, image: &str) -> Result<()> {
-    let storage = json!({
-        "accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": "100Mi"}},
-        "storageClassName": "shared",
-    });
-    let disk = format!("{name}-root");
-    let root = json!({"name": "root", "dataVolume": {"name": disk}});
-    let template = import(&disk, image, storage);
-    cluster.create(VMS, vm(name, "Always", vec![root], vec![template])).await?;
-    cluster.until(&format!("{VMS}/{name}"), is_running).await?;
-    Ok(())
-}
-
-fn node(vmi: &Value) -> &str {
-    vmi["status"]["nodeName"].as_str().unwrap_or_default()
-}
 
 /// Parity 54, 57: shared disks, again and again; 48: a guest that stands still moves, and stands still;
 /// 99: what is in effect is in the VMI's status.
@@ -39,7 +21,7 @@ async fn a_guest_on_shared_storage_goes_from_node_to_node_and_loses_nothing() ->
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let cluster = Cluster::new(PROGRAM, &NODES).await?;
-    shared(&cluster, "web", &image).await?;
+    on_shared_storage(&cluster, "web", &image).await?;
     let vmi = format!("{VMIS}/web");
     let mut console = cluster.terminal("web")?;
     Oracle::begin(&mut console)?;
@@ -242,7 +224,7 @@ async fn a_migration_that_is_cancelled_or_cannot_be_leaves_the_guest_where_it_is
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let cluster = Cluster::new(PROGRAM, &NODES).await?;
-    shared(&cluster, "web", &image).await?;
+    on_shared_storage(&cluster, "web", &image).await?;
     let vmi = format!("{VMIS}/web");
     let mut console = cluster.terminal("web")?;
     Oracle::begin(&mut console)?;
@@ -318,7 +300,7 @@ async fn a_move_is_foretold_and_takes_the_network_that_the_settings_name() -> Re
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let network = ["--migration-network", "moves=127.80.7.0/24"];
     let cluster = Cluster::new(PROGRAM, &[&NODES[..], &network].concat()).await?;
-    shared(&cluster, "web", &image).await?;
+    on_shared_storage(&cluster, "web", &image).await?;
     let mut console = cluster.terminal("web")?;
     Oracle::begin(&mut console)?;
     drop(console);
@@ -398,7 +380,7 @@ async fn a_guest_that_is_not_caught_in_time_stays_or_is_stopped_as_its_policy_sa
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
     let cluster = Cluster::new(PROGRAM, &NODES).await?;
-    shared(&cluster, "web", &image).await?;
+    on_shared_storage(&cluster, "web", &image).await?;
     let mut console = cluster.terminal("web")?;
     Oracle::begin(&mut console)?;
     // Faster than the link carries.

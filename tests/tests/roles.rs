@@ -5,7 +5,8 @@ use anyhow::{Context, Result, ensure};
 use e2e::cluster::{Cluster, SOON};
 use e2e::guest;
 use e2e::registry::Registry;
-use e2e::vms::{SETTINGS, VMS, is_alive, kill, shows, vm};
+use e2e::vms::{SETTINGS, VMS, holds, is_alive, kill, shows, signal, vm};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -14,6 +15,7 @@ const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const OWNER: &str = "/apis/godwit.dev/v1alpha1/namespaces/default/ownerrecords/web";
 const BUNDLE: &str = "/api/v1/namespaces/kubevirt/configmaps/kubevirt-ca";
 const EXTERNAL: &str = "/api/v1/namespaces/kubevirt/configmaps/kubevirt-external-ca";
+const PARTS: &str = "/api/v1/namespaces/kubevirt/pods";
 const LEASE: &str = "/apis/coordination.k8s.io/v1/namespaces/kubevirt/leases/virt-controller";
 const UP: [&str; 3] = ["--separate", "--storage", "1Gi"];
 
@@ -25,6 +27,36 @@ fn of_image(name: &str, strategy: &str, image: &str) -> Value {
 async fn epoch(cluster: &Cluster) -> Result<i64> {
     let record = cluster.send("GET", OWNER, None).await?;
     record["status"]["epoch"].as_i64().context("no epoch")
+}
+
+/// A role that stands still is not ready, and the settings' conditions say so, whichever it is.
+async fn ready_is_who_works(cluster: &Cluster) -> Result<()> {
+    let said = |settings: &Value, all: [bool; 3]| {
+        ["Available", "Progressing", "Degraded"].map(|kind| holds(settings, kind)) == all
+    };
+    let whole = |settings: &Value| said(settings, [true, false, false]);
+    for (role, pod) in
+        [("controller", "virt-controller"), ("handler-local-1", "virt-handler-local-1")]
+    {
+        let pod = format!("{PARTS}/{pod}");
+        cluster.until(&pod, |pod| holds(pod, "Ready")).await?;
+        let settings = cluster.until(SETTINGS, whole).await?;
+        ensure!(settings["status"]["phase"] == "Deployed", "{settings}");
+        let process = cluster.until_role(role, None)?;
+        signal(process, Signal::STOP)?;
+        let stands = async {
+            cluster.until(&pod, |pod| !holds(pod, "Ready")).await?;
+            cluster.until(SETTINGS, |settings| said(settings, [false, false, true])).await
+        };
+        let stands = stands.await;
+        signal(process, Signal::CONT)?;
+        let stands = stands?;
+        let conditions = stands["status"]["conditions"].to_string();
+        ensure!(conditions.contains("ComponentsNotReady") && conditions.contains("not ready: any"));
+        cluster.until(&pod, |pod| holds(pod, "Ready")).await?;
+        cluster.until(SETTINGS, whole).await?;
+    }
+    Ok(())
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -52,6 +84,8 @@ async fn a_guest_goes_on_whichever_role_is_killed() -> Result<()> {
     cluster.until_role("handler-local-1", Some(handler))?;
     cluster.does_soon(&["vm", "pause", "web"])?;
     cluster.does(&["vm", "unpause", "web"])?;
+
+    ready_is_who_works(&cluster).await?;
 
     let before = cluster.roles()?;
     let record: Value = serde_json::from_slice(&std::fs::read(cluster.path("cluster.json"))?)?;

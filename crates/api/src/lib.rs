@@ -55,6 +55,8 @@ pub mod keys {
     pub const VM: &str = "vm.kubevirt.io/name";
     /// Label of a node on which VMs can run.
     pub const SCHEDULABLE: &str = "kubevirt.io/schedulable";
+    /// Labels of such a node begin so: the machine types that its QEMU has.
+    pub const MACHINE: &str = "machine-type.node.kubevirt.io/";
     /// Annotation of such a node: when its handler was last heard of.
     pub const HEARTBEAT: &str = "kubevirt.io/heartbeat";
     /// Holds a VMI until its guest has ended for certain.

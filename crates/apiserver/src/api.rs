@@ -1,36 +1,32 @@
 //! A request's way: who asks, what for, whether they may, and then to the handler.
 
-use crate::auth::rbac::{self, Decision, Rule, Rules};
-use crate::auth::{Attributes, MASTERS, User, node, review, token};
+mod shared;
+
+use crate::auth::{Attributes, User, token};
 use crate::body::{self, Answer};
 use crate::catalog::Catalog;
+use crate::derived::Derived;
+use crate::discovery::{self, Served};
 use crate::extension::{self, Extension};
 use crate::handler::{self, Call, Handler, options};
 use crate::request::{Accept, Info, Path, Verb};
 use crate::resource::Resource;
 use crate::selector::Selection;
 use crate::status::Failure;
-use crate::store::{Key, Query, Store};
-use crate::{builtin, discovery, kinds, meta, openapi};
-use arc_swap::ArcSwap;
+use crate::store::Store;
+use crate::{builtin, openapi};
 use bytes::Bytes;
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
 use http::{HeaderMap, HeaderValue, Request, StatusCode, request};
 use hyper::body::Body;
-use jiff::Timestamp;
 use serde_json::{Value, json};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use tokio::sync::watch;
 
-const CRDS: &str = "customresourcedefinitions.apiextensions.k8s.io";
-const RBAC: [&str; 4] = [
-    "roles.rbac.authorization.k8s.io",
-    "clusterroles.rbac.authorization.k8s.io",
-    "rolebindings.rbac.authorization.k8s.io",
-    "clusterrolebindings.rbac.authorization.k8s.io",
-];
+pub use shared::Shared;
+use shared::{CRDS, RBAC};
 
 /// Where the logs of pods are.
 pub trait Logs: Send + Sync {
@@ -56,20 +52,6 @@ pub struct Config {
     pub ending: watch::Receiver<bool>,
 }
 
-/// What all requests share.
-pub struct Shared {
-    store: Store,
-    keys: token::Keys,
-    logs: Option<Box<dyn Logs>>,
-    address: String,
-    builtin: Vec<Arc<Resource>>,
-    catalog: ArcSwap<Catalog>,
-    rules: ArcSwap<Rules>,
-    extension: OnceLock<Arc<dyn Extension>>,
-    requests: AtomicU64,
-    began: std::time::Instant,
-}
-
 /// The server's API, as a service: over TLS, or in this process as one user.
 #[derive(Clone)]
 pub struct Api {
@@ -92,7 +74,7 @@ impl Api {
 
     /// All that is served now.
     pub fn catalog(&self) -> Arc<Catalog> {
-        self.shared.catalog.load_full()
+        self.shared.catalog()
     }
 
     /// Of a store.
@@ -104,14 +86,12 @@ impl Api {
             logs,
             address,
             builtin: builtin::resources(),
-            catalog: ArcSwap::from_pointee(Catalog::default()),
-            rules: ArcSwap::from_pointee(Rules::default()),
+            catalog: Derived::new(&[CRDS]),
+            rules: Derived::new(&RBAC),
             extension: OnceLock::new(),
             requests: AtomicU64::new(0),
             began: std::time::Instant::now(),
         });
-        shared.read_catalog();
-        shared.read_rules();
         Self { handler: Handler { store, shared: shared.clone(), ending }, shared }
     }
 
@@ -213,8 +193,7 @@ impl Api {
     {
         let watches = query.iter().any(|(n, v)| n == "watch" && matches!(&**v, "true" | "1"));
         let verb = Verb::of(&head.method, &path, watches)?;
-        let found =
-            self.shared.catalog.load().find(&path.group, &path.version, &path.resource).cloned();
+        let found = self.shared.catalog().find(&path.group, &path.version, &path.resource).cloned();
         // Who may not ask is not told what there is.
         self.shared.permit(&user, &Attributes::of(verb, &path, &query))?;
         let resource = found.ok_or_else(Failure::no_such_path)?;
@@ -335,21 +314,18 @@ impl Api {
     fn page(&self, head: &request::Parts, path: &str) -> Result<Answer, Failure> {
         let accept = head.headers.get(ACCEPT).and_then(|v| v.to_str().ok());
         let aggregated = crate::request::takes_aggregated_discovery(accept);
-        let catalog = self.shared.catalog.load();
+        let catalog = self.shared.catalog();
+        let extension = self.shared.extension().map(|extension| &**extension);
+        let served = Served { catalog: &catalog, extension };
         let parts: Vec<&str> = path.split('/').filter(|p| !p.is_empty()).collect();
         let found = match &parts[..] {
-            ["api"] if aggregated => {
-                return Ok(discovery_answer(&discovery::aggregated(&catalog, true)));
-            }
-            ["apis"] if aggregated => {
-                return Ok(discovery_answer(&discovery::aggregated(&catalog, false)));
-            }
+            ["api"] if aggregated => return Ok(served.aggregated(true)),
+            ["apis"] if aggregated => return Ok(served.aggregated(false)),
             ["api"] => Some(discovery::core_versions(&self.shared.address)),
-            ["apis"] => Some(discovery::groups(&catalog)),
-            ["apis", group] => discovery::group(&catalog, group),
-            ["api", version] => discovery::resources(&catalog, "", version),
-            ["apis", group, version] => discovery::resources(&catalog, group, version)
-                .or_else(|| self.shared.extended(group, version)),
+            ["apis"] => Some(served.groups()),
+            ["apis", group] => served.group(group),
+            ["api", version] => served.resources("", version),
+            ["apis", group, version] => served.resources(group, version),
             ["openapi", "v3"] => Some(openapi::index(&catalog)),
             ["openapi", "v3", "api", version] => openapi::document(&catalog, "", version),
             ["openapi", "v3", "apis", group, version] => {
@@ -366,11 +342,6 @@ impl Api {
         };
         found.map(|page| body::json(StatusCode::OK, &page)).ok_or_else(Failure::no_such_path)
     }
-}
-
-fn discovery_answer(page: &Value) -> Answer {
-    let media = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
-    body::answer(StatusCode::OK, media, page.to_string())
 }
 
 fn version() -> Value {
@@ -400,231 +371,5 @@ fn check_place(resource: &Resource, path: &Path, verb: Verb) -> Result<(), Failu
             Err(Failure::no_such_verb())
         }
         _ => Ok(()),
-    }
-}
-
-impl node::Pods for Shared {
-    fn on(&self, node: &str) -> Vec<Value> {
-        let all = self.all("pods").into_iter();
-        all.filter(|pod| pod["spec"]["nodeName"] == node).map(|pod| (*pod).clone()).collect()
-    }
-
-    fn claim(&self, namespace: &str, name: &str) -> Option<Value> {
-        self.look_up("persistentvolumeclaims", namespace, name)
-    }
-}
-
-impl Shared {
-    /// What is added to it.
-    pub fn extension(&self) -> Option<&Arc<dyn Extension>> {
-        self.extension.get()
-    }
-
-    fn extends(&self, path: &Path) -> bool {
-        let has = |e: &Arc<dyn Extension>| e.resources(&path.group, &path.version).is_some();
-        self.extension.get().is_some_and(has)
-    }
-
-    fn extended(&self, group: &str, version: &str) -> Option<Value> {
-        let resources = self.extension.get()?.resources(group, version)?;
-        Some(json!({
-            "kind": "APIResourceList", "apiVersion": "v1",
-            "groupVersion": format!("{group}/{version}"), "resources": resources,
-        }))
-    }
-
-    fn look_up(&self, resource: &str, namespace: &str, name: &str) -> Option<Value> {
-        self.store.get(&Key::new(resource, namespace, name)).map(|o| (*o.body).clone())
-    }
-
-    fn all(&self, resource: &str) -> Vec<Arc<Value>> {
-        let query = Query { resource, namespace: None, at: None, after: None, limit: usize::MAX };
-        // Of the present, which is never too old.
-        let list = self.store.list(&query).map(|list| list.objects).unwrap_or_default();
-        list.into_iter().map(|(_, object)| object.body).collect()
-    }
-
-    fn read_catalog(&self) {
-        let crds = self.all(CRDS);
-        let catalog = Catalog::new(&self.builtin, crds.iter().map(|crd| &**crd));
-        self.catalog.store(Arc::new(catalog));
-    }
-
-    fn read_rules(&self) {
-        let [roles, cluster_roles, bindings, cluster_bindings] = RBAC.map(|key| self.all(key));
-        let roles = roles.iter().chain(&cluster_roles).map(|r| &**r);
-        let bindings = bindings.iter().chain(&cluster_bindings).map(|b| &**b);
-        self.rules.store(Arc::new(Rules::new(roles, bindings)));
-    }
-
-    /// Something was written that requests are judged by.
-    pub fn noticed(&self, resource: &Resource, _object: &Value) {
-        let key = resource.key();
-        if key == CRDS {
-            self.read_catalog();
-        } else if RBAC.contains(&&*key) {
-            self.read_rules();
-        }
-    }
-
-    /// Whether somebody may do something.
-    pub fn judge(&self, user: &User, what: &Attributes) -> Decision {
-        match node::authorize(user, what, self) {
-            Some(decision) => decision,
-            None => self.rules.load().authorize(user, what),
-        }
-    }
-
-    fn permit(&self, user: &User, what: &Attributes) -> Result<(), Failure> {
-        let decision = self.judge(user, what);
-        if decision.allowed {
-            return Ok(());
-        }
-        Err(rbac::denied(user, what, &decision.reason))
-    }
-
-    /// What depends on who writes: nodes write only their own, and nobody gives what they do not
-    /// have.
-    ///
-    /// # Errors
-    /// 403.
-    pub fn admit_by_user(
-        &self,
-        call: &Call,
-        new: Option<&Value>,
-        old: Option<&Value>,
-    ) -> Result<(), Failure> {
-        let key = call.resource.key();
-        let object = new.or(old);
-        let name = object.map(|o| meta::text(o, "name")).unwrap_or_default();
-        if let Some(node) = node::name_of(&call.user)
-            && let Some(why) = node::restrict(node, &key, object)
-        {
-            return Err(Failure::forbidden(call.subject(name), &why));
-        }
-        let (true, Some(new)) = (RBAC.contains(&&*key), new) else { return Ok(()) };
-        match self.beyond(call, &key, new, old) {
-            Some(why) => Err(Failure::forbidden(call.subject(name), &why)),
-            None => Ok(()),
-        }
-    }
-
-    fn beyond(&self, call: &Call, key: &str, new: &Value, old: Option<&Value>) -> Option<String> {
-        let user = &call.user;
-        let rules = self.rules.load();
-        let may = |verb: &str, resource: &str, name: &str| {
-            let what = Attributes {
-                verb: verb.into(),
-                group: "rbac.authorization.k8s.io".into(),
-                resource: resource.into(),
-                namespace: call.namespace.to_string(),
-                name: name.into(),
-                ..Attributes::default()
-            };
-            user.is_in(MASTERS) || self.judge(user, &what).allowed
-        };
-        let name = meta::text(new, "name");
-        if key.contains("bindings.") {
-            let role = &new["roleRef"];
-            let (kind, named) = (role["kind"].as_str()?, role["name"].as_str()?);
-            let cluster = kind == "ClusterRole";
-            let plural = if cluster { "clusterroles" } else { "roles" };
-            if old.is_some_and(|old| old["subjects"] == new["subjects"])
-                || may("bind", plural, named)
-            {
-                return None;
-            }
-            let granted = rules.of_role(cluster, &call.namespace, named).unwrap_or_default();
-            return rules.beyond(user, &call.namespace, granted);
-        }
-        if old.is_some_and(|old| {
-            old["rules"] == new["rules"] && old["aggregationRule"] == new["aggregationRule"]
-        }) {
-            return None;
-        }
-        if may("escalate", &call.resource.plural, name) {
-            return None;
-        }
-        let mut granted: Vec<Rule> =
-            new["rules"].as_array().into_iter().flatten().map(Rule::of).collect();
-        if new["aggregationRule"].is_object() {
-            // It may come to be anything.
-            let all = || vec!["*".to_owned()];
-            granted.push(Rule { verbs: all(), groups: all(), resources: all(), ..Rule::default() });
-            granted.push(Rule { verbs: all(), paths: all(), ..Rule::default() });
-        }
-        rules.beyond(user, &call.namespace, &granted)
-    }
-
-    /// Names and conditions of a CRD, with its write.
-    ///
-    /// # Errors
-    /// None yet: names that are taken are told by a condition.
-    pub fn admit_crd(&self, crd: &mut Value, _old: Option<&Value>) -> Result<(), Failure> {
-        let others: Vec<Value> = self.all(CRDS).iter().map(|crd| (**crd).clone()).collect();
-        let taken = kinds::names_taken(crd, &others);
-        kinds::crd_conditions(crd, &taken, Timestamp::now());
-        Ok(())
-    }
-
-    /// A container's log.
-    ///
-    /// # Errors
-    /// 501 when there are none.
-    pub async fn logs(&self, pod: &Value, query: &[(String, String)]) -> Result<Answer, Failure> {
-        match &self.logs {
-            Some(logs) => logs.read(pod, query).await,
-            None => Err(Failure::not_implemented("this server runs no pods and has no logs")),
-        }
-    }
-
-    /// A token of an account.
-    ///
-    /// # Errors
-    /// As [`token::Keys::issue`].
-    pub fn issue_token(
-        &self,
-        account: &Value,
-        request: &Value,
-        now: Timestamp,
-    ) -> Result<Value, Failure> {
-        self.keys.issue(account, request, &|r, ns, n| self.look_up(r, ns, n), now)
-    }
-
-    /// The answer to a question.
-    ///
-    /// # Errors
-    /// 400 when it asks nothing.
-    pub fn review(&self, call: &Call, question: &Value, _now: Timestamp) -> Result<Value, Failure> {
-        match &*call.resource.kind {
-            "TokenReview" => {
-                let own = [self.keys.audience()];
-                let asked = question["spec"]["audiences"].as_array();
-                let asked: Vec<&str> =
-                    asked.into_iter().flatten().filter_map(Value::as_str).collect();
-                let audiences = if asked.is_empty() { &own[..] } else { &asked };
-                let sent = question["spec"]["token"].as_str().unwrap_or_default();
-                if sent.is_empty() {
-                    let text = "token is required for TokenReview in authentication";
-                    return Err(Failure::bad_request(text));
-                }
-                let found = self.keys.verify(sent, audiences, &|r, ns, n| self.look_up(r, ns, n));
-                Ok(review::token(question, found.as_ref(), audiences))
-            }
-            "SelfSubjectReview" => Ok(review::who(question, &call.user)),
-            "SelfSubjectRulesReview" => Ok(review::rules(question, &call.user, &self.rules.load())),
-            _ => review::access(question, &call.user, &|user, what| self.judge(user, what)),
-        }
-    }
-
-    fn metrics(&self) -> String {
-        format!(
-            "# TYPE apiserver_request_total counter\napiserver_request_total {}\n\
-             # TYPE process_uptime_seconds gauge\nprocess_uptime_seconds {}\n\
-             # TYPE apiserver_storage_revision gauge\napiserver_storage_revision {}\n",
-            self.requests.load(Ordering::Relaxed),
-            self.began.elapsed().as_secs(),
-            self.store.revision(),
-        )
     }
 }

@@ -1,7 +1,10 @@
 //! What is served, told to clients.
 
+use crate::body::{self, Answer};
 use crate::catalog::Catalog;
+use crate::extension::Extension;
 use crate::resource::{Resource, Subresource};
+use http::StatusCode;
 use serde_json::{Value, json};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
@@ -21,31 +24,108 @@ pub fn core_versions(server: &str) -> Value {
     })
 }
 
-/// All groups but the core one.
-pub fn groups(catalog: &Catalog) -> Value {
-    let groups: Vec<_> = ordered(catalog)
-        .into_iter()
-        .filter(|(name, _)| !name.is_empty())
-        .map(|(name, versions)| group_object(name, &versions))
-        .collect();
-    json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
+/// What is served: the kinds of a catalog, and the groups of an extension.
+#[derive(Clone, Copy)]
+pub struct Served<'a> {
+    /// The kinds.
+    pub catalog: &'a Catalog,
+    /// What is added to them.
+    pub extension: Option<&'a dyn Extension>,
 }
 
-/// One group.
-pub fn group(catalog: &Catalog, name: &str) -> Option<Value> {
-    let versions = catalog.groups().remove(name)?;
-    let mut group = group_object(name, &versions);
-    group["kind"] = "APIGroup".into();
-    group["apiVersion"] = "v1".into();
-    Some(group)
+impl<'a> Served<'a> {
+    /// The groups and their versions, the preferred one first: Kubernetes' own groups first.
+    fn all(&self) -> Vec<(&'a str, Vec<&'a str>)> {
+        let mut groups = self.catalog.groups();
+        if let Some(extension) = self.extension {
+            groups.extend(extension.groups());
+        }
+        let mut groups: Vec<_> = groups.into_iter().collect();
+        let own = |name: &str| !name.contains('.') || name.ends_with(".k8s.io");
+        groups.sort_by_key(|(name, _)| (!own(name), *name));
+        groups
+    }
+
+    /// All groups but the core one.
+    pub fn groups(&self) -> Value {
+        let groups = self.all().into_iter().filter(|(name, _)| !name.is_empty());
+        let groups: Vec<_> = groups.map(|(name, versions)| group_object(name, &versions)).collect();
+        json!({"kind": "APIGroupList", "apiVersion": "v1", "groups": groups})
+    }
+
+    /// One group.
+    pub fn group(&self, name: &str) -> Option<Value> {
+        let (_, versions) = self.all().into_iter().find(|(own, _)| *own == name)?;
+        let mut group = group_object(name, &versions);
+        group["kind"] = "APIGroup".into();
+        group["apiVersion"] = "v1".into();
+        Some(group)
+    }
+
+    /// The resources of a group and version.
+    pub fn resources(&self, group: &str, version: &str) -> Option<Value> {
+        let mut all = Vec::new();
+        for resource in self.catalog.of_version(group, version) {
+            all.push(entry(resource));
+            all.extend(parts(resource));
+        }
+        let added = self.extension.and_then(|extension| extension.resources(group, version));
+        all.extend(added.into_iter().flatten());
+        let name = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
+        (!all.is_empty()).then(|| {
+            json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": name, "resources": all})
+        })
+    }
+
+    /// `apidiscovery.k8s.io/v2`: the core group, or all others, in one document.
+    pub fn aggregated(&self, core: bool) -> Answer {
+        let version = |name: &str, version: &str| {
+            let kept = self.catalog.of_version(name, version).map(aggregated_entry);
+            let added = self.extension.and_then(|extension| extension.resources(name, version));
+            let resources: Vec<_> = kept.chain(added.iter().flat_map(|all| bare(all))).collect();
+            json!({"version": version, "resources": resources, "freshness": "Current"})
+        };
+        let groups = self.all().into_iter().filter(|(name, _)| name.is_empty() == core);
+        let items = groups.map(|(name, versions)| {
+            let versions: Vec<_> = versions.into_iter().map(|v| version(name, v)).collect();
+            json!({"metadata": {"name": name, "creationTimestamp": null}, "versions": versions})
+        });
+        let page = json!({
+            "kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2",
+            "metadata": {}, "items": items.collect::<Vec<_>>(),
+        });
+        let media = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
+        body::answer(StatusCode::OK, media, page.to_string())
+    }
 }
 
-/// Kubernetes' own groups first.
-fn ordered(catalog: &Catalog) -> Vec<(&str, Vec<&str>)> {
-    let mut groups: Vec<_> = catalog.groups().into_iter().collect();
-    let own = |name: &str| !name.contains('.') || name.ends_with(".k8s.io");
-    groups.sort_by_key(|(name, _)| (!own(name), *name));
-    groups
+/// What an extension serves, as the document of all has it: subresources beneath resources that are
+/// nothing by themselves, as the API server makes them of other servers' lists.
+///
+/// Source: k8s.io/apiserver's `ConvertGroupVersionIntoToDiscovery`.
+fn bare(all: &[Value]) -> Vec<Value> {
+    let mut resources: Vec<Value> = Vec::new();
+    for one in all {
+        let name = one["name"].as_str().unwrap_or_default();
+        let (name, part) = name.split_once('/').unwrap_or((name, ""));
+        let scope = if one["namespaced"] == true { "Namespaced" } else { "Cluster" };
+        let at = resources.iter().position(|r| r["resource"] == name).unwrap_or_else(|| {
+            resources.push(json!({"resource": name, "scope": scope, "verbs": []}));
+            resources.len() - 1
+        });
+        let resource = &mut resources[at];
+        match part {
+            "" => resource["verbs"] = one["verbs"].clone(),
+            part => {
+                let part = json!({"subresource": part, "verbs": one["verbs"]});
+                match resource["subresources"].as_array_mut() {
+                    Some(parts) => parts.push(part),
+                    None => resource["subresources"] = json!([part]),
+                }
+            }
+        }
+    }
+    resources
 }
 
 fn group_object(name: &str, versions: &[&str]) -> Value {
@@ -54,19 +134,6 @@ fn group_object(name: &str, versions: &[&str]) -> Value {
         "name": name,
         "versions": versions.iter().map(version).collect::<Vec<_>>(),
         "preferredVersion": versions.first().map(version),
-    })
-}
-
-/// The resources of a group and version.
-pub fn resources(catalog: &Catalog, group: &str, version: &str) -> Option<Value> {
-    let mut all = Vec::new();
-    for resource in catalog.of_version(group, version) {
-        all.push(entry(resource));
-        all.extend(parts(resource));
-    }
-    let name = if group.is_empty() { version.to_owned() } else { format!("{group}/{version}") };
-    (!all.is_empty()).then(|| {
-        json!({"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": name, "resources": all})
     })
 }
 
@@ -117,28 +184,6 @@ fn parts(resource: &Resource) -> Vec<Value> {
         all.push(entry);
     }
     all
-}
-
-/// `apidiscovery.k8s.io/v2`: the core group, or all others, in one document.
-pub fn aggregated(catalog: &Catalog, core: bool) -> Value {
-    let groups = ordered(catalog).into_iter().filter(|(name, _)| name.is_empty() == core);
-    let items: Vec<_> = groups
-        .map(|(name, versions)| {
-            let versions: Vec<_> = versions
-                .iter()
-                .map(|version| {
-                    let resources: Vec<_> =
-                        catalog.of_version(name, version).map(aggregated_entry).collect();
-                    json!({"version": version, "resources": resources, "freshness": "Current"})
-                })
-                .collect();
-            json!({"metadata": {"name": name, "creationTimestamp": null}, "versions": versions})
-        })
-        .collect();
-    json!({
-        "kind": "APIGroupDiscoveryList", "apiVersion": "apidiscovery.k8s.io/v2", "metadata": {},
-        "items": items,
-    })
 }
 
 fn aggregated_entry(resource: &Arc<Resource>) -> Value {

@@ -65,6 +65,9 @@ pub trait Extension: Send + Sync {
     fn judge<'a>(&'a self, review: Review<'a>, object: Option<&'a Value>)
     -> Later<'a, Vec<String>>;
 
+    /// The groups that it serves, each with its versions, the preferred one first.
+    fn groups(&self) -> Vec<(&'static str, Vec<&'static str>)>;
+
     /// The resources of a group and version that it serves, as `APIResourceList` has them.
     fn resources(&self, group: &str, version: &str) -> Option<Vec<Value>>;
 

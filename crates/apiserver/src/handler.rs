@@ -171,11 +171,6 @@ impl Handler {
         warn(&mut answer, &written.warnings);
         Ok(answer)
     }
-
-    /// Something that others go by was written.
-    fn noticed(&self, call: &Call, object: &Value) {
-        self.shared.noticed(&call.resource, object);
-    }
 }
 
 /// Adds warnings for people, as RFC 7234 has them.

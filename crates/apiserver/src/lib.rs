@@ -16,6 +16,7 @@ pub mod builtin;
 pub mod catalog;
 pub mod decode;
 pub mod deletion;
+mod derived;
 pub mod discovery;
 pub mod embedded;
 pub mod extension;

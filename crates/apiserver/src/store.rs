@@ -194,6 +194,11 @@ impl Store {
         self.cache.watch(resource, after)
     }
 
+    /// Of the last change of a resource that is seen; when it was opened, if there was none since.
+    pub fn changed(&self, resource: &str) -> u64 {
+        self.cache.changed(resource)
+    }
+
     /// Of the last change that every reader sees.
     pub fn revision(&self) -> u64 {
         self.cache.revision()

@@ -222,7 +222,6 @@ async fn said<T: serde::de::DeserializeOwned>(world: &World, pod: &Pod) -> Optio
 async fn act(world: &World, volume: &DataVolume, action: &Action) -> kube::Result<()> {
     let (namespace, name) = key(volume);
     let claims = world.api::<PersistentVolumeClaim>(&namespace);
-    let pods = world.api::<Pod>(&namespace);
     match action {
         Action::CreateClaim(claim) => {
             ignore_there(claims.create(&PostParams::default(), claim).await)?;
@@ -239,13 +238,10 @@ async fn act(world: &World, volume: &DataVolume, action: &Action) -> kube::Resul
             let owner = volume.controller_owner_ref(&());
             create_secret(world, &namespace, secret, json!(owner), &token).await?;
         }
-        Action::CreateLender(pod) => {
-            let pods = world.api::<Pod>(&pod.namespace().unwrap_or_default());
-            match pods.create(&PostParams::default(), pod).await {
-                Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
-                made => give_token(world, volume, &made?).await?,
-            }
-        }
+        Action::CreateLender(pod) => match world.create_pod(pod).await {
+            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
+            made => give_token(world, volume, &made?).await?,
+        },
         Action::GiveToken(pod) => give_token(world, volume, pod).await?,
         Action::Offer(text) => {
             let volumes = world.api::<DataVolume>(&namespace);
@@ -267,7 +263,7 @@ async fn act(world: &World, volume: &DataVolume, action: &Action) -> kube::Resul
                     "the claim that is cloned is about to be used",
                 ));
             }
-            ignore_there(pods.create(&PostParams::default(), pod).await)?;
+            ignore_there(world.create_pod(pod).await)?;
         }
         Action::DeletePod { namespace, name, uid } => {
             delete(world, namespace, name, uid).await?;

@@ -15,6 +15,7 @@ mod laws;
 mod plan;
 mod policy;
 pub mod preflight;
+mod processor;
 mod turn;
 
 pub(crate) use disks::left_by;
@@ -211,27 +212,10 @@ fn processor(
     spec: &api::vmi::Spec,
     configuration: &Configuration,
 ) -> BTreeMap<String, String> {
-    if configuration.developer_configuration.use_emulation {
-        // QEMU emulates all that it has a name for, whatever the node's processor is.
-        return BTreeMap::new();
-    }
     let model = spec.domain.cpu.model.clone().or_else(|| configuration.cpu_model.clone());
     let labels = node.map(|node| node.labels().clone()).unwrap_or_default();
-    let alike = |prefix: &str| {
-        let of = labels.iter().filter(|(name, _)| name.starts_with(prefix));
-        of.map(|(name, value)| (name.clone(), value.clone())).collect::<BTreeMap<_, _>>()
-    };
-    match model.as_deref() {
-        // The guest has what its node has.
-        None | Some("host-model" | "host-passthrough") => {
-            let mut wanted = alike("cpu-vendor.node.kubevirt.io/");
-            wanted.extend(alike("cpu-feature.node.kubevirt.io/"));
-            wanted
-        }
-        Some(model) => {
-            BTreeMap::from([(format!("cpu-model.node.kubevirt.io/{model}"), "true".into())])
-        }
-    }
+    let is_emulated = configuration.developer_configuration.use_emulation;
+    processor::wanted(model.as_deref(), is_emulated, &labels)
 }
 
 /// Whether a migration has its turn, though that cannot be seen yet.
@@ -325,7 +309,7 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
                 let why = "a claim of the pod is being cloned: it is made once that is over";
                 return Err(refusal(422, "Invalid", why));
             }
-            match world.api::<Pod>(&namespace).create(&PostParams::default(), pod).await {
+            match world.create_pod(pod).await {
                 Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
                 other => {
                     let message = format!("Created migration target pod {}", other?.name_any());

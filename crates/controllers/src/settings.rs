@@ -1,5 +1,6 @@
 //! The cluster's settings and what follows from them; what classes of storage can do.
 
+use crate::components;
 use crate::world::{World, key};
 use api::conditions::{self, Condition};
 use api::datavolume::{ClaimProperties, ProfileStatus, StorageProfile};
@@ -53,12 +54,10 @@ fn unknown_gates(settings: &KubeVirt) -> Vec<&str> {
 async fn observe(world: &World, settings: &KubeVirt) -> kube::Result<()> {
     let old = settings.status.clone().unwrap_or_default();
     let unknown = unknown_gates(settings);
-    let mut new = vec![
-        Condition::new("Available", true, "AllComponentsReady", "All components are ready."),
-        Condition::new("Progressing", false, "AllComponentsReady", "All components are ready."),
-        Condition::new("Degraded", false, "AllComponentsReady", "All components are ready."),
-        Condition::new("Created", true, "AllResourcesCreated", "All resources were created."),
-    ];
+    let now = Timestamp::now();
+    let judged = components::judge(&old, &world.components.state(), now);
+    let mut new =
+        vec![Condition::new("Created", true, "AllResourcesCreated", "All resources were created.")];
     if !unknown.is_empty() {
         let message = format!("feature gates without effect here: {}", unknown.join(", "));
         new.push(Condition::new("UnknownFeatureGates", true, "NotSupported", &message));
@@ -70,13 +69,11 @@ async fn observe(world: &World, settings: &KubeVirt) -> kube::Result<()> {
     let gone = ["UnknownFeatureGates"];
     let version = Some(format!("v{}", env!("CARGO_PKG_VERSION")));
     let status = Status {
-        phase: "Deployed".into(),
-        conditions: conditions::merge(&old.conditions, new, &gone, Timestamp::now()),
+        conditions: conditions::merge(&judged.conditions, new, &gone, now),
         observed_generation: settings.metadata.generation,
         operator_version: version.clone(),
         observed_version: version,
-        outdated_virtual_machine_instance_workloads: old
-            .outdated_virtual_machine_instance_workloads,
+        ..judged
     };
     if settings.status.as_ref() == Some(&status) {
         return Ok(());

@@ -156,7 +156,7 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
             if launches(pod) && is_lent(world, &namespace, pod).await? {
                 return Err(refusal(409, "Conflict", "a claim of the pod is about to be cloned"));
             }
-            let made = world.api::<Pod>(&namespace).create(&PostParams::default(), pod).await;
+            let made = world.create_pod(pod).await;
             let made = match made {
                 Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => return Ok(()),
                 other => other?,

@@ -5,7 +5,7 @@ mod plan;
 
 use crate::vm::ignore_gone;
 use crate::world::{Key, World, get, key};
-use crate::{IMAGE, VERSION};
+use crate::{VERSION, versioned};
 use api::conditions::{self, types};
 use api::eviction::Strategy;
 use api::keys;
@@ -83,7 +83,7 @@ fn look(world: &World, cluster: &KubeVirt, last: Option<Timestamp>) -> Snapshot 
         .filter(|m| !m.is_over())
         .map(|m| (m.namespace().unwrap_or_default(), m.spec.vmi_name.clone()))
         .collect();
-    let ours = format!("{IMAGE}:v{VERSION}");
+    let ours = versioned(&world.image, Some(VERSION));
     let guest = |vmi: Arc<VirtualMachineInstance>| {
         let status = vmi.status.clone().unwrap_or_default();
         let lives = status.phase == Phase::Running && vmi.metadata.deletion_timestamp.is_none();

@@ -1,5 +1,6 @@
 //! All that reconcilers look at, kept by watches; and who is rung for what.
 
+use crate::components;
 use api::datavolume::{CDIConfig, DataVolume, StorageProfile};
 use api::keys;
 use api::kubevirt::KubeVirt;
@@ -40,6 +41,8 @@ pub const IMPORTER: &str = "importer";
 pub struct World {
     /// The API.
     pub client: Client,
+    /// The image of all pods.
+    pub image: Arc<str>,
     /// Says what happens.
     pub events: Recorder,
     /// VMs.
@@ -52,6 +55,8 @@ pub struct World {
     pub claims: Store<PersistentVolumeClaim>,
     /// Launchers', importers' and lenders' pods.
     pub pods: Store<Pod>,
+    /// Pods of Godwit's own roles.
+    pub components: Store<Pod>,
     /// Owner records.
     pub owners: Store<OwnerRecord>,
     /// Migrations.
@@ -106,7 +111,7 @@ where
 
 impl World {
     /// Begins to keep all of it.
-    pub fn open(client: Client) -> (Self, Keeper) {
+    pub fn open(client: Client, image: &str) -> (Self, Keeper) {
         let mut keeper = Keeper::default();
         let (vm_queue, vmi_queue) = (Queue::<Key>::default(), Queue::<Key>::default());
         let (volume_queue, settings_queue) = (Queue::<Key>::default(), Queue::<()>::default());
@@ -203,6 +208,12 @@ impl World {
                 }
             }
         });
+        let parts = format!("{} in ({})", components::LABEL, components::ROLES.join(", "));
+        let parts = all().labels(&parts);
+        let components = keeper.keep_and(Api::namespaced(client.clone(), api::NAMESPACE), parts, {
+            let kv = kv.clone();
+            move |_: &Pod| kv.ring(())
+        });
         let settings = keeper.keep_and(Api::all(client.clone()), all(), {
             let (kv, outdated) = (kv.clone(), outdated.clone());
             let (leaves, vmis) = (leaves.clone(), vmis.clone());
@@ -227,11 +238,13 @@ impl World {
         let world = Self {
             events: Recorder::new(client.clone(), "virt-controller", None),
             client,
+            image: image.into(),
             vms,
             vmis,
             volumes,
             claims,
             pods,
+            components,
             owners,
             migrations,
             policies,
@@ -256,10 +269,10 @@ impl World {
     pub async fn wait(&self) {
         let Self { vms, vmis, volumes, claims, pods, owners, .. } = self;
         let Self { nodes, classes, profiles, imports, settings, .. } = self;
-        let Self { migrations, policies, namespaces, .. } = self;
+        let Self { migrations, policies, namespaces, components, .. } = self;
         reconcile::ready!(
             vms, vmis, volumes, claims, pods, owners, nodes, classes, profiles, imports, settings,
-            migrations, policies, namespaces
+            migrations, policies, namespaces, components
         );
     }
 
@@ -269,6 +282,19 @@ impl World {
         K: Resource<Scope = NamespaceResourceScope, DynamicType = ()> + DeserializeOwned,
     {
         Api::namespaced(self.client.clone(), namespace)
+    }
+
+    /// Makes a pod: plans say nothing of the image that it is of.
+    ///
+    /// # Errors
+    /// Those of the API.
+    pub async fn create_pod(&self, pod: &Pod) -> kube::Result<Pod> {
+        let mut pod = pod.clone();
+        for container in pod.spec.iter_mut().flat_map(|spec| &mut spec.containers) {
+            container.image = Some(self.image.to_string());
+        }
+        let pods = self.api::<Pod>(&pod.namespace().unwrap_or_default());
+        pods.create(&PostParams::default(), &pod).await
     }
 
     /// The cluster's settings; None as long as there are none.

@@ -146,14 +146,20 @@ pub async fn controller(arguments: cli::Controller) -> Result<ExitCode> {
         format!("{}_{}", host.trim(), uuid::Uuid::new_v4())
     });
     let end = asked_to_end();
-    let candidate = Candidate::new(client.clone(), api::NAMESPACE, LEASE, &name);
     let ended = async {
         if let Err(error) = end.await {
             tracing::error!("signals cannot be heard: {error:#}");
         }
     };
-    candidate.run(|| controllers::run(client.clone()), ended).await;
+    lead(client, &name, &arguments.image, ended).await;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Runs the controllers until `end`, whenever nobody else does: under a name that nobody else has,
+/// with pods of an image.
+pub(crate) async fn lead(client: Client, name: &str, image: &str, end: impl Future<Output = ()>) {
+    let candidate = Candidate::new(client.clone(), api::NAMESPACE, LEASE, name);
+    candidate.run(|| controllers::run(client.clone(), image), end).await;
 }
 
 /// Stands before commands that read what is not trusted.

@@ -1,11 +1,12 @@
 //! Small disks that configure a guest: ISO 9660 with Joliet and Rock Ridge names.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, DirBuilder, File, Permissions};
 use std::io::{ErrorKind, Write as _};
 use std::os::unix::fs::{DirBuilderExt as _, PermissionsExt as _};
 use std::path::{Component, Path, PathBuf};
 use std::process::Stdio;
+use std::time::SystemTime;
 
 use tokio::process::Command;
 
@@ -146,7 +147,8 @@ impl Drop for Stage {
     }
 }
 
-/// Lays the files out as the guest will see them.
+/// Lays the files out as the guest will see them: all of the same age, so that the same files make the
+/// same disk wherever a guest goes that has it mounted.
 fn lay(root: &Path, tree: &BTreeMap<String, Vec<u8>>) -> Result<(), Error> {
     let stage = root.parent().unwrap_or(root);
     match fs::remove_dir_all(stage) {
@@ -158,11 +160,17 @@ fn lay(root: &Path, tree: &BTreeMap<String, Vec<u8>>) -> Result<(), Error> {
     for folder in [stage, root] {
         DirBuilder::new().mode(0o700).create(folder).map_err(Error::io("create", folder))?;
     }
+    let mut made = BTreeSet::from([root.to_owned()]);
     for (name, data) in tree {
         let path = root.join(name);
         let folder = path.parent().unwrap_or(root);
         fs::create_dir_all(folder).map_err(Error::io("create", folder))?;
         work::create(&path)?.write_all(data).map_err(Error::io("write", &path))?;
+        made.extend(path.ancestors().take_while(|part| part.starts_with(root)).map(Path::to_owned));
+    }
+    for part in made {
+        let file = File::open(&part).map_err(Error::io("open", &part))?;
+        file.set_modified(SystemTime::UNIX_EPOCH).map_err(Error::io("date", &part))?;
     }
     Ok(())
 }
@@ -182,6 +190,7 @@ async fn build(stage: &Stage, label: &str, target: &Path) -> Result<(), Error> {
                 "-output",
             ])
             .args([absolute(stage.image()), absolute(stage.root())])
+            .env("SOURCE_DATE_EPOCH", "0")
             .stdin(Stdio::null())
             .kill_on_drop(true)
             .output()

@@ -1,5 +1,7 @@
 //! What a VM is: the part that the guest sees and the part that is its host's.
 
+mod differences;
+
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeSet;
 use std::fmt::Debug;
@@ -36,6 +38,9 @@ pub struct VmSpec {
     /// Network cards, in the guest's order.
     #[serde(default)]
     pub nics: Vec<Nic>,
+    /// Devices by which people point; at most 2.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tablets: Vec<Tablet>,
     /// UEFI firmware; None is BIOS.
     #[serde(default)]
     pub uefi: Option<Uefi>,
@@ -98,6 +103,9 @@ pub struct Disk {
     /// Grow its file to so many bytes before it starts, if it is smaller.
     #[serde(default)]
     pub grow_to: Option<u64>,
+    /// Make a file of so many bytes before it starts, if there is none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub blank: Option<u64>,
     /// It is a CD-ROM: on SCSI or SATA, and read-only.
     #[serde(default)]
     pub cdrom: bool,
@@ -120,9 +128,22 @@ pub enum Bus {
     Scsi,
     /// AHCI.
     Sata,
+    /// USB 3.
+    Usb,
     /// The flash memory where UEFI firmware keeps its variables (boot entries, Secure Boot keys);
     /// begin with a copy of the `OVMF_VARS.fd` that belongs to the firmware. At most one.
     Flash,
+}
+
+/// A device by which people point at a place, rather than move from it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, rename_all = "camelCase")]
+pub struct Tablet {
+    /// As in [`Disk::name`].
+    pub name: String,
+    /// On USB; else it is virtio's.
+    #[serde(default)]
+    pub usb: bool,
 }
 
 /// A network card; at most 8.
@@ -218,14 +239,18 @@ const MAX_DISKS: usize = 24;
 const MAX_VIRTIO_DISKS: usize = 15;
 /// Ports of an AHCI controller.
 const MAX_SATA_DISKS: usize = 6;
+/// Ports of the USB controller, which tablets take too.
+const MAX_USB_DISKS: usize = 4;
+/// Slots 0x6 and 0x7, and ports of the USB controller.
+const MAX_TABLETS: usize = 2;
 /// Slots from 0x8 to 0xf.
 const MAX_NICS: usize = 8;
 /// ISA has four.
 const MAX_SERIALS: usize = 4;
-/// QEMU's node names hold 31 bytes; the longest suffix is 5.
+/// QEMU's node names hold 31 bytes; the longest suffix of a node is 5.
 const MAX_ID: usize = 20;
 /// What QEMU's ids are made of names with.
-const SUFFIXES: [&str; 6] = ["-file", "-raw", "-tg", "-net", "-nic", "-disk"];
+const SUFFIXES: [&str; 7] = ["-file", "-raw", "-tg", "-net", "-nic", "-disk", "-tablet"];
 /// Sockets of a launcher's folder, which a serial port's would replace.
 const SOCKETS: [&str; 4] = ["launcher", "streams", "qmp", "nbd"];
 
@@ -334,7 +359,7 @@ impl VmSpec {
         });
         self.check_machine(&mut faults);
         self.check_disks(&mut faults);
-        self.check_nics(&mut faults);
+        self.check_cards(&mut faults);
         self.check_boot(&mut faults);
         let Faults(faults) = faults;
         if faults.is_empty() { Ok(()) } else { Err(Invalid { name: self.name.clone(), faults }) }
@@ -416,6 +441,7 @@ impl VmSpec {
             (self.disks.len(), MAX_DISKS, "disks"),
             (on(Bus::Virtio), MAX_VIRTIO_DISKS, "virtio disks"),
             (on(Bus::Sata), MAX_SATA_DISKS, "SATA disks"),
+            (on(Bus::Usb), MAX_USB_DISKS, "USB disks"),
             (on(Bus::Flash), 1, "disk on flash"),
         ] {
             faults.demand(count <= most, || format!("at most {most} {what}"));
@@ -424,10 +450,15 @@ impl VmSpec {
             "a disk on flash holds the variables of UEFI firmware: name that under uefi".into()
         });
         let mut paths = BTreeSet::new();
-        for Disk { name, path, size, bus, read_only, cdrom, serial, grow_to, .. } in &self.disks {
-            faults.demand(grow_to.is_none_or(|size| size % 512 == 0 && !read_only), || {
-                format!("disk {name}: growTo must be a multiple of 512, of a disk that is written")
-            });
+        for disk in &self.disks {
+            let Disk { name, path, size, bus, read_only, cdrom, serial, .. } = disk;
+            for (what, size) in [("growTo", disk.grow_to), ("blank", disk.blank)] {
+                faults.demand(size.is_none_or(|size| size % 512 == 0 && !read_only), || {
+                    format!(
+                        "disk {name}: {what} must be a multiple of 512, of a disk that is written"
+                    )
+                });
+            }
             faults.demand(!cdrom || (*read_only && matches!(bus, Bus::Scsi | Bus::Sata)), || {
                 format!("disk {name}: a CD-ROM is on scsi or sata, and readOnly")
             });
@@ -447,7 +478,10 @@ impl VmSpec {
         }
     }
 
-    fn check_nics(&self, faults: &mut Faults) {
+    fn check_cards(&self, faults: &mut Faults) {
+        faults.names("tablet", self.tablets.iter().map(|tablet| &tablet.name));
+        faults
+            .demand(self.tablets.len() <= MAX_TABLETS, || format!("at most {MAX_TABLETS} tablets"));
         faults.names("nic", self.nics.iter().map(|nic| &nic.name));
         faults.demand(self.nics.len() <= MAX_NICS, || format!("at most {MAX_NICS} nics"));
         for Nic { name, mac, backend, forwards } in &self.nics {
@@ -477,82 +511,6 @@ impl VmSpec {
             });
         }
     }
-
-    /// All in which the guests of two specs differ, this one's value first: a guest of one cannot
-    /// move to the other unless there is nothing.
-    ///
-    /// A host's own affairs do not count: paths, shown sizes, what a network card is connected to.
-    pub fn differences(&self, other: &Self) -> Vec<String> {
-        // N.B. all fields by name: one that is added has to be thought of here.
-        let Self {
-            name,
-            vcpus,
-            topology,
-            memory_mib,
-            machine,
-            cpu,
-            accelerator,
-            disks,
-            nics,
-            uefi,
-            boot,
-            uuid,
-            serial_number,
-            serials,
-        } = self;
-        let mut found = Differences::default();
-        found.compare("name", name, &other.name);
-        found.compare("vcpus", vcpus, &other.vcpus);
-        found.compare("topology", topology, &other.topology);
-        found.compare("uuid", uuid, &other.uuid);
-        found.compare("serialNumber", serial_number, &other.serial_number);
-        found.compare("memoryMiB", memory_mib, &other.memory_mib);
-        if !may_be(machine, &other.machine) && !may_be(&other.machine, machine) {
-            found.compare("machine", machine, &other.machine);
-        }
-        found.compare("cpu", cpu, &other.cpu);
-        found.compare("accelerator", accelerator, &other.accelerator);
-        found.compare("uefi", &uefi.is_some(), &other.uefi.is_some());
-        found.compare("boot", &guest_boot(boot), &guest_boot(&other.boot));
-        found.compare("serials", serials, &other.serials);
-        found.compare("disks", &names(disks, |d| &d.name), &names(&other.disks, |d| &d.name));
-        for (disk, other) in disks.iter().zip(&other.disks).filter(|(a, b)| a.name == b.name) {
-            // N.B. whether it is shared is the target's to say: what it does not share is copied.
-            let Disk { name, path: _, bus, read_only, cdrom, serial, boot_order, .. } = disk;
-            found.compare(&format!("disk {name}: cdrom"), cdrom, &other.cdrom);
-            found.compare(&format!("disk {name}: serial"), serial, &other.serial);
-            found.compare(&format!("disk {name}: bootOrder"), boot_order, &other.boot_order);
-            found.compare(&format!("disk {name}: bus"), bus, &other.bus);
-            found.compare(&format!("disk {name}: readOnly"), read_only, &other.read_only);
-        }
-        found.compare("nics", &names(nics, |n| &n.name), &names(&other.nics, |n| &n.name));
-        for (nic, other) in nics.iter().zip(&other.nics).filter(|(a, b)| a.name == b.name) {
-            let Nic { name, mac, backend: _, forwards: _ } = nic;
-            let (mac, other) = (mac.to_ascii_lowercase(), other.mac.to_ascii_lowercase());
-            found.compare(&format!("nic {name}: mac"), &mac, &other);
-        }
-        found.0
-    }
-}
-
-#[derive(Default)]
-struct Differences(Vec<String>);
-
-impl Differences {
-    fn compare<T: PartialEq + Debug>(&mut self, what: &str, own: &T, other: &T) {
-        if own != other {
-            self.0.push(format!("{what}: {own:?} and {other:?}"));
-        }
-    }
-}
-
-fn names<T>(all: &[T], name: impl Fn(&T) -> &String) -> Vec<&String> {
-    all.iter().map(name).collect()
-}
-
-/// Where the files lie is the host's affair; whether there is an initrd is not.
-fn guest_boot(boot: &Option<DirectBoot>) -> Option<(bool, &str)> {
-    boot.as_ref().map(|boot| (boot.initrd.is_some(), boot.cmdline.as_str()))
 }
 
 #[cfg(test)]

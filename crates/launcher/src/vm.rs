@@ -285,6 +285,9 @@ impl Launcher {
         let forced = begin.forced;
         let (mut facts, mut marked) = (Vec::new(), Vec::new());
         for disk in &spec.disks {
+            if let Some(size) = disk.blank {
+                Disk::blank(&disk.path, size)?;
+            }
             let mut opened = Disk::source(&disk.path)?;
             if let Some(size) = disk.grow_to.filter(|size| opened.size() < *size)
                 && opened.medium() == Medium::File

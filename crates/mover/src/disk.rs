@@ -165,6 +165,14 @@ impl Disk {
         grown.map_err(|source| disk.fail("grow by", disk.size, size - disk.size, source))
     }
 
+    /// Makes a file, sparse and of that size, where there is none.
+    ///
+    /// # Errors
+    /// [`Error::Open`], [`Error::Io`].
+    pub fn blank(path: &Path, size: u64) -> Result<(), Error> {
+        Self::create(path, size).map(|_| ())
+    }
+
     fn create(path: &Path, size: u64) -> Result<bool, Error> {
         let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::CLOEXEC;
         let file = match rustix::fs::open(path, flags, Mode::from_raw_mode(0o600)) {

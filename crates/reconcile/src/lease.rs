@@ -33,11 +33,17 @@ pub struct Seen {
 
 impl Seen {
     /// What is known after one more look: what has not changed was seen before.
-    fn again(before: Option<Self>, found: Option<Lease>, now: Instant) -> Option<Self> {
+    pub fn again(before: Option<Self>, found: Option<Lease>, now: Instant) -> Option<Self> {
         let lease = found?;
         let same = before.filter(|before| before.lease.spec == lease.spec);
         Some(Self { since: same.map_or(now, |before| before.since), lease })
     }
+}
+
+/// Whether somebody has a lease, and renews it.
+pub fn is_held(lease: Option<&Seen>, now: Instant) -> bool {
+    // Nobody's identity is empty.
+    matches!(evaluate(lease, "", now), Step::Wait(_))
 }
 
 /// What is to be done.

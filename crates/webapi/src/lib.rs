@@ -219,6 +219,10 @@ impl Extension for WebApi {
         })
     }
 
+    fn groups(&self) -> Vec<(&'static str, Vec<&'static str>)> {
+        vec![(api::SUBRESOURCES, subresources::VERSIONS.to_vec())]
+    }
+
     fn resources(&self, group: &str, version: &str) -> Option<Vec<Value>> {
         subresources::resources(group, version)
     }

@@ -13,10 +13,13 @@ use crate::aggregator::Aggregator;
 use crate::{WebApi, access, webhooks};
 use apiserver::auth::{Attributes, User};
 use apiserver::body::{self, Answer};
+use apiserver::catalog::Catalog;
+use apiserver::discovery::Served;
 use apiserver::extension::{self, Extension};
-use apiserver::request::{Info, Path, Verb, query};
+use apiserver::request::{Info, Path, Verb, query, takes_aggregated_discovery};
 use apiserver::server::{self, Service};
 use apiserver::status::Failure;
+use http::header::ACCEPT;
 use http::request::Parts;
 use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;
@@ -25,7 +28,6 @@ use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
-use serde_json::json;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::TcpListener;
@@ -193,7 +195,7 @@ impl Site {
     async fn pass_on(&self, head: Parts, sent: Incoming, user: User) -> Result<Answer, Failure> {
         match Info::parse(head.uri.path())? {
             Info::Resource(path) => self.resource(head, sent, path, user).await,
-            Info::Other(path) => self.page(&head.method, path, &user).await,
+            Info::Other(path) => self.page(&head, path, &user).await,
         }
     }
 
@@ -229,21 +231,24 @@ impl Site {
         self.web.serve(extension::Request { path, user, query, head, body }).await
     }
 
-    /// What is no resource: what is served.
-    async fn page(&self, method: &Method, path: String, user: &User) -> Result<Answer, Failure> {
-        let verb = method.as_str().to_lowercase();
+    /// What is no resource: what is served, as the API server asks for it in order to tell it with
+    /// its own.
+    async fn page(&self, head: &Parts, path: String, user: &User) -> Result<Answer, Failure> {
+        let verb = head.method.as_str().to_lowercase();
         let what = Attributes { verb, path, ..Attributes::default() };
         self.permit(user, &what).await?;
-        if method != Method::GET {
+        if head.method != Method::GET {
             return Err(Failure::no_such_verb());
         }
-        let page = match &what.path.split('/').collect::<Vec<_>>()[..] {
-            ["", "apis", group, version] => self.web.resources(group, version).map(|resources| {
-                json!({
-                    "kind": "APIResourceList", "apiVersion": "v1",
-                    "groupVersion": format!("{group}/{version}"), "resources": resources,
-                })
-            }),
+        let accept = head.headers.get(ACCEPT).and_then(|value| value.to_str().ok());
+        let catalog = Catalog::default();
+        let served = Served { catalog: &catalog, extension: Some(&*self.web) };
+        let parts: Vec<_> = what.path.split('/').filter(|part| !part.is_empty()).collect();
+        let page = match &parts[..] {
+            ["apis"] if takes_aggregated_discovery(accept) => return Ok(served.aggregated(false)),
+            ["apis"] => Some(served.groups()),
+            ["apis", group] => served.group(group),
+            ["apis", group, version] => served.resources(group, version),
             _ => None,
         };
         page.map(|page| body::json(StatusCode::OK, &page)).ok_or_else(Failure::no_such_path)

@@ -6,7 +6,7 @@ use crate::vmi::{CloudInit, Disk, Spec, Volume};
 use serde_json::Value;
 use std::collections::BTreeSet;
 
-const BUSES: [&str; 3] = ["virtio", "sata", "scsi"];
+const BUSES: [&str; 4] = ["virtio", "sata", "scsi", "usb"];
 /// cloud-init's data in a VMI itself, as KubeVirt limits it.
 const MAX_INLINE: usize = 2048;
 
@@ -60,9 +60,8 @@ fn disk(report: &mut Report, at: &str, raw: &Value, index: usize, disk: &Disk) {
     report.demand(known, &format!("{at}.{kind}.bus"), || {
         format!("'{bus}' is not known here: say one of {}", BUSES.join(", "))
     });
-    report.demand(kind == "disk" || bus != "virtio", &format!("{at}.cdrom.bus"), || {
-        "a CD-ROM is on sata or scsi".into()
-    });
+    let fits = kind == "disk" || !["virtio", "usb"].contains(&bus);
+    report.demand(fits, &format!("{at}.cdrom.bus"), || "a CD-ROM is on sata or scsi".into());
     let writable = disk.cdrom.as_ref().is_some_and(|cdrom| cdrom.readonly == Some(false));
     report.demand(!writable, &format!("{at}.cdrom.readonly"), || {
         "a CD-ROM cannot be written: use disk".into()

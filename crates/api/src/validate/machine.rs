@@ -2,10 +2,11 @@
 
 use super::{Report, is_label, one_of};
 use crate::eviction::Strategy;
-use crate::vmi::{Domain, Feature, Firmware, Spec};
+use crate::vmi::{Domain, Feature, Firmware, Input, Spec};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity;
 
 const MAX_VCPUS: u32 = 512;
+const MAX_INPUTS: usize = 2;
 const MIB: i128 = 1 << 20;
 const MIN_MEMORY: i128 = 16 * MIB;
 const MAX_MEMORY: i128 = (64 << 20) * MIB;
@@ -14,7 +15,18 @@ pub fn check(report: &mut Report, field: &str, spec: &Spec) {
     processors(report, field, &spec.domain);
     memory(report, field, spec);
     firmware(report, &format!("{field}.domain.firmware"), &spec.domain.firmware);
-    let Domain { machine, features, .. } = &spec.domain;
+    let Domain { machine, features, devices, .. } = &spec.domain;
+    let inputs = format!("{field}.domain.devices.inputs");
+    report.unique(&inputs, "input", devices.inputs.iter().map(|input| &*input.name));
+    report.demand(devices.inputs.len() <= MAX_INPUTS, &inputs, || {
+        format!("at most {MAX_INPUTS} inputs")
+    });
+    for (index, Input { kind, bus, .. }) in devices.inputs.iter().enumerate() {
+        let at = format!("{inputs}[{index}]");
+        report.demand(kind == "tablet", &format!("{at}.type"), || "say tablet".into());
+        let known = matches!(bus.as_deref(), None | Some("" | "usb" | "virtio"));
+        report.demand(known, &format!("{at}.bus"), || "say usb or virtio".into());
+    }
     let known = |kind: &str| {
         ["pc", "q35", ""].contains(&kind)
             || ["pc-i440fx-", "pc-q35-"].iter().any(|begin| {

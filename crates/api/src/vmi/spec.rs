@@ -222,6 +222,8 @@ pub struct Devices {
     pub disks: Vec<Disk>,
     /// Network cards, in the guest's order.
     pub interfaces: Vec<Interface>,
+    /// Tablets.
+    pub inputs: Vec<Input>,
     /// A source of random numbers.
     pub rng: Option<Rng>,
     /// Whether a VMI without networks gets the pod's: true by default.
@@ -233,6 +235,19 @@ pub struct Devices {
     /// Guests have none here.
     #[serde(rename = "autoattachMemBalloon")]
     pub autoattach_mem_balloon: Option<bool>,
+}
+
+/// A device by which people point or type: tablets, and nothing else here.
+#[derive(Debug, Clone, Default, PartialEq, Deserialize)]
+#[serde(default)]
+pub struct Input {
+    /// Its name.
+    pub name: String,
+    /// `tablet`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// `usb` or `virtio`; `usb` by default.
+    pub bus: Option<String>,
 }
 
 /// A source of random numbers.
@@ -261,7 +276,7 @@ pub struct Disk {
 #[derive(Debug, Clone, Default, PartialEq, Deserialize)]
 #[serde(rename_all = "camelCase", default)]
 pub struct DiskTarget {
-    /// `virtio`, `sata`, `scsi`.
+    /// `virtio`, `sata`, `scsi`, `usb`.
     pub bus: Option<String>,
     /// The guest may not write it: a CD-ROM never may.
     pub readonly: Option<bool>,

@@ -107,7 +107,6 @@ impl Handler {
     fn deleted(&self, call: &Call, objects: Vec<Object>) -> Arc<Value> {
         // There is one for each change.
         let object = objects.into_iter().next().map(|o| o.body).unwrap_or_default();
-        self.noticed(call, &object);
         call.resource.served(&object)
     }
 }

@@ -103,7 +103,7 @@ impl Handler {
         changes
             .insert(0, Change { key: key.clone(), expect: Expect::Absent, to: To::Body(object) });
         match self.store.write(changes).await {
-            Ok(objects) => Ok(Try::Done(self.written(call, objects, true, warnings))),
+            Ok(objects) => Ok(Try::Done(written(objects, true, warnings))),
             Err(WriteError::Conflict { key: other, .. }) if other == key => {
                 Err(Failure::exists(call.subject(&key.name)))
             }
@@ -254,28 +254,21 @@ impl Handler {
         let to = if over { To::Nothing(new) } else { To::Body(new) };
         changes.insert(0, Change { key, expect: Expect::At(found.revision), to });
         match self.store.write(changes).await {
-            Ok(objects) => Ok(Try::Done(self.written(call, objects, false, warnings))),
+            Ok(objects) => Ok(Try::Done(written(objects, false, warnings))),
             Err(WriteError::Conflict { .. }) => Ok(Try::Again),
             Err(error) => Err(refused(&error)),
         }
     }
 
-    fn written(
-        &self,
-        call: &Call,
-        objects: Vec<Object>,
-        created: bool,
-        warnings: Vec<String>,
-    ) -> Written {
-        // There is one for each change.
-        let object = objects.into_iter().next().map(|o| o.body).unwrap_or_default();
-        self.noticed(call, &object);
-        Written { object, created, warnings }
-    }
-
     fn outrun(&self, call: &Call) -> Failure {
         Failure::conflict(call.subject(&call.name), MODIFIED)
     }
+}
+
+/// There is an object for each change.
+fn written(objects: Vec<Object>, created: bool, warnings: Vec<String>) -> Written {
+    let object = objects.into_iter().next().map(|o| o.body).unwrap_or_default();
+    Written { object, created, warnings }
 }
 
 impl Call {

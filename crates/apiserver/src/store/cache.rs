@@ -94,6 +94,10 @@ impl Cache {
         self.revision.load(Ordering::Acquire)
     }
 
+    pub(super) fn changed(&self, resource: &str) -> u64 {
+        read(&self.shelf(resource).content).revision()
+    }
+
     fn shelf(&self, resource: &str) -> Arc<Shelf> {
         if let Some(shelf) = read(&self.shelves).get(resource) {
             return shelf.clone();

@@ -18,7 +18,6 @@ mod laws;
 use super::Waits;
 use super::plan::{Action, OFTEN, Plan, SELDOM, Snapshot, delete, due};
 use super::pod::{self, BORROWS, Seen};
-use crate::IMAGE;
 use crate::vmi::is_block;
 use crate::world::claims_of;
 use api::datavolume::{DataVolume, Status};
@@ -207,7 +206,7 @@ fn build(volume: &DataVolume, claim: &PersistentVolumeClaim) -> serde_json::Resu
             "terminationGracePeriodSeconds": 5,
             "volumes": [{"name": "source", "persistentVolumeClaim": used}],
             "containers": [{
-                "name": "lender", "image": IMAGE, "command": ["godwit", "lend"],
+                "name": "lender", "command": ["godwit", "lend"],
                 "env": environment,
                 "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}},
                 "volumeMounts": mounts, "volumeDevices": devices,

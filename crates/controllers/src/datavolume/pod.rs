@@ -2,7 +2,6 @@
 
 use super::claim::{Terms, disk_size};
 use super::clone::Origin;
-use crate::IMAGE;
 use crate::vmi::is_block;
 use crate::vmi::plan::trouble;
 use crate::world::IMPORTER;
@@ -194,7 +193,7 @@ pub fn build(
             "terminationGracePeriodSeconds": 5,
             "volumes": all.volumes,
             "containers": [{
-                "name": IMPORTER, "image": IMAGE, "command": ["godwit", "import"],
+                "name": IMPORTER, "command": ["godwit", "import"],
                 "env": environment,
                 "resources": {"requests": {"cpu": "100m", "memory": "64Mi"}},
                 "volumeMounts": all.mounts, "volumeDevices": all.devices,

@@ -244,7 +244,8 @@ fn advance(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
 /// One that waits for its turn.
 fn begin(snapshot: &Snapshot, vmi: &VirtualMachineInstance, status: &mut Status, plan: &mut Plan) {
     let now = snapshot.now;
-    if let Err(why) = &snapshot.turn {
+    // N.B. one whose pod is made has had its turn: that pod is one of the VMI's now.
+    if let (Err(why), None) = (&snapshot.turn, snapshot.target()) {
         let waits = Condition::new(WAITS, true, "Waiting", why);
         status.conditions = conditions::merge(&status.conditions, vec![waits], &[], now);
         // Whoever makes room rings.

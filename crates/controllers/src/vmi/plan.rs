@@ -1,8 +1,9 @@
 //! What is to be done about a VMI. Pure.
 
+mod supervise;
+
 use super::launches;
 use super::pod::{Wanted, is_block};
-use crate::IMAGE;
 use crate::world::label;
 use api::conditions::{self, Condition, types};
 use api::datavolume::{self, DataVolume};
@@ -17,6 +18,7 @@ use serde_json::{Value, json};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
+use supervise::{doubt, supervise};
 
 /// What nobody rings for is looked at again after this.
 const AGAIN: Duration = Duration::from_secs(2);
@@ -476,81 +478,6 @@ fn ending(pod: &Pod) -> String {
         }
         None => pod.status.as_ref().and_then(|s| s.message.clone()).unwrap_or_default(),
     }
-}
-
-/// A VMI that its handler has. Ours is to see when its pod is gone.
-fn supervise(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option<Status> {
-    let now = snapshot.now;
-    status.active_pods = active(snapshot);
-    follow_guest(snapshot, &status, plan);
-    let pod = snapshot.launcher();
-    if pod.is_some_and(|pod| !is_terminal(pod)) {
-        // It was thought lost, and is not.
-        let gone = [types::IN_DOUBT];
-        if status.phase == Phase::Unknown {
-            status.enter(Phase::Running, now);
-        }
-        status.conditions = conditions::merge(&status.conditions, Vec::new(), &gone, now);
-        status.launcher_container_image_version = pod.map(|pod| image_of(pod));
-        return Some(status);
-    }
-    if !snapshot.is_over() {
-        doubt(snapshot, &mut status, plan);
-        return Some(status);
-    }
-    let message = match pod {
-        Some(pod) => format!("pod {} ended: {}", pod.name_any(), ending(pod)),
-        None => "its pod is gone".into(),
-    };
-    Some(fail(snapshot, status, "PodFailed", &message, plan))
-}
-
-/// A launcher's image, with the version of Godwit that made its pod: none is one that said none.
-pub(crate) fn image_of(pod: &Pod) -> String {
-    let version = pod.annotations().get(keys::VERSION);
-    version.map_or_else(|| IMAGE.into(), |version| format!("{IMAGE}:v{version}"))
-}
-
-/// A guest that has moved: its VMI is found by its node, and the pod that it has left goes.
-fn follow_guest(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
-    if let Some(node) = &status.node_name
-        && label(&*snapshot.vmi, keys::NODE) != Some(node)
-    {
-        plan.actions.push(Action::Patch(json!({"metadata": {"labels": {keys::NODE: node}}})));
-    }
-    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.as_ref());
-    let (Some(state), Some(record)) = (&status.migration_state, record) else { return };
-    let settled = record.state == "idle" && record.pod == state.target_pod;
-    if state.completed != Some(true) || !settled || state.source_pod == state.target_pod {
-        return;
-    }
-    let left = snapshot.pods.iter().find(|pod| pod.metadata.name == state.source_pod);
-    if let Some(pod) = left.filter(|pod| pod.metadata.deletion_timestamp.is_none()) {
-        plan.actions.push(Action::DeletePod(pod.name_any()));
-    }
-}
-
-/// Nobody knows whether the guest runs.
-fn doubt(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
-    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.clone()).unwrap_or_default();
-    let node = record.node.unwrap_or_else(|| "its node".into());
-    let message = format!(
-        "the guest may still run on {node}, whose handler has not said that it ended: no second one is \
-         started. If that node is off for certain, taint it with {}=nodeshutdown:NoExecute",
-        keys::OUT_OF_SERVICE
-    );
-    if !conditions::is(&status.conditions, types::IN_DOUBT) {
-        plan.actions.push(Action::Say {
-            warning: true,
-            reason: "InDoubt",
-            message: message.clone(),
-        });
-    }
-    let doubt = Condition::new(types::IN_DOUBT, true, "OwnerNotHeardOf", &message);
-    let ready = Condition::new(types::READY, false, "OwnerNotHeardOf", &message);
-    status.conditions =
-        conditions::merge(&status.conditions, vec![doubt, ready], &[], snapshot.now);
-    plan.again = Some(AGAIN);
 }
 
 fn fail(

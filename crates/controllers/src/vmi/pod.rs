@@ -1,6 +1,6 @@
 //! The pod of a VMI's launcher. Pure.
 
-use crate::{IMAGE, VERSION};
+use crate::VERSION;
 use api::keys;
 use api::vmi::{Spec, VirtualMachineInstance};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
@@ -58,6 +58,15 @@ pub fn overhead(guest: i128, vcpus: u32) -> i128 {
     LAUNCHER + QEMU + VCPU * i128::from(vcpus) + guest / PAGE_TABLES
 }
 
+/// The pod's host name, by which a headless service finds it: as KubeVirt has it, wherever the
+/// guest goes.
+fn hostname(spec: &Spec, name: &str) -> String {
+    let said = spec.hostname.as_deref().filter(|said| !said.is_empty()).unwrap_or(name);
+    let label = said.split('.').next().unwrap_or_default();
+    let short: String = label.chars().take(63).collect();
+    short.trim_end_matches('-').to_owned()
+}
+
 impl Wanted<'_> {
     /// It.
     pub fn pod(&self) -> serde_json::Result<Pod> {
@@ -84,6 +93,11 @@ impl Wanted<'_> {
         }
         selector.extend(spec.node_selector.clone());
         selector.insert(keys::SCHEDULABLE.into(), "true".into());
+        let machine = &spec.domain.machine.kind;
+        // All have the short names.
+        if machine.contains('-') {
+            selector.insert(format!("{}{machine}", keys::MACHINE), "true".into());
+        }
         let grace = spec.grace().saturating_add(FAREWELL);
         let host = format!("{FOLDERS}/{namespace}_{pod}");
         let mut volumes = vec![json!({
@@ -138,10 +152,10 @@ impl Wanted<'_> {
                 "tolerations": spec.tolerations,
                 "priorityClassName": spec.priority_class_name,
                 "schedulerName": spec.scheduler_name,
-                "subdomain": spec.subdomain,
+                "hostname": hostname(spec, &name), "subdomain": spec.subdomain,
                 "volumes": volumes,
                 "containers": [{
-                    "name": "compute", "image": IMAGE, "command": command,
+                    "name": "compute", "command": command,
                     "resources": self.resources(),
                     "volumeMounts": mounts, "volumeDevices": devices,
                 }],

@@ -53,6 +53,9 @@ pub struct Controller {
     /// Its name among replicas, of which one does the work; default: a new one.
     #[arg(long)]
     pub name: Option<String>,
+    /// The image with this program, of which the pods are that it makes.
+    #[arg(long, default_value = controllers::IMAGE)]
+    pub image: String,
 }
 
 /// `godwit handler`

@@ -12,10 +12,14 @@ use kube::api::ListParams;
 use kube::{Api, Client, ResourceExt};
 use reconcile::why;
 use serde_json::Value;
+use std::time::Duration;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 use webapi::{Measured, Sample};
+
+/// A handler that works says so within this time.
+const PROMPTLY: Duration = Duration::from_secs(5);
 
 /// Asks handlers.
 pub struct Handlers {
@@ -69,6 +73,12 @@ impl Handlers {
         let handler = SpiffeId::new(identity.id().cluster(), Role::Handler, node)
             .map_err(|error| Failure::internal(error.to_string()))?;
         Ok((tls::Client::new(identity, trust), handler))
+    }
+
+    /// Whether a node's handler answers.
+    pub async fn answers(&self, node: &str) -> bool {
+        let asked = self.ask(node, "", "", Act::Answer);
+        tokio::time::timeout(PROMPTLY, asked).await.is_ok_and(|told| told.is_ok())
     }
 
     /// What the guests of all nodes have used whose handlers answer.

@@ -1,6 +1,7 @@
 //! What runs pods in an embedded cluster: each part in this process, under its own identity.
 
-use super::children::Children;
+use super::children::{Children, Places};
+use super::components::Components;
 use super::vms::{self, Vms};
 use crate::cli;
 use anyhow::{Context, Result, anyhow, bail};
@@ -16,15 +17,10 @@ use node::{lifecycle, scheduler, storage};
 use reconcile::why;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// The image that is this program.
-pub const IMAGE: &str = "godwit.dev/godwit";
-/// Its roles are shown as pods within this time.
-const SHOWN: Duration = Duration::from_secs(30);
-const AGAIN: Duration = Duration::from_millis(100);
 /// When a cluster ends, its containers have this long to do so.
 const LEAVING: SignedDuration = SignedDuration::from_secs(10);
 
@@ -111,19 +107,14 @@ impl Nodes {
             let (folder, networks) = (disks.node(&name), networks.collect());
             vms.start_handler(server, &name, &folder, networks, &mut controllers)?;
         }
-        let names: Vec<String> =
-            (1..=arguments.nodes).map(|number| format!("{}-{number}", arguments.name)).collect();
-        let api = server.api.as_user(User::new("system:apiserver", &[apiserver::auth::MASTERS]));
-        controllers.spawn(async move {
-            // Its namespace's account is made by another part, a moment later.
-            let until = Instant::now() + SHOWN;
-            while let Err(failure) = super::components::publish(&api, &names).await {
-                if Instant::now() > until {
-                    return tracing::warn!("the roles cannot be shown as pods: {failure}");
-                }
-                tokio::time::sleep(AGAIN).await;
-            }
-        });
+        let nodes = (1..=arguments.nodes).map(|number| format!("{}-{number}", arguments.name));
+        let components = Components {
+            api: server.api.as_user(User::new("system:apiserver", &[apiserver::auth::MASTERS])),
+            nodes: nodes.collect(),
+            handlers: vms.handlers(),
+            processes: arguments.separate.then(|| Places::of(folder)),
+        };
+        controllers.spawn(components.run());
         let children = vms.go_on(server, &mut controllers);
         Ok(Self { ending, agents, _controllers: controllers, children })
     }
@@ -179,7 +170,7 @@ fn images(named: &[String]) -> Result<Images> {
         programs: BTreeMap::from([("godwit".into(), program)]),
         machine: false,
     };
-    let mut all = BTreeMap::from([(IMAGE.to_owned(), own)]);
+    let mut all = BTreeMap::from([(controllers::IMAGE.to_owned(), own)]);
     for text in named {
         let Some((name, program)) = text.split_once('=') else {
             bail!("--image {text} is not NAME=PROGRAM, like example.org/shell=/bin/sh");

@@ -8,7 +8,7 @@ use super::kubeconfig::{self, Access};
 use super::kvm;
 use super::nodes::client;
 use crate::cli::{self, Accelerator};
-use crate::rights;
+use crate::{rights, roles};
 use anyhow::{Context, Result, anyhow};
 use apiserver::embedded::Server;
 use channel::identity::{Credentials, Role, SpiffeId};
@@ -54,6 +54,8 @@ fn handler_folder(node: &Path) -> PathBuf {
 pub struct Vms {
     cluster: String,
     certificates: Certificates,
+    /// The way to guests.
+    handlers: Arc<Handlers>,
     /// Of those that run as processes of their own.
     children: Option<Children>,
 }
@@ -105,14 +107,20 @@ impl Vms {
         let mut certificates = Certificates::open(&folder.join("ca"), &cluster, terms(&api).await)?;
         let credentials = certificates.add(SpiffeId::new(&cluster, Role::Api, "api")?)?;
         let own = client(server, API, &ACCOUNTS);
-        let handlers = Handlers { client: own.clone(), credentials };
-        server.api.extend(Arc::new(webapi::WebApi::new(own, Arc::new(handlers))));
+        let handlers = Arc::new(Handlers { client: own.clone(), credentials });
+        server.api.extend(Arc::new(webapi::WebApi::new(own, handlers.clone())));
         tokio::spawn(async move {
             if let Err(failure) = settings(&api, accelerator).await {
                 tracing::error!("the cluster's settings cannot be made: {failure}");
             }
         });
-        Ok(Self { cluster, certificates, children: separate.then_some(children) })
+        let children = separate.then_some(children);
+        Ok(Self { cluster, certificates, handlers, children })
+    }
+
+    /// The way to guests.
+    pub fn handlers(&self) -> Arc<Handlers> {
+        self.handlers.clone()
     }
 
     /// Starts the controllers.
@@ -121,7 +129,9 @@ impl Vms {
     /// When they can have no identity.
     pub fn start_controllers(&mut self, server: &Server, tasks: &mut JoinSet<()>) -> Result<()> {
         let Some(children) = &mut self.children else {
-            tasks.spawn(controllers::run(account(server)));
+            let (client, name) = (account(server), self.cluster.clone());
+            let never = std::future::pending();
+            tasks.spawn(async move { roles::lead(client, &name, controllers::IMAGE, never).await });
             return Ok(());
         };
         let name = "controller";
@@ -177,7 +187,7 @@ impl Vms {
             listen,
             networks,
             credentials,
-            confine: crate::roles::confine()?,
+            confine: roles::confine()?,
         };
         let client = client(server, &user, &groups);
         let node = node.to_owned();

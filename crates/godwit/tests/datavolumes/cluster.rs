@@ -66,7 +66,8 @@ impl Cluster {
         controllers
             .spawn(storage::run(binder, storage::Config { disks: disks.clone(), shared: POOL }));
         controllers.spawn(scheduler::run(client("system:kube-scheduler", &[])));
-        controllers.spawn(controllers::run(client("virt-controller", &[MASTERS])));
+        let own = client("virt-controller", &[MASTERS]);
+        controllers.spawn(async move { controllers::run(own, controllers::IMAGE).await });
         let (ending, ends) = watch::channel(Ending::Not);
         let mut agents = JoinSet::new();
         for number in 1..=count {

@@ -9,7 +9,7 @@ use api::vmi::{
     InterfaceStatus, Machine, MemoryStatus, Phase, Spec, Status, VirtualMachineInstance,
 };
 use jiff::{SignedDuration, Timestamp};
-use k8s_openapi::api::core::v1::Pod;
+use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::{Api, Resource, ResourceExt};
@@ -297,10 +297,15 @@ impl Guest<'_> {
         claims
     }
 
+    /// The claims that are the VM's, as the owner record says it, by their volumes.
+    fn own_volumes(&self) -> BTreeMap<String, String> {
+        let record = get(&self.shared.owners, self.key);
+        record.and_then(|record| record.status.clone()).unwrap_or_default().volumes
+    }
+
     /// Refuses disks that hold old data, or half of it; the owner record knows the VM's own.
     fn check_disks(&self) -> Result<(), Refusal> {
-        let record = get(&self.shared.owners, self.key);
-        let own = record.and_then(|record| record.status.clone()).unwrap_or_default().volumes;
+        let own = self.own_volumes();
         for (volume, claim) in records::volumes(&self.pod) {
             let key = (self.key.0.clone(), claim.clone());
             let Some(found) = get(&self.shared.claims, &key) else { continue };
@@ -340,7 +345,7 @@ impl Guest<'_> {
         let mut spec = self.vmi.parse().map_err(last)?;
         // A guest that moves may come to other disks than it has.
         spec.use_claims(&records::volumes(&self.pod));
-        let (blocks, mut shared, sizes) = self.claims(&spec, cluster);
+        let Claims { blocks, mut shared, sizes, blanks } = self.claims(&spec, cluster);
         // Those are copied, whoever else could use them.
         shared.extend(self.other_claims().into_values().map(|claim| (claim, false)));
         let pod = doors::folder(&self.shared.config.pods(), &self.pod);
@@ -356,6 +361,7 @@ impl Guest<'_> {
             shared,
             address: self.address().and_then(|ip| ip.parse().ok()),
             sizes,
+            blanks,
             taps,
         };
         let vm = translate::spec(&spec, &facts).map_err(last)?;
@@ -367,11 +373,11 @@ impl Guest<'_> {
         Ok((spec, vm))
     }
 
-    /// Which claims are devices, which can be used on several nodes at once, and to how many bytes
-    /// the disks in those that are folders may grow.
+    /// What is known of the VMI's claims.
     fn claims(&self, spec: &Spec, cluster: &KubeVirt) -> Claims {
         let grows = cluster.spec.gate("ExpandDisks");
-        let (mut blocks, mut shared, mut sizes) = Claims::default();
+        let own = self.own_volumes();
+        let mut all = Claims::default();
         for name in spec.volumes.iter().filter_map(|volume| volume.claim()) {
             let key = (self.key.0.clone(), name.to_owned());
             let Some(claim) = get(&self.shared.claims, &key) else { continue };
@@ -380,13 +386,18 @@ impl Guest<'_> {
             let modes = wanted.access_modes.unwrap_or_default();
             let capacity = claim.status.as_ref().and_then(|s| s.capacity.as_ref()?.get("storage"));
             let capacity = capacity.and_then(|size| api::quantity::bytes(&size.0));
-            blocks.insert(name.to_owned(), is_block);
-            shared.insert(name.to_owned(), modes.iter().any(|mode| mode == "ReadWriteMany"));
-            if let Some(size) = capacity.filter(|_| grows && !is_block).and_then(room) {
-                sizes.insert(name.to_owned(), size);
+            all.blocks.insert(name.to_owned(), is_block);
+            all.shared.insert(name.to_owned(), modes.iter().any(|mode| mode == "ReadWriteMany"));
+            let Some(size) = capacity.filter(|_| !is_block).and_then(room) else { continue };
+            if grows {
+                all.sizes.insert(name.to_owned(), size);
+            }
+            // N.B. a disk that was there once is not replaced by an empty one.
+            if !is_filled(&claim) && !own.values().any(|taken| taken == name) {
+                all.blanks.insert(name.to_owned(), size);
             }
         }
-        (blocks, shared, sizes)
+        all
     }
 
     fn address(&self) -> Option<String> {
@@ -515,7 +526,27 @@ impl Guest<'_> {
 }
 
 /// Facts of claims, by their names.
-type Claims = (BTreeMap<String, bool>, BTreeMap<String, bool>, BTreeMap<String, u64>);
+#[derive(Default)]
+struct Claims {
+    /// Whether it is a device.
+    blocks: BTreeMap<String, bool>,
+    /// Whether it can be used on several nodes at once.
+    shared: BTreeMap<String, bool>,
+    /// To how many bytes the disk of one that is a folder may grow.
+    sizes: BTreeMap<String, u64>,
+    /// How large its disk is to be, of one that is a folder in which there may be none yet.
+    blanks: BTreeMap<String, u64>,
+}
+
+/// Whether somebody else puts a disk into a claim: a DataVolume, or a migration.
+fn is_filled(claim: &PersistentVolumeClaim) -> bool {
+    let is_cdi = |key: &String| key.starts_with("cdi.kubevirt.io/");
+    claim.owner_references().iter().any(|owner| owner.kind == "DataVolume")
+        || claim.annotations().keys().any(is_cdi)
+        || [keys::INCOMPLETE, keys::SUPERSEDED]
+            .iter()
+            .any(|key| claim.annotations().contains_key(*key))
+}
 
 /// What a disk may take of a file system of that size: as CDI has it, all but 6 % of the disk, and
 /// whole MiB.

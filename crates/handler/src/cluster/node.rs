@@ -83,7 +83,7 @@ async fn labels() -> Value {
         labels[format!("cpu-model-migration.node.kubevirt.io/{model}")] = "true".into();
     }
     for machine in machines(&output(&["-machine", "help"]).await) {
-        labels[format!("machine-type.node.kubevirt.io/{machine}")] = "true".into();
+        labels[format!("{}{machine}", keys::MACHINE)] = "true".into();
     }
     let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let line = |name: &str| {

@@ -51,6 +51,8 @@ pub enum Act {
     Measure,
     /// Tell what a move of it would take.
     Forecast,
+    /// Nothing: only answer.
+    Answer,
 }
 
 /// A request.
@@ -174,6 +176,11 @@ async fn serve(shared: &Shared, tls: &tls::Server, stream: TcpStream) -> Result<
         let _ = stream.shutdown().await;
         return Ok(());
     }
+    if ask.act == Act::Answer {
+        write_line(&mut stream, &Told { code: 200, message: String::new() }).await?;
+        let _ = stream.shutdown().await;
+        return Ok(());
+    }
     let (told, console) = match carry_out(shared, &ask).await {
         Ok(console) => (Told { code: 200, message: String::new() }, console),
         Err(told) => (told, None),
@@ -224,7 +231,7 @@ async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::Unix
         Act::Pause => launcher.pause().await,
         Act::Unpause => launcher.resume().await,
         Act::Reset => launcher.reset().await,
-        Act::Measure => return Err(told(400, "guests are measured all at once")),
+        Act::Measure | Act::Answer => return Err(told(400, "this is asked of the handler")),
         Act::Forecast => return Err(told(400, "a forecast is that of a plan")),
         Act::SoftReboot => {
             return Err(told(501, "soft reboots are not built: use reset, or restart the VM"));

@@ -1,9 +1,10 @@
 //! A VMI as its launcher knows it. Pure.
 
 use api::kubevirt::KubeVirt;
-use api::vmi::{Disk, Interface, Spec, Volume};
+use api::vmi::{Disk, Input, Interface, Spec, Volume};
 use launcher::spec::{
-    Accelerator, Backend, Bus, DirectBoot, Disk as VmDisk, Forward, Nic, Topology, Uefi, VmSpec,
+    Accelerator, Backend, Bus, DirectBoot, Disk as VmDisk, Forward, Nic, Tablet, Topology, Uefi,
+    VmSpec,
 };
 use std::collections::BTreeMap;
 use std::net::IpAddr;
@@ -31,6 +32,8 @@ pub struct Facts<'a> {
     pub shared: BTreeMap<String, bool>,
     /// To how many bytes a claim's disk may grow, by its name.
     pub sizes: BTreeMap<String, u64>,
+    /// How large a disk to make in a claim that has none yet, by its name.
+    pub blanks: BTreeMap<String, u64>,
     /// The pod's address.
     pub address: Option<IpAddr>,
     /// Taps of network cards that are bridged, by their names.
@@ -44,7 +47,7 @@ fn id(kind: &str, index: usize, name: &str) -> String {
         && bytes[0].is_ascii_lowercase()
         && bytes.iter().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || *b == b'-')
         // What the launcher's own ids end in.
-        && !["-file", "-raw", "-tg", "-net", "-nic", "-disk"].iter().any(|end| name.ends_with(end))
+        && !["-file", "-raw", "-tg", "-net", "-nic", "-disk", "-tablet"].iter().any(|end| name.ends_with(end))
         && name.strip_prefix(kind).is_none_or(|rest| rest.parse::<usize>().is_err());
     if plain { name.to_owned() } else { format!("{kind}{index}") }
 }
@@ -106,6 +109,7 @@ pub fn spec(vmi: &Spec, facts: &Facts<'_>) -> Result<VmSpec, String> {
         accelerator: if emulated { Accelerator::Tcg } else { Accelerator::Kvm },
         disks: disks(vmi, facts)?,
         nics: nics(vmi, facts),
+        tablets: tablets(vmi),
         uefi: uefi.map(|_| Uefi { code: UEFI.into() }),
         boot: boot(vmi),
         uuid: domain.firmware.uuid.clone(),
@@ -118,7 +122,9 @@ pub fn spec(vmi: &Spec, facts: &Facts<'_>) -> Result<VmSpec, String> {
 
 /// A spec for a guest that arrives: its disks are as large as they are where it comes from.
 pub fn arriving(mut vm: VmSpec) -> VmSpec {
-    vm.disks.iter_mut().for_each(|disk| disk.grow_to = None);
+    for disk in &mut vm.disks {
+        (disk.grow_to, disk.blank) = (None, None);
+    }
     vm
 }
 
@@ -142,6 +148,7 @@ fn disks(vmi: &Spec, facts: &Facts<'_>) -> Result<Vec<VmDisk>, String> {
         let bus = match bus.unwrap_or(if cdrom { "sata" } else { "virtio" }) {
             "sata" => Bus::Sata,
             "scsi" => Bus::Scsi,
+            "usb" => Bus::Usb,
             _ => Bus::Virtio,
         };
         let claim = volume.persistent_volume_claim.as_ref();
@@ -150,6 +157,7 @@ fn disks(vmi: &Spec, facts: &Facts<'_>) -> Result<Vec<VmDisk>, String> {
             || claim.is_some_and(|claim| claim.read_only == Some(true));
         let shared = volume.claim().and_then(|claim| facts.shared.get(claim)).copied();
         let grow_to = volume.claim().and_then(|claim| facts.sizes.get(claim)).copied();
+        let blank = volume.claim().and_then(|claim| facts.blanks.get(claim)).copied();
         Ok(VmDisk {
             name: id("disk", index, &disk.name),
             path: place(volume, &facts.blocks),
@@ -158,6 +166,7 @@ fn disks(vmi: &Spec, facts: &Facts<'_>) -> Result<Vec<VmDisk>, String> {
             shared: shared.unwrap_or(false),
             size: None,
             grow_to: grow_to.filter(|_| !read_only),
+            blank: blank.filter(|_| !read_only),
             cdrom,
             serial: disk.serial.clone(),
             boot_order: disk.boot_order,
@@ -181,6 +190,14 @@ fn nics(vmi: &Spec, facts: &Facts<'_>) -> Vec<Nic> {
         Nic { name: id("nic", index, &interface.name), mac: mac(interface), backend, forwards }
     };
     vmi.domain.devices.interfaces.iter().enumerate().map(one).collect()
+}
+
+fn tablets(vmi: &Spec) -> Vec<Tablet> {
+    let one = |(index, input): (usize, &Input)| Tablet {
+        name: id("input", index, &input.name),
+        usb: input.bus.as_deref() != Some("virtio"),
+    };
+    vmi.domain.devices.inputs.iter().enumerate().map(one).collect()
 }
 
 /// A card's address: admission gives each one that has none.

@@ -6,10 +6,10 @@
 //!
 //! ```text
 //! disk:  <name>-file  ->  <name>-raw  ->  <name>      ->  device
-//!        file or device   raw, size=N     throttle node   virtio, scsi, sata, flash
+//!        file or device   raw, size=N     throttle node   virtio, scsi, sata, usb, flash
 //! ```
 
-use crate::spec::{Accelerator, Backend, Bus, Disk, Forward, Nic, Topology, VmSpec};
+use crate::spec::{Accelerator, Backend, Bus, Disk, Forward, Nic, Tablet, Topology, VmSpec};
 use mover::disk::Medium;
 use serde_json::json;
 use std::borrow::Cow;
@@ -38,8 +38,14 @@ pub struct Facts {
 const RNG_SLOT: usize = 0x2;
 const SCSI_SLOT: usize = 0x3;
 const AHCI_SLOT: usize = 0x4;
+const USB_SLOT: usize = 0x5;
+const TABLET_SLOT: usize = 0x6;
 const NIC_SLOT: usize = 0x8;
 const VIRTIO_SLOT: usize = 0x10;
+
+/// Ports of the USB controller, the first of which are disks'; as many as a VM may have, and tablets.
+const USB_PORTS: usize = 8;
+const USB_DISKS: usize = 4;
 
 /// The node of the firmware; no disk's node can be named like it.
 const FIRMWARE: &str = "uefi-file";
@@ -101,7 +107,22 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
         });
         add(&["-blockdev", &node.to_string(), "-machine", &format!("pflash0={FIRMWARE}")]);
     }
+    let on_usb = spec.tablets.iter().any(|tablet| tablet.usb);
+    if on_usb || spec.disks.iter().any(|disk| disk.bus == Bus::Usb) {
+        add(&[
+            "-device",
+            &format!("qemu-xhci,id=usb0,p2={USB_PORTS},p3={USB_PORTS},addr={USB_SLOT:#x}"),
+        ]);
+    }
     disks(&mut add, spec, facts);
+    for (i, Tablet { name, usb }) in spec.tablets.iter().enumerate() {
+        // Disks have the ports before.
+        let device = match usb {
+            true => format!("usb-tablet,id={name}-tablet,bus=usb0.0,port={}", USB_DISKS + i + 1),
+            false => format!("virtio-tablet-pci,id={name}-tablet,addr={:#x}", TABLET_SLOT + i),
+        };
+        add(&["-device", &device]);
+    }
     for (i, nic) in spec.nics.iter().enumerate() {
         let Nic { name, mac, backend, forwards } = nic;
         let backend = match backend {
@@ -173,6 +194,7 @@ fn disks(add: &mut impl FnMut(&[&str]), spec: &VmSpec, facts: &[Facts]) {
                 format!("scsi-{kind},bus=scsi0.0,scsi-id={},lun=0", next(&mut places.scsi))
             }
             Bus::Sata => format!("ide-{kind},bus={ahci}.{}", next(&mut places.sata)),
+            Bus::Usb => format!("usb-storage,bus=usb0.0,port={}", next(&mut places.usb) + 1),
             Bus::Flash => {
                 add(&["-machine", &format!("pflash1={name}")]);
                 continue;
@@ -197,6 +219,7 @@ struct Places {
     virtio: usize,
     scsi: usize,
     sata: usize,
+    usb: usize,
 }
 
 fn next(place: &mut usize) -> usize {

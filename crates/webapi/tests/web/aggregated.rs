@@ -12,6 +12,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use webapi::Act;
 
 const GROUP: &str = "/apis/subresources.kubevirt.io";
+const DISCOVERY: &str = "application/json;g=apidiscovery.k8s.io;v=v2;as=APIGroupDiscoveryList";
 
 #[tokio::test]
 async fn only_who_the_cluster_names_speaks_for_others() {
@@ -71,6 +72,36 @@ async fn both_versions_are_told_as_an_embedded_api_tells_them() {
         assert_eq!(reply.body, site.world.get(&path).await);
     }
     assert_eq!(site.aggregated("anybody", Method::GET, &format!("{GROUP}/v2")).await.code, 404);
+    // The group, as kube-aggregator asks for it and as clients find it in the end.
+    let group = site.aggregated("anybody", Method::GET, GROUP).await.body;
+    assert_eq!(group["preferredVersion"]["groupVersion"], "subresources.kubevirt.io/v1");
+    assert_eq!(group, site.world.get(GROUP).await);
+    let own = |groups: &Value| {
+        let mut groups = groups["groups"].as_array().unwrap().iter();
+        groups.find(|group| group["name"] == "subresources.kubevirt.io").cloned().unwrap()
+    };
+    let listed = site.aggregated("anybody", Method::GET, "/apis").await.body;
+    assert_eq!(own(&listed)["versions"].as_array().unwrap().len(), 2);
+    assert_eq!(own(&listed), own(&site.world.get("/apis").await));
+
+    // All in one document, too.
+    let headers = [("X-Remote-User", "anybody"), ("Accept", DISCOVERY)];
+    let certificate = site.aggregators.client("front-proxy-client");
+    let document =
+        site.send(Some(certificate), Method::GET, "/apis", &headers, String::new()).await;
+    let document = document.unwrap();
+    assert_eq!(document.headers["Content-Type"], DISCOVERY);
+    let own = |document: &Value| {
+        let mut groups = document["items"].as_array().unwrap().iter();
+        groups.find(|g| g["metadata"]["name"] == "subresources.kubevirt.io").cloned().unwrap()
+    };
+    let found = own(&document.body);
+    assert_eq!(found, own(&site.world.discover(DISCOVERY).await));
+    let machines = &found["versions"][0]["resources"][0];
+    assert_eq!(machines["resource"], "virtualmachines");
+    assert_eq!(machines["scope"], "Namespaced");
+    let migrate = json!({"subresource": "migrate", "verbs": ["update"]});
+    assert!(machines["subresources"].as_array().unwrap().contains(&migrate), "{machines}");
     let health = site.send(None, Method::GET, "/healthz", &[], String::new()).await.unwrap();
     assert_eq!(health.code, 200);
 }

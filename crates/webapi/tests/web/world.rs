@@ -179,6 +179,15 @@ impl World {
         Reply { code: head.status.as_u16(), headers: head.headers, body }
     }
 
+    /// All groups, in a document of a media type.
+    pub async fn discover(&self, media: &str) -> Value {
+        let request = Request::get("/apis").header("Accept", media);
+        let request = request.body(Full::new(Bytes::new())).unwrap();
+        let answer = self.server.api.answer(request, Some(Arc::new(admin()))).await;
+        let bytes = answer.into_body().collect().await.unwrap().to_bytes();
+        serde_json::from_slice(&bytes).unwrap()
+    }
+
     pub async fn post(&self, user: &User, path: &str, object: &Value) -> Reply {
         self.ask(user, Method::POST, path, "application/json", Some(object)).await
     }
