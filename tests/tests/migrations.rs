@@ -62,6 +62,15 @@ async fn a_guest_on_shared_storage_goes_from_node_to_node_and_loses_nothing() ->
         writes = more;
         before = after;
     }
+    // One that has moved begins anew in the same QEMU.
+    let qemu = cluster.until_qemus(1)?;
+    let mut console = cluster.console("web")?;
+    console.run("touch /tmp/gone; (sleep 1; reboot -f) & true")?;
+    // Its prompt now, and once it has booted.
+    console.wait_for_shell()?;
+    console.wait_for_shell()?;
+    ensure!(console.run("ls /tmp/gone 2>/dev/null || echo anew")?.trim() == "anew");
+    ensure!(cluster.until_qemus(1)? == qemu, "its QEMU ended when it was booted anew");
     Ok(())
 }
 
@@ -384,24 +393,18 @@ async fn a_guest_that_is_not_caught_in_time_stays_or_is_stopped_as_its_policy_sa
     let mut console = cluster.terminal("web")?;
     Oracle::begin(&mut console)?;
     // Faster than the link carries.
-    console.run("(while :; do yes | head -c 40M > /tmp/dirt; done) & echo $! > /tmp/busy")?;
+    console.run("(while :; do yes | head -c 41943040 > /tmp/dirt; done) & echo $! > /tmp/busy")?;
     drop(console);
-    let slow =
-        json!({"spec": {"configuration": {"migrations": {"bandwidthPerMigration": "16Mi"}}}});
+    let slow = json!({"spec": {"configuration": {"migrations": {"bandwidthPerMigration": "6Mi"}}}});
     cluster.send("PATCH", SETTINGS, Some(slow)).await?;
-    let policy = |more: Value| {
-        let mut policy = json!({
-            "apiVersion": "migrations.kubevirt.io/v1alpha1", "kind": "MigrationPolicy",
-            "metadata": {"name": "short"},
-            "spec": {"completionTimeoutPerGiB": 12, "selectors": {
-                "namespaceSelector": {"kubernetes.io/metadata.name": "default"},
-            }},
-        });
-        let more = more.as_object().cloned().unwrap_or_default();
-        policy["spec"].as_object_mut().into_iter().for_each(|spec| spec.extend(more.clone()));
-        policy
-    };
-    cluster.create(POLICIES, policy(json!({}))).await?;
+    let policy = json!({
+        "apiVersion": "migrations.kubevirt.io/v1alpha1", "kind": "MigrationPolicy",
+        "metadata": {"name": "short"},
+        "spec": {"completionTimeoutPerGiB": 5, "selectors": {
+            "namespaceSelector": {"kubernetes.io/metadata.name": "default"},
+        }},
+    });
+    cluster.create(POLICIES, policy).await?;
     cluster.create(MOVES, migration("late", "web")).await?;
     let late = cluster.until_moved("late", "Failed").await?;
     let state = &late["status"]["migrationState"];
@@ -411,7 +414,7 @@ async fn a_guest_that_is_not_caught_in_time_stays_or_is_stopped_as_its_policy_sa
     nothing_is_lost(&cluster)?;
 
     let path = format!("{POLICIES}/short");
-    let stop = json!({"spec": {"allowWorkloadDisruption": true}});
+    let stop = json!({"spec": {"allowWorkloadDisruption": true, "completionTimeoutPerGiB": 20}});
     cluster.send("PATCH", &path, Some(stop)).await?;
     cluster.create(MOVES, migration("stopped", "web")).await?;
     let stopped = cluster.until_moved("stopped", "Succeeded").await?;

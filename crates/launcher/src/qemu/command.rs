@@ -131,8 +131,11 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
         };
         add(&["-netdev", &format!("{backend},id={name}-net")]);
         let slot = NIC_SLOT + i;
+        // N.B. we announce a guest that has come, once it runs. A card that has the guest do it, in a
+        // QEMU that is told not to, ends that QEMU when the guest is reset after a move.
         let device = format!(
-            "virtio-net-pci,netdev={name}-net,id={name}-nic,mac={mac},addr={slot:#x},romfile="
+            "virtio-net-pci,netdev={name}-net,id={name}-nic,mac={mac},addr={slot:#x},\
+             romfile=,guest_announce=off"
         );
         add(&["-device", &device]);
     }
