@@ -287,7 +287,7 @@ async fn all_of(trials: impl IntoIterator<Item = (Step, Part)>) -> Result<()> {
     Ok(())
 }
 
-/// Parity 46, 73, 75, 76, 139 to 142: whatever dies whenever, the outcome is known, and one guest is left.
+/// Parity 73, 75, 76: whatever dies whenever, the outcome is known, and one guest is left.
 #[tokio::test(flavor = "multi_thread")]
 async fn whichever_part_is_killed_at_whichever_step_one_guest_is_left_and_nothing_is_lost()
 -> Result<()> {

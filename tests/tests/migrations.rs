@@ -302,7 +302,8 @@ async fn a_migration_that_is_cancelled_or_cannot_be_leaves_the_guest_where_it_is
 }
 
 /// All that would make a move fail is told before it begins, with what it would take; parity 98: moves
-/// take the network that the settings name, and those that are under way when it changes go on.
+/// take the network that the settings name, and those that are under way when it changes go on; 5, 92:
+/// metrics tell how far they are.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_move_is_foretold_and_takes_the_network_that_the_settings_name() -> Result<()> {
     let registry = Registry::start()?;
@@ -357,6 +358,9 @@ async fn a_move_is_foretold_and_takes_the_network_that_the_settings_name() -> Re
     for node in ["local-1", "local-2"] {
         cluster.until(&format!("/api/v1/nodes/{node}"), is_there).await?;
     }
+    let metrics = cluster.text("/metrics").await?;
+    let remaining = "kubevirt_vmi_migration_data_remaining_bytes{name=\"web\"";
+    ensure!(metrics.contains(remaining), "{metrics}");
     let address = |m: &Value| {
         let address = m["status"]["migrationState"]["targetNodeAddress"].as_str();
         address.unwrap_or_default().to_owned()

@@ -223,12 +223,13 @@ async fn follow(cluster: &Cluster, name: &str, mut view: View) -> Result<ExitCod
         match phase {
             Phase::Succeeded => {
                 let node = status["migrationState"]["targetNode"].as_str().unwrap_or_default();
-                eprintln!("{} runs on node {node}", found.data["spec"]["vmiName"]);
+                let vm = found.data["spec"]["vmiName"].as_str().unwrap_or_default();
+                eprintln!("{vm} runs on node {node}");
                 return Ok(ExitCode::SUCCESS);
             }
             Phase::Failed => {
                 let why = status["migrationState"]["failureReason"].as_str();
-                let vm = &found.data["spec"]["vmiName"];
+                let vm = found.data["spec"]["vmiName"].as_str().unwrap_or_default();
                 eprintln!("{vm} is where it was: {}", why.unwrap_or("nobody says why"));
                 return Ok(ExitCode::FAILURE);
             }

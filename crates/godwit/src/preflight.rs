@@ -90,7 +90,10 @@ fn lines(outlook: &Outlook) -> Vec<(&'static str, String)> {
     };
     lines.push(("link", format!("{:.1} ms there and back, {}", way.rtt_ms, rate(forecast.rate))));
     if let Some(Band { low, likely, high }) = forecast.seconds {
-        lines.push(("takes", format!("{likely:.1} s ({low:.1} to {high:.1})")));
+        lines.push((
+            "takes",
+            format!("{likely:.1} s ({low:.1} to {high:.1}) from its first byte on"),
+        ));
     }
     if let Some(Band { low, likely, high }) = forecast.downtime_ms {
         lines.push(("pause", format!("{likely:.0} ms ({low:.0} to {high:.0})")));
