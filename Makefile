@@ -35,10 +35,11 @@ bench: guest ## measure, side by side with QEMU's own way and libvirt
 	target/release/bench-vms
 	target/release/bench-moves
 
-soak: guest ## move with random faults: MINUTES=10 SEED=1; and the larger model
+soak: guest ## move with random faults: MINUTES=10 SEED=1; the larger model; kills at every step
 	cargo build -q --release -p godwit -p e2e --bins
 	target/release/soak --minutes $(MINUTES) --seed $(SEED)
 	GODWIT_SOAK=1 cargo test -q --release -p handover --test model -- --nocapture
+	GODWIT_SOAK=1 cargo test -q -p e2e --test kills -- --nocapture
 
 check: setup ## format, lints, documentation, licences
 	cargo fmt --all --check

@@ -22,6 +22,17 @@ pub struct Cluster {
     pub client: Client,
 }
 
+/// Memory of a process in bytes: what it alone has (PSS).
+///
+/// # Errors
+/// When it does not run.
+pub fn memory(pid: i32) -> Result<f64> {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
+    let line = text.lines().find(|line| line.starts_with("Pss:")).context("no Pss")?;
+    let kib: f64 = line.split_whitespace().nth(1).context("no Pss")?.parse()?;
+    Ok(kib * 1024.0)
+}
+
 /// Runs a command of the program on the clusters of a folder.
 ///
 /// # Errors
@@ -137,10 +148,17 @@ impl Cluster {
     /// # Errors
     /// Why not.
     pub fn kill(&self) -> Result<()> {
-        let record: Value = serde_json::from_slice(&std::fs::read(self.path("cluster.json"))?)?;
-        let pid = i32::try_from(record["pid"].as_i64().context("no pid")?)?;
-        let pid = rustix::process::Pid::from_raw(pid).context("a process")?;
+        let pid = rustix::process::Pid::from_raw(self.pid()?).context("a process")?;
         Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
+    }
+
+    /// Its process, in which all roles are that have none of their own.
+    ///
+    /// # Errors
+    /// When it does not run.
+    pub fn pid(&self) -> Result<i32> {
+        let record: Value = serde_json::from_slice(&std::fs::read(self.path("cluster.json"))?)?;
+        Ok(i32::try_from(record["pid"].as_i64().context("no pid")?)?)
     }
 
     /// The roles that run as processes of their own, as `godwit status` tells them.

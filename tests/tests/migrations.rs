@@ -385,7 +385,7 @@ async fn a_move_is_foretold_and_takes_the_network_that_the_settings_name() -> Re
     Ok(())
 }
 
-/// Parity 50, 84: what is not through in its time is given up, by the policy that is the VMI's; 131, 132:
+/// Parity 84: what is not through in its time is given up, by the policy that is the VMI's; 131, 132:
 /// or its guest is stopped until it is through; 87: compressed.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_guest_that_is_not_caught_in_time_stays_or_is_stopped_as_its_policy_says() -> Result<()> {

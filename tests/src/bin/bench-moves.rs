@@ -1,7 +1,7 @@
 //! The figures of moves inside a cluster: `make bench`, written to docs/benchmarks-moves.md.
 
 use anyhow::{Context, Result, ensure};
-use e2e::cluster::Cluster;
+use e2e::cluster::{Cluster, memory};
 use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{MOVES, SETTINGS, VMIS, VMS, is_running, migration};
@@ -180,7 +180,7 @@ async fn many(folder: &Path) -> Result<Many> {
     }
     runs(&cluster, &names).await?;
     tokio::time::sleep(SETTLES).await;
-    let main = main_process(&cluster)?;
+    let main = cluster.pid()?;
     let (before, writes) = (memory(main)?, version(&cluster).await?);
     let began = Instant::now();
     for round in 0..ROUNDS {
@@ -202,19 +202,6 @@ async fn many(folder: &Path) -> Result<Many> {
 async fn version(cluster: &Cluster) -> Result<u64> {
     let list = cluster.send("GET", MOVES, None).await?;
     Ok(list["metadata"]["resourceVersion"].as_str().context("no version")?.parse()?)
-}
-
-/// Memory of a process in bytes: what it alone has (PSS).
-fn memory(pid: i32) -> Result<f64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let line = text.lines().find(|line| line.starts_with("Pss:")).context("no Pss")?;
-    let kib: f64 = line.split_whitespace().nth(1).context("no Pss")?.parse()?;
-    Ok(kib * 1024.0)
-}
-
-fn main_process(cluster: &Cluster) -> Result<i32> {
-    let record: Value = serde_json::from_slice(&std::fs::read(cluster.path("cluster.json"))?)?;
-    i32::try_from(record["pid"].as_i64().context("no pid")?).context("a pid")
 }
 
 fn report(first: &[f64], drained: &Drained, many: &Many) -> String {

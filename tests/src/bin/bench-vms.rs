@@ -4,7 +4,7 @@
 //! launchers; but for the time from a manifest to a real QEMU that runs its guest.
 
 use anyhow::{Context, Result, ensure};
-use e2e::cluster::Cluster;
+use e2e::cluster::{Cluster, memory};
 use serde_json::{Value, json};
 use std::path::Path;
 use std::process::ExitCode;
@@ -58,19 +58,6 @@ fn vm(name: &str) -> Value {
     })
 }
 
-/// Memory of a process in bytes: what it alone has (PSS).
-fn memory(pid: i32) -> Result<f64> {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/smaps_rollup"))?;
-    let line = text.lines().find(|line| line.starts_with("Pss:")).context("no Pss")?;
-    let kib: f64 = line.split_whitespace().nth(1).context("no Pss")?.parse()?;
-    Ok(kib * 1024.0)
-}
-
-fn main_process(cluster: &Cluster) -> Result<i32> {
-    let record: Value = serde_json::from_slice(&std::fs::read(cluster.path("cluster.json"))?)?;
-    i32::try_from(record["pid"].as_i64().context("no pid")?).context("a pid")
-}
-
 /// From a manifest that is sent to a QEMU that runs, in milliseconds, sorted.
 async fn starts(folder: &Path) -> Result<Vec<f64>> {
     let program = folder.join("godwit");
@@ -111,7 +98,7 @@ async fn many(folder: &Path) -> Result<Many> {
     .await?;
     cluster.until("/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts/kubevirt", |_| true).await?;
     tokio::time::sleep(SETTLES).await;
-    let main = main_process(&cluster)?;
+    let main = cluster.pid()?;
     let idle = memory(main)?;
     let began = Instant::now();
     for number in 0..VMS {

@@ -46,6 +46,15 @@ pub struct Waiting {
     pub deadline_seconds: Option<f64>,
 }
 
+/// What was said of a move when it could first be told.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+pub struct Predicted {
+    /// How long it takes from its begin to the guest's run at the target.
+    pub seconds: f64,
+    /// How long the guest stands still, in milliseconds.
+    pub downtime_ms: f64,
+}
+
 /// A move at one moment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -63,6 +72,12 @@ pub struct Status {
     pub progress: Progress,
     /// How long the guest stood still, as this launcher measured it, milliseconds.
     pub paused_ms: Option<f64>,
+    /// What was said of it at first, to be held against what it took.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub predicted: Option<Predicted>,
+    /// Seconds that it took, once it is over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub took_seconds: Option<f64>,
     /// Set when it is over.
     pub outcome: Option<Outcome>,
     /// The failpoint at which it stands, in a test.
@@ -80,6 +95,8 @@ impl Status {
             waiting: None,
             progress: Progress::default(),
             paused_ms: None,
+            predicted: None,
+            took_seconds: None,
             outcome: None,
             failpoint: None,
         }

@@ -2,7 +2,7 @@
 
 use super::Shell;
 use crate::migration::progress::{DiskProgress, MemoryProgress, Outlook};
-use crate::migration::status::Outcome;
+use crate::migration::status::{Outcome, Predicted};
 use crate::migration::{disks, memory};
 use channel::resumable::Monitor;
 use handover::source::State;
@@ -61,8 +61,13 @@ impl Shell {
             left,
         });
         let disks: Vec<_> = disks.collect();
+        let passed = self.begun.elapsed().as_secs_f64();
+        let first = outlook.eta().zip(outlook.downtime(recorded));
+        let first =
+            first.map(|(left, downtime_ms)| Predicted { seconds: passed + left, downtime_ms });
         self.launcher.show(|status| {
             let Some(migration) = &mut status.migration else { return };
+            migration.predicted = migration.predicted.or(first);
             let progress = &mut migration.progress;
             progress.disks = disks;
             progress.count(&counters);
@@ -114,6 +119,7 @@ impl Shell {
                 migration.progress.count(&counters);
             }
             migration.paused_ms = paused.map(|p| p.as_secs_f64() * 1e3);
+            migration.took_seconds = Some(self.begun.elapsed().as_secs_f64());
             if outcome == Outcome::Succeeded {
                 migration.progress.bytes_left = 0;
                 migration.progress.disks.iter_mut().for_each(|disk| disk.left = 0);
