@@ -56,6 +56,25 @@ pub fn execute(qemu: &Arc<Qemu>, name: &str, arguments: &Map<String, Value>) -> 
         | "migrate-set-parameters"
         | "query-migrate-parameters"
         | "query-migrate" => migrate(qemu, machine, name, args),
+        "calc-dirty-rate" => {
+            let seconds = args.0["calc-time"].as_i64().unwrap_or_default();
+            if !(1..=60).contains(&seconds) {
+                return Err(Error::generic("calc-time is out of range[1, 60].".to_owned()));
+            }
+            machine.counted = Some(seconds);
+            done()
+        }
+        // A guest of the stub's is not watched: it dirties nothing, at once.
+        "query-dirty-rate" => Ok(match machine.counted {
+            Some(seconds) => json!({
+                "dirty-rate": 0, "status": "measured", "start-time": 0, "calc-time": seconds,
+                "sample-pages": 512, "mode": "page-sampling",
+            }),
+            None => json!({
+                "status": "unstarted", "start-time": 0, "calc-time": 0, "sample-pages": 0,
+                "mode": "page-sampling",
+            }),
+        }),
         "announce-self" => done(),
         "yank" | "query-yank" => yank(qemu, name, args),
         "transaction" => lock(&qemu.graph).transaction(args.list("actions")).and_then(|()| done()),

@@ -75,6 +75,8 @@ pub struct Machine {
     pub migration: Migration,
     /// The migration to here.
     pub incoming: Incoming,
+    /// The seconds for which dirty pages were counted, once they were.
+    pub counted: Option<i64>,
     /// In this order.
     pub bottom_halves: Vec<BottomHalf>,
     run_lock: RunLock,
@@ -135,6 +137,7 @@ impl Qemu {
             autostart: parts.autostart,
             migration: Migration::default(),
             incoming: Incoming::new(parts.incoming),
+            counted: None,
             bottom_halves: Vec::new(),
             run_lock: RunLock::from_environment(),
         };

@@ -253,6 +253,8 @@ fn refusals(world: &World, m: &mut Minutes) {
     m.say("a", a, "migrate-set-parameters", json!({"downtime-limit": 0, "max-bandwidth": 7}));
     m.say("a", a, "query-migrate-parameters", json!({}));
     m.say("a", a, "query-migrate-capabilities", json!({}));
+    m.say("a", a, "query-dirty-rate", json!({}));
+    m.say("a", a, "calc-dirty-rate", json!({"calc-time": 61}));
     m.say("a", a, "yank", json!({"instances": [{"type": "migration"}]}));
     // The image is taken, running or not.
     let mut second = world.spawn("second", "a.raw", &[]);
