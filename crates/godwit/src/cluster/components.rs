@@ -149,7 +149,8 @@ impl Components {
         };
         let wrong = |error: serde_json::Error| Failure::internal(error.to_string());
         let pods = items("/api/v1/namespaces/kubevirt/pods").await?;
-        let pods: Vec<Arc<Pod>> = serde_json::from_value(pods).map_err(wrong)?;
+        let pods: Vec<Pod> = serde_json::from_value(pods).map_err(wrong)?;
+        let pods: Vec<Arc<Pod>> = pods.into_iter().map(Arc::new).collect();
         let path = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts";
         let settings: Vec<KubeVirt> = serde_json::from_value(items(path).await?).map_err(wrong)?;
         for one in settings {
