@@ -497,12 +497,10 @@ fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
             plan.actions.push(Action::DeletePod(pod));
         }
     }
-    let cleared = match status.phase {
-        Phase::Failed => forget_disks(snapshot, plan),
+    match status.phase {
+        Phase::Failed if !forget_disks(snapshot, plan) => return,
+        Phase::Failed => {}
         _ => forget_copies(snapshot, plan),
-    };
-    if !cleared {
-        return;
     }
     if let Some(binder) = snapshot.binder().filter(|p| p.metadata.deletion_timestamp.is_none()) {
         plan.actions.push(Action::DeletePod(binder.name_any()));
@@ -527,8 +525,8 @@ fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
     }
 }
 
-/// Half copies that earlier migrations left: the disks have come elsewhere. Always true.
-fn forget_copies(snapshot: &Snapshot, plan: &mut Plan) -> bool {
+/// Half copies that earlier migrations left go: the disks have come elsewhere.
+fn forget_copies(snapshot: &Snapshot, plan: &mut Plan) {
     // N.B. right after its end: a later migration may go on from what is there then.
     let holds = snapshot.migration.finalizers().iter().any(|f| f == keys::MIGRATION_FINALIZER);
     let moves = snapshot.vmi.as_ref().and_then(|vmi| Some(&vmi.status.as_ref()?.migrated_volumes));
@@ -540,7 +538,6 @@ fn forget_copies(snapshot: &Snapshot, plan: &mut Plan) -> bool {
             && !goes(&claim.name_any())
     });
     plan.actions.extend(stale.map(|claim| Action::DeleteClaim(claim.name_any())));
-    true
 }
 
 fn is_half_copy(claim: &PersistentVolumeClaim) -> bool {
