@@ -1,4 +1,5 @@
 //! The figures of moves inside a cluster: `make bench`, written to docs/benchmarks-moves.md.
+//! `bench-moves ROUNDS` for other than 20 moves of each stub guest.
 
 use anyhow::{Context, Result, ensure};
 use e2e::cluster::{Cluster, memory};
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant, SystemTime};
 const SINGLE: usize = 10;
 /// Guests that leave a node.
 const DRAINED: usize = 20;
-/// Guests of the stub, and how often each of them moves.
+/// Guests of the stub, and how often each of them moves, where nothing else is said.
 const STUBS: usize = 50;
 const ROUNDS: usize = 20;
 /// All of it happens within this time, on a slow machine too.
@@ -34,7 +35,8 @@ fn bench() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let first = runtime.block_on(first_bytes(folder))?;
     let drained = runtime.block_on(drain(folder))?;
-    let many = runtime.block_on(many(folder))?;
+    let rounds = std::env::args().nth(1).map_or(Ok(ROUNDS), |rounds| rounds.parse())?;
+    let many = runtime.block_on(many(folder, rounds))?;
     let report = report(&first, &drained, &many);
     print!("{report}");
     let path = guest::root().join("docs/benchmarks-moves.md");
@@ -157,6 +159,7 @@ async fn drain(folder: &Path) -> Result<Drained> {
 }
 
 struct Many {
+    moves: usize,
     seconds: f64,
     writes: u64,
     before: f64,
@@ -164,7 +167,7 @@ struct Many {
 }
 
 /// Moves of guests that do nothing: what is measured is Godwit.
-async fn many(folder: &Path) -> Result<Many> {
+async fn many(folder: &Path, rounds: usize) -> Result<Many> {
     // N.B. before there are threads that could read it: the program that is run takes it over.
     let stub = folder.join("stub-qemu");
     let environment = [("GODWIT_QEMU", stub.to_str().context("a path")?)];
@@ -183,7 +186,7 @@ async fn many(folder: &Path) -> Result<Many> {
     let main = cluster.pid()?;
     let (before, writes) = (memory(main)?, version(&cluster).await?);
     let began = Instant::now();
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         for name in &names {
             cluster.create(MOVES, migration(&format!("{name}-{round}"), name)).await?;
         }
@@ -195,7 +198,7 @@ async fn many(folder: &Path) -> Result<Many> {
     let seconds = began.elapsed().as_secs_f64();
     let writes = version(&cluster).await? - writes;
     tokio::time::sleep(SETTLES).await;
-    Ok(Many { seconds, writes, before, after: memory(main)? })
+    Ok(Many { moves: STUBS * rounds, seconds, writes, before, after: memory(main)? })
 }
 
 /// The API's newest version: it grows by one with each write.
@@ -207,7 +210,7 @@ async fn version(cluster: &Cluster) -> Result<u64> {
 fn report(first: &[f64], drained: &Drained, many: &Many) -> String {
     const MIB: f64 = 1024.0 * 1024.0;
     let at = |all: &[f64], share: f64| all[((all.len() - 1) as f64 * share) as usize];
-    let moves = (STUBS * ROUNDS) as f64;
+    let moves = many.moves as f64;
     format!(
         "# Moves inside a cluster\n\n\
          By `target/release/bench-moves` on {} processors; a part of `make bench`. Real QEMU under TCG \
