@@ -30,10 +30,10 @@ use api::kubevirt::{Configuration, KubeVirt};
 use api::migration::{Phase, VirtualMachineInstanceMigration as Migration};
 use api::owner::OwnerRecord;
 use api::vmi::VirtualMachineInstance;
-use jiff::Timestamp;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::{Node, PersistentVolumeClaim, Pod};
 use kube::ResourceExt;
-use kube::api::{DeleteParams, Patch, PatchParams, PostParams};
+use kube::api::{DeleteParams, Patch, PatchParams, PostParams, Preconditions};
 use kube::runtime::reflector::ObjectRef;
 use plan::{Action, Snapshot};
 use reconcile::events::{Kind, why};
@@ -42,32 +42,36 @@ use reconcile::queue::Next;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A quota that is full is tried again after this.
 const QUOTA: Duration = Duration::from_secs(5);
 
 /// Uids of migrations that were let in and are not seen to be yet.
 type Admitted = Arc<Mutex<HashSet<String>>>;
+/// The last heartbeats of nodes' handlers, and since when they are seen: clocks of two machines are
+/// never compared.
+type Beats = Arc<Mutex<HashMap<String, (String, Instant)>>>;
 
 /// Runs the reconciler. Never ends by itself.
 pub async fn run(world: World) {
     let queue = world.migration_queue.clone();
-    let admitted = Admitted::default();
+    let (admitted, beats) = (Admitted::default(), Beats::default());
     queue
         .run(AT_ONCE, move |key| {
-            let (world, admitted) = (world.clone(), Arc::clone(&admitted));
-            async move { reconcile(&world, &admitted, &key).await }
+            let (world, admitted, beats) =
+                (world.clone(), Arc::clone(&admitted), Arc::clone(&beats));
+            async move { reconcile(&world, &admitted, &beats, &key).await }
         })
         .await;
 }
 
-async fn reconcile(world: &World, admitted: &Admitted, key: &Key) -> Next {
+async fn reconcile(world: &World, admitted: &Admitted, beats: &Beats, key: &Key) -> Next {
     let Some(migration) = get(&world.migrations, key) else {
         ring_waiting(world);
         return Next::Rest;
     };
-    let snapshot = look(world, admitted, migration);
+    let snapshot = look(world, admitted, beats, migration);
     let plan = plan::plan(&snapshot);
     for action in &plan.actions {
         if let Err(error) = act(world, &snapshot, action).await {
@@ -120,7 +124,7 @@ async fn went_wrong(
     world.failed(&*snapshot.migration, action, "FailedCreate", error).await
 }
 
-fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapshot {
+fn look(world: &World, admitted: &Admitted, beats: &Beats, migration: Arc<Migration>) -> Snapshot {
     let namespace = migration.namespace().unwrap_or_default();
     let of_vmi = (namespace.clone(), migration.spec.vmi_name.clone());
     let vmi = get(&world.vmis, &of_vmi);
@@ -136,18 +140,11 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
         Some((name, claim))
     });
     let uid = vmi.as_ref().and_then(|vmi| vmi.uid()).unwrap_or_default();
-    let (all, now) = (world.migrations.state(), Timestamp::now());
-    let held = backoff::held_back(all.iter().map(|m| &**m), now);
-    let backoff = migration.uid().and_then(|uid| held.get(&uid).copied());
-    let not_yet = vmi.as_ref().and_then(|vmi| plan::not_yet(vmi));
-    let turn = match (backoff, not_yet) {
-        (Some(until), _) => Err(format!("it waits until {until}, since the one before it failed")),
-        (None, Some(why))
-            if migration.phase() <= Phase::Pending && !is_let_in(admitted, &migration) =>
-        {
-            Err(why.into())
-        }
-        (None, _) => turn_of(world, admitted, &migration, &all, &held, cluster.as_deref()),
+    let now = Timestamp::now();
+    // N.B. all migrations are looked at for that: not for those that have had their turn.
+    let (turn, backoff) = match migration.phase() <= Phase::Pending {
+        true => may_begin(world, admitted, &migration, vmi.as_deref(), cluster.as_deref()),
+        false => (Ok(()), None),
     };
     Snapshot {
         claims: claims.collect(),
@@ -159,8 +156,8 @@ fn look(world: &World, admitted: &Admitted, migration: Arc<Migration>) -> Snapsh
         backoff,
         options: options(world, &namespace, vmi.as_deref(), cluster.as_deref()),
         processor: processor(node(world, vmi.as_deref()).as_deref(), &spec, &configuration),
-        heard: heard(world, vmi.as_deref()),
-        later: later(world, &migration),
+        heard: heard(world, beats, vmi.as_deref(), now),
+        later: if migration.is_over() { later(world, &migration) } else { 0 },
         now,
         vmi,
         migration,
@@ -218,6 +215,25 @@ fn processor(
     processor::wanted(model.as_deref(), is_emulated, &labels)
 }
 
+/// Whether a migration may begin, or why not; and until when it waits because others failed.
+fn may_begin(
+    world: &World,
+    admitted: &Admitted,
+    migration: &Migration,
+    vmi: Option<&VirtualMachineInstance>,
+    cluster: Option<&KubeVirt>,
+) -> (Result<(), String>, Option<Timestamp>) {
+    let all = world.migrations.state();
+    let held = backoff::held_back(all.iter().map(|m| &**m), Timestamp::now());
+    let backoff = migration.uid().and_then(|uid| held.get(&uid).copied());
+    let turn = match (backoff, vmi.and_then(plan::not_yet)) {
+        (Some(until), _) => Err(format!("it waits until {until}, since the one before it failed")),
+        (None, Some(why)) if !is_let_in(admitted, migration) => Err(why.into()),
+        (None, _) => turn_of(world, admitted, migration, &all, &held, cluster),
+    };
+    (turn, backoff)
+}
+
 /// Whether a migration has its turn, though that cannot be seen yet.
 fn is_let_in(admitted: &Admitted, migration: &Migration) -> bool {
     let admitted = admitted.lock().unwrap_or_else(PoisonError::into_inner);
@@ -273,19 +289,29 @@ fn turn_of(
     let limits = cluster.map(|c| c.spec.configuration.migrations.clone()).unwrap_or_default();
     let own = migration.uid().unwrap_or_default();
     turn::turn(&own, &ones, &limits)?;
-    if migration.phase() <= Phase::Pending {
-        admitted.insert(own);
-    }
+    admitted.insert(own);
     Ok(())
 }
 
-/// When the handler of the node that a guest leaves was last heard of: a node that is gone, when the
-/// guest set out.
-fn heard(world: &World, vmi: Option<&VirtualMachineInstance>) -> Option<Timestamp> {
-    let state = vmi?.status.as_ref()?.migration_state.as_ref()?;
-    let node = world.nodes.get(&ObjectRef::<Node>::new(state.source_node.as_deref()?));
+/// When the handler of the node that a guest leaves was last heard of: since when its heartbeat, or that
+/// its node is gone, has been seen as it is.
+fn heard(
+    world: &World,
+    beats: &Beats,
+    vmi: Option<&VirtualMachineInstance>,
+    now: Timestamp,
+) -> Option<Timestamp> {
+    let state = vmi?.status.as_ref()?.migration_state.as_ref().filter(|state| !state.is_over())?;
+    let name = state.source_node.clone()?;
+    let node = world.nodes.get(&ObjectRef::<Node>::new(&name));
     let beat = node.and_then(|node| node.annotations().get(api::keys::HEARTBEAT).cloned());
-    beat.as_deref().or(state.start_timestamp.as_deref())?.parse().ok()
+    let beat = beat.unwrap_or_default();
+    let mut beats = beats.lock().unwrap_or_else(PoisonError::into_inner);
+    let seen = beats.entry(name).or_insert_with(|| (beat.clone(), Instant::now()));
+    if seen.0 != beat {
+        *seen = (beat, Instant::now());
+    }
+    now.checked_sub(SignedDuration::try_from(seen.1.elapsed()).ok()?).ok()
 }
 
 /// How many migrations of the same VMI are over and were made after this one.
@@ -344,8 +370,17 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
             if undecided || owner.volumes.values().any(|own| own == claim) {
                 return Err(refusal(409, "Conflict", "the claim may be the VM's"));
             }
+            // N.B. as it was looked at: a migration that begins to copy to it writes that on it first.
+            let Some(found) = snapshot.left.iter().find(|c| c.name_any() == *claim) else {
+                return Ok(());
+            };
+            let (uid, resource_version) = (found.uid(), found.resource_version());
+            let exactly = DeleteParams {
+                preconditions: Some(Preconditions { uid, resource_version }),
+                ..DeleteParams::default()
+            };
             let claims = world.api::<PersistentVolumeClaim>(&namespace);
-            ignore_gone(claims.delete(claim, &DeleteParams::default()).await)?;
+            ignore_gone(claims.delete(claim, &exactly).await)?;
         }
         Action::Label(labels) => {
             let vmis = world.api::<VirtualMachineInstance>(&namespace);

@@ -34,6 +34,11 @@ pub fn is_left_by(claim: &PersistentVolumeClaim, vm: &str) -> bool {
     note.is_some_and(|(of, _)| of == vm)
 }
 
+/// Whether a later migration can find a claim again: one that says where it is.
+pub fn is_found_again(claim: &PersistentVolumeClaim) -> bool {
+    claim.annotations().contains_key(SELECTED_NODE)
+}
+
 /// For the disks of a VMI that its target's node could not use.
 ///
 /// # Errors

@@ -557,7 +557,7 @@ fn forget_disks(snapshot: &Snapshot, plan: &mut Plan) -> bool {
     let own = snapshot.left.iter().filter(|claim| {
         claim.labels().get(keys::MIGRATION) == snapshot.migration.uid().as_ref()
             && claim.metadata.deletion_timestamp.is_none()
-            && (snapshot.leaves() || !is_half_copy(claim))
+            && (snapshot.leaves() || !is_half_copy(claim) || !disks::is_found_again(claim))
             && !record.volumes.values().any(|volume| *volume == claim.name_any())
     });
     let own: Vec<String> = own.map(|claim| claim.name_any()).collect();

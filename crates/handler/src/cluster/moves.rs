@@ -76,13 +76,11 @@ struct Known {
     told: Option<(Instant, serde_json::Value)>,
     /// Whole GiB that it moves, once that is known.
     size: Option<i64>,
-    /// Its guest was stopped, since it took too long.
-    disrupted: bool,
 }
 
 impl Default for Known {
     fn default() -> Self {
-        Self { since: Instant::now(), name: None, told: None, size: None, disrupted: false }
+        Self { since: Instant::now(), name: None, told: None, size: None }
     }
 }
 
@@ -94,15 +92,6 @@ impl Moves {
     /// How long a migration has been known here.
     fn age(&self, migration: &str) -> Duration {
         self.memory().known.entry(migration.to_owned()).or_default().since.elapsed()
-    }
-
-    /// Whether its guest was stopped.
-    fn is_disrupted(&self, migration: &str) -> bool {
-        self.memory().known.get(migration).is_some_and(|known| known.disrupted)
-    }
-
-    fn disrupted(&self, migration: &str) {
-        self.memory().known.entry(migration.to_owned()).or_default().disrupted = true;
     }
 
     fn forget(&self, migration: &str) {
@@ -127,17 +116,17 @@ pub async fn elsewhere(
     Ok(vmis.get_opt(name).await?.map(Arc::new))
 }
 
-/// Writes, or removes, what is to be known of a claim: annotations of it.
+/// Writes, or removes, what is to be known of a claim: annotations of it. Returns it as it is then.
 async fn annotate<const N: usize>(
     shared: &Shared,
     namespace: &str,
     claim: &str,
     notes: [(&str, Option<&str>); N],
-) -> kube::Result<()> {
+) -> kube::Result<PersistentVolumeClaim> {
     let claims: Api<PersistentVolumeClaim> = Api::namespaced(shared.client.clone(), namespace);
     let notes: BTreeMap<_, _> = notes.into();
     let patch = Patch::Merge(json!({"metadata": {"annotations": notes}}));
-    claims.patch(claim, &PatchParams::default(), &patch).await.map(|_| ())
+    claims.patch(claim, &PatchParams::default(), &patch).await
 }
 
 /// Whether a guest that is in a pod of a node is not said to be there yet.

@@ -144,9 +144,15 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
     for claim in copied {
         let note = format!("a copy of {} by migration {migration}", spec.name);
         let notes = [(keys::INCOMPLETE, Some(&*note)), (keys::LEFT_AS, None)];
-        let marked = annotate(shared, &key.0, &claim, notes).await;
-        if let Err(error) = marked {
-            return not_yet(format!("claim {claim} cannot be marked: {}", why(&error)));
+        match annotate(shared, &key.0, &claim, notes).await {
+            // It would go with the first pod that has it.
+            Ok(marked) if marked.metadata.deletion_timestamp.is_some() => {
+                return refused(format!("claim {claim} is being deleted: try again"));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                return not_yet(format!("claim {claim} cannot be marked: {}", why(&error)));
+            }
         }
     }
     match launcher.prepare(&PrepareRequest { migration, from, spec, left, policy }).await {

@@ -28,6 +28,8 @@ use std::time::{Duration, Instant};
 const READY: Duration = Duration::from_secs(300);
 /// How far a move is is told this often at most.
 const TELL: Duration = Duration::from_millis(500);
+/// The mode of a move whose guest stands still until it is through; as KubeVirt has it.
+const PAUSED: &str = "Paused";
 
 impl Guest<'_> {
     /// Sends the guest away, where the VMI says so.
@@ -154,9 +156,8 @@ impl Guest<'_> {
         if options.allow_workload_disruption != Some(true) || took > allowed.saturating_mul(2) {
             return Ok(true);
         }
-        if !self.shared.moves.is_disrupted(migration) && self.launcher.disrupt().await.is_ok() {
-            self.shared.moves.disrupted(migration);
-            state.mode = Some("Paused".into());
+        if state.mode.as_deref() != Some(PAUSED) && self.launcher.disrupt().await.is_ok() {
+            state.mode = Some(PAUSED.into());
             self.write_state(state.clone()).await?;
             let message = "The guest stands still until it is through: it was not caught in time.";
             self.say(Kind::Normal, "Migrating", message).await;
