@@ -99,6 +99,8 @@ pub struct Shared {
     pub claims: Store<PersistentVolumeClaim>,
     /// The cluster's settings.
     pub settings: Store<KubeVirt>,
+    /// Rings when they change.
+    pub settings_bell: Arc<Notify>,
     /// What is remembered of moves.
     pub moves: Arc<moves::Moves>,
     /// VMIs to be looked at.
@@ -236,7 +238,11 @@ fn keep(client: &Client, config: &Arc<Config>, watch: Arc<Watch>) -> (Shared, Ke
         move |record: &OwnerRecord| queue.ring(guests::key(record))
     });
     let claims = keeper.keep(Api::all(client.clone()), all());
-    let settings = keeper.keep(Api::all(client.clone()), all());
+    let settings_bell = Arc::new(Notify::new());
+    let settings = keeper.keep_and(Api::all(client.clone()), all(), {
+        let bell = Arc::clone(&settings_bell);
+        move |_: &KubeVirt| bell.notify_one()
+    });
     let cache = images::Cache::new(config.folder.join("images"), images::Limits::default());
     let shared = Shared {
         events: Recorder::new(client.clone(), "virt-handler", Some(&config.node)),
@@ -250,6 +256,7 @@ fn keep(client: &Client, config: &Arc<Config>, watch: Arc<Watch>) -> (Shared, Ke
         owners,
         claims,
         settings,
+        settings_bell,
         moves: Arc::default(),
         queue,
     };

@@ -33,8 +33,15 @@ pub async fn run(shared: Shared, gateway: Arc<Gateway>) {
         for (pod, folder) in pods.iter().zip(&folders) {
             let here = gateway.local_addr();
             if let Some((written, _)) = open.get_mut(folder) {
-                if *written != here && write_place(&shared, here, folder).is_ok() {
-                    *written = here;
+                if *written == here {
+                    continue;
+                }
+                match write_place(&shared, here, folder) {
+                    Ok(()) => *written = here,
+                    Err(error) => {
+                        let pod = pod.name_any();
+                        tracing::warn!(pod, %error, "its launcher is told an old address");
+                    }
                 }
                 continue;
             }

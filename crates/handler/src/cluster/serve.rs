@@ -299,13 +299,7 @@ pub async fn measure(
     handler: &SpiffeId,
 ) -> Result<Vec<Sample>, Told> {
     let all = Ask { act: Act::Measure, namespace: String::new(), name: String::new(), plan: None };
-    let work = async {
-        let mut stream = ask(client, address, handler, &all).await?;
-        let wrong = |why| told(503, format!("the handler at {address} does not measure: {why}"));
-        read_line(&mut stream, SAMPLES).await.map_err(wrong)
-    };
-    let late = |_| told(503, format!("the handler at {address} does not measure in time"));
-    tokio::time::timeout(MEASURED, work).await.map_err(late)?
+    ask_line(client, address, handler, &all, MEASURED).await
 }
 
 /// Asks a handler what a move of a guest would take.
@@ -318,11 +312,22 @@ pub async fn forecast(
     handler: &SpiffeId,
     of: &Ask,
 ) -> Result<Outlook, Told> {
+    ask_line(client, address, handler, of, FORECAST).await
+}
+
+/// Asks a handler for what is one more line after its answer.
+async fn ask_line<T: serde::de::DeserializeOwned>(
+    client: &tls::Client,
+    address: &str,
+    handler: &SpiffeId,
+    of: &Ask,
+    patience: Duration,
+) -> Result<T, Told> {
     let work = async {
         let mut stream = ask(client, address, handler, of).await?;
         let wrong = |why| told(503, format!("the handler at {address} does not measure: {why}"));
         read_line(&mut stream, SAMPLES).await.map_err(wrong)
     };
     let late = |_| told(503, format!("the handler at {address} does not measure in time"));
-    tokio::time::timeout(FORECAST, work).await.map_err(late)?
+    tokio::time::timeout(patience, work).await.map_err(late)?
 }

@@ -10,8 +10,9 @@ use std::time::Duration;
 use tokio::process::Command;
 use tokio::sync::watch;
 
-/// How often one looks whether the settings name another.
-const LOOK: Duration = Duration::from_secs(1);
+/// What could not be done is tried again after this, and an interface's address looked at: else the
+/// settings ring.
+const AGAIN: Duration = Duration::from_secs(10);
 /// `ip` answers at once.
 const PATIENCE: Duration = Duration::from_secs(5);
 
@@ -50,18 +51,14 @@ pub async fn follow(
             Ok(ip) => relocate(&shared, &gateway, ip),
             Err(why) => Err(why),
         };
-        if let Err(why) = &now
-            && *why != told
-        {
-            tracing::warn!(
-                node = shared.config.node,
-                why,
-                "no guest can move from here or to here"
-            );
-            told.clone_from(why);
+        let why = now.as_ref().err().cloned().unwrap_or_default();
+        if !why.is_empty() && why != told {
+            let node = &shared.config.node;
+            tracing::warn!(node, why, "no guest can move from here or to here");
         }
+        told = why;
         reached.send_if_modified(|before| std::mem::replace(before, now.clone().ok()) != now.ok());
-        tokio::time::sleep(LOOK).await;
+        let _ = tokio::time::timeout(AGAIN, shared.settings_bell.notified()).await;
     }
 }
 

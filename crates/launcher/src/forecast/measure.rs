@@ -32,6 +32,9 @@ pub enum Error {
     /// A disk cannot be read.
     #[error(transparent)]
     Disk(#[from] mover::disk::Error),
+    /// A task of ours broke.
+    #[error("disk {0} was not measured: the launcher's log tells why")]
+    Broken(String),
     /// It was told to count, and did not come to an end.
     #[error("QEMU did not measure how fast its guest dirties its memory within {0:?}")]
     Late(Duration),
@@ -57,8 +60,7 @@ pub async fn of(qemu: &Qemu) -> Result<Measured, Error> {
         let written = written(&after).saturating_sub(written(&before));
         let owned = spec.clone();
         let read = tokio::task::spawn_blocking(move || sample(&owned)).await;
-        // A panic there is one of ours: nothing was measured.
-        let mut disk = read.unwrap_or_else(|_| Ok(MeasuredDisk::default()))?;
+        let mut disk = read.map_err(|_| Error::Broken(spec.name.clone()))??;
         disk.dirty_rate = (written as f64 / span) as u64;
         disks.push(disk);
     }
