@@ -145,7 +145,8 @@ fn disks_of(
             found.fault("NoClaim", format!("claim {name} of volume {volume} is not there"));
             continue;
         };
-        let to = format!("{name}-{class}");
+        // N.B. no claim is called so: the one that is made gets a name that is free then.
+        let to = format!("{name} on {class}");
         claims.push(json!({
             "apiVersion": "v1", "kind": "PersistentVolumeClaim",
             "metadata": {"name": to, "namespace": facts.vmi.namespace()},
