@@ -161,13 +161,15 @@ impl<K: Clone + Eq + Hash + Send + 'static> Queue<K> {
                         let looked = one.join_next().await;
                         let next = looked.and_then(Result::ok).unwrap_or(Next::Failed);
                         queue.lock().done(key, next, Instant::now());
-                        queue.shared.bell.notify_one();
                     });
                 }
                 Err(until) => {
                     let until = until.unwrap_or_else(|| Instant::now() + LAST_PAUSE);
                     tokio::select! {
                         () = self.shared.bell.notified() => {}
+                        // N.B. the end of a look is that of its task: one that rang before it was
+                        // over would be counted as going on.
+                        Some(_) = tasks.join_next() => {}
                         () = tokio::time::sleep_until(until.into()) => {}
                     }
                 }
@@ -196,5 +198,30 @@ mod test {
         assert_eq!(queue.lock().take(now + Duration::from_secs(1)), Ok("a"));
         queue.lock().done("a", Next::Failed, now);
         assert_eq!(queue.lock().take(now), Err(Some(now + FIRST_PAUSE)));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn keys_that_wait_for_a_free_hand_get_it_when_a_look_is_over() {
+        let (queue, done) = (Queue::default(), Arc::new(Mutex::new(0)));
+        (0..20_000).for_each(|key| queue.ring(key));
+        let run = {
+            let (queue, done) = (queue.clone(), Arc::clone(&done));
+            tokio::spawn(async move {
+                let look = |_| {
+                    let done = Arc::clone(&done);
+                    async move {
+                        *done.lock().unwrap() += 1;
+                        Next::Rest
+                    }
+                };
+                queue.run(1, look).await;
+            })
+        };
+        let end = Instant::now() + LAST_PAUSE / 2;
+        while *done.lock().unwrap() < 20_000 {
+            assert!(Instant::now() < end, "only {} were looked at", done.lock().unwrap());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        run.abort();
     }
 }
