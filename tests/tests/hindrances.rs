@@ -76,6 +76,14 @@ fn reason(over: &Value) -> &str {
     over["status"]["migrationState"]["failureReason"].as_str().unwrap_or_default()
 }
 
+/// What was found to be in a migration's way before it began.
+fn foretold(migration: &Value) -> &str {
+    let conditions = migration["status"]["conditions"].as_array();
+    let mut all = conditions.into_iter().flatten();
+    let found = all.find(|c| c["type"] == "migrationPreflight" && c["status"] == "False");
+    found.and_then(|condition| condition["message"].as_str()).unwrap_or_default()
+}
+
 /// A migration that is under way; returns the target's QEMU.
 async fn set_out(cluster: &Cluster, name: &str) -> Result<i32> {
     let before = cluster.until_qemus(1)?;
@@ -120,6 +128,7 @@ async fn a_quota(cluster: &Cluster) -> Result<()> {
     let rejected = |m: &Value| holds(m, "migrationRejectedByResourceQuota");
     let waits = cluster.until(&format!("{MOVES}/quota"), rejected).await?;
     ensure!(waits["status"]["phase"] == "Pending", "{waits}");
+    ensure!(foretold(&waits).contains("quota full is exceeded"), "{waits}");
     let more = json!({"spec": {"hard": {"pods": "2"}}});
     cluster.send("PATCH", &format!("{QUOTAS}/full"), Some(more)).await?;
     let over = cluster.until_moved("quota", "Succeeded").await?;
@@ -156,6 +165,27 @@ async fn another_processor(cluster: &Cluster, vmi: &str) -> Result<()> {
     Ok(())
 }
 
+/// Parity 50: a pod that has a node, and does not get ready there, is given up.
+async fn a_node_that_cannot_start_it(cluster: &Cluster, vmi: &str) -> Result<()> {
+    let source = cluster.send("GET", vmi, None).await?;
+    let name = if node(&source) == "local-1" { "local-2" } else { "local-1" };
+    let pods = cluster.dir().join("local/machine/nodes").join(name).join("pods");
+    let away = pods.with_extension("away");
+    std::fs::rename(&pods, &away)?;
+    std::fs::write(&pods, "not a folder")?;
+    let mut stuck = migration("stuck", "web");
+    stuck["spec"]["addedNodeSelector"] = json!({"kubernetes.io/hostname": name});
+    stuck["metadata"]["annotations"] = json!({
+        "kubevirt.io/migrationPendingPodTimeoutSeconds": "2",
+    });
+    cluster.create(MOVES, stuck).await?;
+    let over = cluster.until_moved("stuck", "Failed").await?;
+    ensure!(reason(&over).contains("was not ready within 2 s"), "{over}");
+    std::fs::remove_file(&pods)?;
+    std::fs::rename(&away, &pods)?;
+    Ok(())
+}
+
 /// Parity 90: a guest of a machine type that no node has is not begun anywhere.
 async fn another_machine(cluster: &Cluster, image: &str) -> Result<()> {
     let root = json!({"name": "root", "containerDisk": {"image": image}});
@@ -187,6 +217,7 @@ async fn whatever_stands_in_the_way_of_a_migration_the_guest_goes_on() -> Result
     let first = asked_for_by_the_subresource(&cluster, &vmi).await?;
     a_quota(&cluster).await?;
     another_processor(&cluster, &vmi).await?;
+    a_node_that_cannot_start_it(&cluster, &vmi).await?;
     another_machine(&cluster, &image).await?;
     cluster.until_qemus(1)?;
 
@@ -220,8 +251,11 @@ async fn whatever_stands_in_the_way_of_a_migration_the_guest_goes_on() -> Result
     // Parity 74: of those that are over, the last five are kept.
     let nowhere = json!({"kubernetes.io/hostname": "nowhere"});
     cluster.create(MOVES, given_up("last", 0, nowhere)).await?;
-    cluster.until_moved("last", "Failed").await?;
-    cluster.until_gone(&format!("{MOVES}/{first}")).await?;
+    let last = cluster.until_moved("last", "Failed").await?;
+    ensure!(foretold(&last).contains("selector"), "{last}");
+    for gone in [&*first, "quota"] {
+        cluster.until_gone(&format!("{MOVES}/{gone}")).await?;
+    }
     let kept = migrations(&cluster).await?;
     ensure!(kept.len() == 5, "{} are kept", kept.len());
 

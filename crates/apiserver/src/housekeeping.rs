@@ -24,7 +24,7 @@ use tokio::task::JoinSet;
 /// A controller that hears of nothing looks again after this.
 const LOOK_AGAIN: Duration = Duration::from_secs(30);
 /// Changes that come together are looked at together.
-const GATHER: Duration = Duration::from_millis(50);
+const GATHER: Duration = Duration::from_millis(200);
 /// After a failure; doubled with each, up to [`LOOK_AGAIN`].
 const RETRY: Duration = Duration::from_millis(200);
 

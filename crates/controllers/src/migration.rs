@@ -53,25 +53,35 @@ type Admitted = Arc<Mutex<HashSet<String>>>;
 /// never compared.
 type Beats = Arc<Mutex<HashMap<String, (String, Instant)>>>;
 
+/// What is kept between one look and the next.
+#[derive(Clone, Default)]
+struct Kept {
+    admitted: Admitted,
+    beats: Beats,
+    lately: Arc<preflight::Lately>,
+}
+
 /// Runs the reconciler. Never ends by itself.
 pub async fn run(world: World) {
     let queue = world.migration_queue.clone();
-    let (admitted, beats) = (Admitted::default(), Beats::default());
+    let kept = Kept::default();
     queue
         .run(AT_ONCE, move |key| {
-            let (world, admitted, beats) =
-                (world.clone(), Arc::clone(&admitted), Arc::clone(&beats));
-            async move { reconcile(&world, &admitted, &beats, &key).await }
+            let (world, kept) = (world.clone(), kept.clone());
+            async move { reconcile(&world, &kept, &key).await }
         })
         .await;
 }
 
-async fn reconcile(world: &World, admitted: &Admitted, beats: &Beats, key: &Key) -> Next {
+async fn reconcile(world: &World, kept: &Kept, key: &Key) -> Next {
     let Some(migration) = get(&world.migrations, key) else {
         ring_waiting(world);
         return Next::Rest;
     };
-    let snapshot = look(world, admitted, beats, migration);
+    let mut snapshot = look(world, kept, migration);
+    if snapshot.begins() {
+        snapshot.faults = faults(world, &kept.lately, &snapshot).await;
+    }
     let plan = plan::plan(&snapshot);
     for action in &plan.actions {
         if let Err(error) = act(world, &snapshot, action).await {
@@ -111,7 +121,9 @@ async fn went_wrong(
         let (namespace, name) = key(&*snapshot.migration);
         let full = Condition::new(plan::QUOTA, true, "ExceededQuota", &text);
         let old = snapshot.migration.status.as_ref().map(|s| s.conditions.clone());
-        let merged = conditions::merge(&old.unwrap_or_default(), vec![full], &[], snapshot.now);
+        let mut told = snapshot.foretold();
+        told.push(full);
+        let merged = conditions::merge(&old.unwrap_or_default(), told, &[], snapshot.now);
         let patch = json!({"status": {"phase": "Pending", "conditions": merged}});
         let migrations = world.api::<Migration>(&namespace);
         let patched =
@@ -124,7 +136,7 @@ async fn went_wrong(
     world.failed(&*snapshot.migration, action, "FailedCreate", error).await
 }
 
-fn look(world: &World, admitted: &Admitted, beats: &Beats, migration: Arc<Migration>) -> Snapshot {
+fn look(world: &World, kept: &Kept, migration: Arc<Migration>) -> Snapshot {
     let namespace = migration.namespace().unwrap_or_default();
     let of_vmi = (namespace.clone(), migration.spec.vmi_name.clone());
     let vmi = get(&world.vmis, &of_vmi);
@@ -143,7 +155,7 @@ fn look(world: &World, admitted: &Admitted, beats: &Beats, migration: Arc<Migrat
     let now = Timestamp::now();
     // N.B. all migrations are looked at for that: not for those that have had their turn.
     let (turn, backoff) = match migration.phase() <= Phase::Pending {
-        true => may_begin(world, admitted, &migration, vmi.as_deref(), cluster.as_deref()),
+        true => may_begin(world, &kept.admitted, &migration, vmi.as_deref(), cluster.as_deref()),
         false => (Ok(()), None),
     };
     Snapshot {
@@ -156,11 +168,38 @@ fn look(world: &World, admitted: &Admitted, beats: &Beats, migration: Arc<Migrat
         backoff,
         options: options(world, &namespace, vmi.as_deref(), cluster.as_deref()),
         processor: processor(node(world, vmi.as_deref()).as_deref(), &spec, &configuration),
-        heard: heard(world, beats, vmi.as_deref(), now),
+        faults: None,
+        heard: heard(world, &kept.beats, vmi.as_deref(), now),
         later: if migration.is_over() { later(world, &migration) } else { 0 },
         now,
         vmi,
         migration,
+    }
+}
+
+/// All that would make a migration fail, if that can be looked at.
+async fn faults(
+    world: &World,
+    lately: &preflight::Lately,
+    snapshot: &Snapshot,
+) -> Option<Vec<preflight::Fault>> {
+    let vmi = snapshot.vmi.as_deref()?.clone();
+    let selector = snapshot.migration.spec.added_node_selector.clone();
+    let disks = match snapshot.is_volume_update() {
+        true => preflight::Disks::Named,
+        false => preflight::Disks::Follow,
+    };
+    let settings = world.cluster().map(|c| c.spec.configuration.clone()).unwrap_or_default();
+    match preflight::gather(&world.client, lately, vmi, selector, disks, settings).await {
+        Ok(mut facts) => {
+            facts.migrations.retain(|other| other.uid() != snapshot.migration.uid());
+            Some(preflight::check(&facts).faults)
+        }
+        Err(error) => {
+            let name = snapshot.migration.name_any();
+            tracing::warn!("migration {name} begins without a preflight: {}", why(&error));
+            None
+        }
     }
 }
 
@@ -210,9 +249,10 @@ fn processor(
     configuration: &Configuration,
 ) -> BTreeMap<String, String> {
     let model = spec.domain.cpu.model.clone().or_else(|| configuration.cpu_model.clone());
-    let labels = node.map(|node| node.labels().clone()).unwrap_or_default();
+    let none = BTreeMap::new();
+    let labels = node.map_or(&none, |node| node.labels());
     let is_emulated = configuration.developer_configuration.use_emulation;
-    processor::wanted(model.as_deref(), is_emulated, &labels)
+    processor::wanted(model.as_deref(), is_emulated, labels)
 }
 
 /// Whether a migration may begin, or why not; and until when it waits because others failed.

@@ -23,6 +23,10 @@ use reconcile::queue::Next;
 use serde_json::json;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+/// Changes that come within this time are looked at together.
+const GATHER: Duration = Duration::from_secs(1);
 
 /// When guests were last evicted.
 type Last = Arc<Mutex<Option<Timestamp>>>;
@@ -34,13 +38,16 @@ pub async fn run(world: World) {
         .run(1, move |()| {
             let (world, last) = (world.clone(), Arc::clone(&last));
             async move {
-                match reconcile(&world, &last).await {
+                let next = match reconcile(&world, &last).await {
                     Ok(next) => next,
                     Err(error) => {
                         tracing::warn!("launchers cannot be renewed: {}", why(&error));
                         Next::Failed
                     }
-                }
+                };
+                // All guests were looked at; each change of each of them rings.
+                tokio::time::sleep(GATHER).await;
+                next
             }
         })
         .await;

@@ -42,6 +42,8 @@ pub fn controller() -> Value {
                 &["get", "create", "patch", "delete"],
             ),
             rule(&["storage.k8s.io"], &["storageclasses"], &READ),
+            // What a move would meet, before it begins.
+            rule(&[""], &["persistentvolumes", "resourcequotas"], &["list"]),
         ],
     )
 }

@@ -26,7 +26,7 @@ pub struct Facts {
     pub cluster: Arc<kubevirt::Spec>,
     /// Of a new migration: the VMI that it names.
     pub vmi: Option<VirtualMachineInstance>,
-    /// Of a new migration: all that are in its namespace.
+    /// Of a new migration: all of that VMI.
     pub migrations: Vec<VirtualMachineInstanceMigration>,
     /// The claims that it clones though it may not.
     pub forbidden: Vec<FromClaim>,

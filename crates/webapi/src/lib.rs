@@ -25,6 +25,7 @@ mod webhooks;
 
 use admission::Facts;
 use api::datavolume::FromClaim;
+use api::keys;
 use api::migration::VirtualMachineInstanceMigration;
 use api::vmi::VirtualMachineInstance;
 use apiserver::auth::User;
@@ -166,8 +167,9 @@ impl WebApi {
             facts.vmi = vmis.get_opt(name).await.map_err(failure)?;
             let migrations: Api<VirtualMachineInstanceMigration> =
                 Api::namespaced(self.client.clone(), review.namespace);
-            let all = migrations.list(&ListParams::default()).await.map_err(failure)?;
-            facts.migrations = all.items;
+            // Each has this label: it is filled in.
+            let own = ListParams::default().labels(&format!("{}={name}", keys::MIGRATES));
+            facts.migrations = migrations.list(&own).await.map_err(failure)?.items;
         }
         let askers = admission::clones::askers(review, object);
         for source in admission::clones::foreign(review, object) {

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 /// Changes of one resource that are remembered. A watcher that lags behind by more has to list
 /// again.
-const EVENTS: usize = 4096;
+const EVENTS: usize = 1024;
 /// What a watcher is handed at once.
 const BATCH: usize = 256;
 

@@ -1,6 +1,6 @@
 //! What is to be done about a migration. Pure.
 
-use super::disks;
+use super::{disks, preflight};
 use crate::vmi::pod::{Target, Wanted};
 use crate::vmi::{is_ready, is_terminal, launches, trouble};
 use api::conditions::{self, Condition, moment};
@@ -67,6 +67,8 @@ pub struct Snapshot {
     pub options: (Option<String>, Options),
     /// What the target's node must have, for the guest's processor.
     pub processor: BTreeMap<String, String>,
+    /// What would make it fail, where it was looked for: right before it begins.
+    pub faults: Option<Vec<preflight::Fault>>,
     /// When the handler of the node that the guest leaves was last heard of.
     pub heard: Option<Timestamp>,
     /// How many migrations of the VMI are over and were made after this one.
@@ -160,8 +162,23 @@ impl Snapshot {
     }
 
     /// Whether it is made for disks that are to go to claims which the VM's template names.
-    fn is_volume_update(&self) -> bool {
+    pub fn is_volume_update(&self) -> bool {
         self.migration.labels().contains_key(keys::VOLUME_UPDATE)
+    }
+
+    /// Whether it has its turn now, and nothing is made for it yet.
+    pub fn begins(&self) -> bool {
+        let runs = self.vmi.as_ref().and_then(|vmi| vmi.status.as_ref()).map(|status| status.phase);
+        self.migration.phase() <= Phase::Pending
+            && self.turn.is_ok()
+            && runs == Some(vmi::Phase::Running)
+            && self.of_migration().next().is_none()
+            && !self.leaves()
+    }
+
+    /// What is told of what would make it fail.
+    pub fn foretold(&self) -> Vec<Condition> {
+        self.faults.iter().map(|faults| preflight::condition(faults)).collect()
     }
 
     fn leaves(&self) -> bool {
@@ -172,6 +189,11 @@ impl Snapshot {
     fn state(&self) -> Option<State> {
         let state = self.vmi.as_ref()?.status.as_ref()?.migration_state.clone()?;
         (state.migration_uid == self.migration.uid()).then_some(state)
+    }
+
+    /// The node to which the VMI is said to go.
+    fn label(&self) -> Option<&str> {
+        self.vmi.as_ref()?.labels().get(keys::TARGET_NODE).map(String::as_str)
     }
 
     /// Whether the guest may be that pod's now, or may become so: then the pod stays.
@@ -252,7 +274,7 @@ fn begin(snapshot: &Snapshot, vmi: &VirtualMachineInstance, status: &mut Status,
         plan.again = Some(AGAIN * 10);
         return;
     }
-    status.conditions = conditions::merge(&status.conditions, Vec::new(), &[WAITS], now);
+    status.conditions = conditions::merge(&status.conditions, snapshot.foretold(), &[WAITS], now);
     match follow_disks(snapshot, vmi, plan) {
         Ok(true) => {}
         Ok(false) => return,
@@ -397,14 +419,13 @@ fn hand_off(snapshot: &Snapshot, of_vmi: &vmi::Status, status: &mut Status, plan
         migration_uid: Some(snapshot.uid()),
         source_node: of_vmi.node_name.clone(),
         source_pod: record.pod,
-        target_node: Some(node.clone()),
+        target_node: Some(node),
         target_pod: Some(pod.name_any()),
         migration_policy_name: policy,
         migration_configuration: Some(options),
         migration_network_type: Some(if is_apart { "Migration" } else { "Pod" }.into()),
         ..State::default()
     };
-    plan.actions.push(Action::Label(json!({keys::TARGET_NODE: node})));
     plan.actions.push(Action::PatchVmi(json!({"migrationState": state})));
     status.enter(Phase::PreparingTarget, now);
 }
@@ -449,6 +470,10 @@ fn follow(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
         return fail(snapshot, status, &why, plan);
     }
     plan.again = Some(AGAIN * 10);
+    // N.B. after the state is there: by that, migrations before this one know that it is not theirs.
+    if snapshot.label() != state.target_node.as_deref() {
+        plan.actions.push(Action::Label(json!({keys::TARGET_NODE: state.target_node})));
+    }
     let begun = state.start_timestamp.is_some();
     let late = !begun && status.since().is_some_and(|since| now.duration_since(since) > BEGIN);
     if (snapshot.leaves() || late) && state.abort_requested != Some(true) {
@@ -486,7 +511,6 @@ fn fail(snapshot: &Snapshot, status: &mut Status, why: &str, plan: &mut Plan) {
 
 /// One that is over: what it has made goes, and then what holds it.
 fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
-    let uid = snapshot.uid();
     let target = snapshot.target().filter(|_| status.phase == Phase::Failed);
     if let Some(pod) = target.map(|pod| pod.name_any()) {
         if snapshot.may_own(&pod) {
@@ -505,12 +529,8 @@ fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
     if let Some(binder) = snapshot.binder().filter(|p| p.metadata.deletion_timestamp.is_none()) {
         plan.actions.push(Action::DeletePod(binder.name_any()));
     }
-    let labelled = snapshot.vmi.as_ref().is_some_and(|vmi| {
-        let state = vmi.status.as_ref().and_then(|status| status.migration_state.as_ref());
-        vmi.labels().contains_key(keys::TARGET_NODE)
-            && state.is_none_or(|state| state.migration_uid.as_deref() == Some(&*uid))
-    });
-    if labelled {
+    let label = snapshot.label();
+    if label.is_some() && snapshot.state().is_some_and(|s| s.target_node.as_deref() == label) {
         plan.actions.push(Action::Label(json!({keys::TARGET_NODE: null})));
     }
     let finalizers = snapshot.migration.finalizers();

@@ -1,9 +1,13 @@
-//! All that would make a move fail, before it begins, at once. Pure.
+//! All that would make a move fail, before it begins, at once. Pure, but for [`gather`].
+
+mod gather;
+
+pub use gather::{Lately, gather};
 
 use super::plan::{Snapshot, not_yet, target_pod};
 use super::{disks, policy, processor};
 use crate::vmi::claim_info;
-use api::conditions::{Is, types};
+use api::conditions::{Condition, Is, types};
 use api::keys;
 use api::kubevirt::Configuration;
 use api::migration::{
@@ -22,16 +26,19 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+/// Whether a migration was found to have nothing in its way before it began.
+pub const CONDITION: &str = "migrationPreflight";
+
 /// What is needed to know.
 pub struct Facts {
     /// The VMI.
     pub vmi: VirtualMachineInstance,
-    /// All migrations of its namespace.
+    /// All migrations of it.
     pub migrations: Vec<VirtualMachineInstanceMigration>,
     /// Where it is to go, by nodes' labels.
     pub selector: BTreeMap<String, String>,
-    /// The storage class to which its disks are to go; None: those go along that must.
-    pub class: Option<String>,
+    /// Where its disks are to go.
+    pub disks: Disks,
     /// The settings.
     pub settings: Configuration,
     /// All policies.
@@ -42,6 +49,17 @@ pub struct Facts {
     pub cluster: Cluster,
     /// Now.
     pub now: Timestamp,
+}
+
+/// Where a guest's disks are to go.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Disks {
+    /// Those go along that must.
+    Follow,
+    /// To the claims that its VMI names by now.
+    Named,
+    /// To claims of this storage class.
+    Class(String),
 }
 
 /// Something that would make the move fail.
@@ -70,6 +88,22 @@ impl Found {
     fn fault(&mut self, reason: &str, message: impl Into<String>) {
         self.faults.push(Fault { reason: reason.into(), message: message.into() });
     }
+}
+
+/// What is told of a migration that is about to begin: it begins all the same, since what stands in its
+/// way may go.
+pub fn condition(faults: &[Fault]) -> Condition {
+    let reason = match faults {
+        [] => "Passed",
+        [fault] => &fault.reason,
+        _ => "SeveralFaults",
+    };
+    let messages: Vec<&str> = faults.iter().map(|fault| &*fault.message).collect();
+    let message = match faults {
+        [] => "nothing was found that would make it fail".into(),
+        _ => messages.join("; "),
+    };
+    Condition::new(CONDITION, faults.is_empty(), reason, &message)
 }
 
 /// Looks at a move that is not made.
@@ -105,9 +139,9 @@ fn state(facts: &Facts, found: &mut Found) {
         found.fault("Migrating", format!("migration {other} moves {name} already"));
     }
     let conditions = facts.vmi.status.iter().flat_map(|status| &status.conditions);
-    let kind = match facts.class {
-        Some(_) => types::STORAGE_LIVE_MIGRATABLE,
-        None => types::LIVE_MIGRATABLE,
+    let kind = match facts.disks {
+        Disks::Follow => types::LIVE_MIGRATABLE,
+        Disks::Named | Disks::Class(_) => types::STORAGE_LIVE_MIGRATABLE,
     };
     for condition in conditions.filter(|c| c.kind == kind && c.status == Is::False) {
         let reason = condition.reason.clone().unwrap_or_default();
@@ -127,14 +161,21 @@ fn disks_of(
     let made = |claims: Vec<Value>| {
         claims.into_iter().filter_map(|claim| serde_json::from_value(claim).ok()).collect()
     };
-    let Some(class) = &facts.class else {
-        return match disks::follow(snapshot, &facts.vmi, spec) {
-            Ok(disks::Follow { claims, moves }) => (moves, made(claims)),
-            Err(why) => {
-                found.fault("DisksNotLiveMigratable", why);
-                Default::default()
-            }
-        };
+    let class = match &facts.disks {
+        Disks::Class(class) => class,
+        Disks::Named => {
+            let status = facts.vmi.status.as_ref();
+            return (status.map(|s| s.migrated_volumes.clone()).unwrap_or_default(), Vec::new());
+        }
+        Disks::Follow => {
+            return match disks::follow(snapshot, &facts.vmi, spec) {
+                Ok(disks::Follow { claims, moves }) => (moves, made(claims)),
+                Err(why) => {
+                    found.fault("DisksNotLiveMigratable", why);
+                    Default::default()
+                }
+            };
+        }
     };
     if !facts.cluster.classes.iter().any(|c| c.name_any() == *class) {
         found.fault("NoStorageClass", format!("there is no storage class {class}"));
@@ -251,7 +292,7 @@ fn snapshot(facts: &Facts) -> Snapshot {
     migration.metadata.namespace = Some(namespace.clone());
     // As long as a uid is.
     migration.metadata.uid = Some("00000000-0000-0000-0000-000000000000".into());
-    if facts.class.is_some() {
+    if facts.disks != Disks::Follow {
         let label = (keys::VOLUME_UPDATE.to_owned(), vmi.name_any());
         migration.metadata.labels = Some(BTreeMap::from([label]));
     }
@@ -277,6 +318,7 @@ fn snapshot(facts: &Facts) -> Snapshot {
             &facts.settings.migrations,
         ),
         processor: processor(node, &spec, &facts.settings),
+        faults: None,
         heard: None,
         later: 0,
         now: facts.now,
@@ -329,7 +371,7 @@ mod test {
             })),
             migrations: Vec::new(),
             selector: BTreeMap::new(),
-            class: None,
+            disks: Disks::Follow,
             settings: Configuration::default(),
             policies: Vec::new(),
             quotas: Vec::new(),
@@ -361,7 +403,7 @@ mod test {
         let obstacles: [(&str, Obstacle); 6] = [
             ("Unschedulable", |f| f.selector = [("disk".into(), "ssd".into())].into()),
             ("NotRunning", |f| f.vmi.status.as_mut().unwrap().phase = api::vmi::Phase::Scheduled),
-            ("NoStorageClass", |f| f.class = Some("fast".into())),
+            ("NoStorageClass", |f| f.disks = Disks::Class("fast".into())),
             ("DisksNotLiveMigratable", |f| f.cluster.claims.clear()),
             ("ExceededQuota", |f| {
                 f.quotas.push(made(json!({
@@ -392,7 +434,7 @@ mod test {
     #[test]
     fn disks_may_go_to_another_class_on_the_same_node() {
         let mut facts = facts();
-        facts.class = Some("local".into());
+        facts.disks = Disks::Class("local".into());
         facts.cluster.nodes.truncate(1);
         let found = check(&facts);
         assert_eq!((found.faults, found.node.as_deref()), (Vec::new(), Some("one")));

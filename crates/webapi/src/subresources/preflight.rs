@@ -4,34 +4,23 @@ use super::{Options, Target};
 use crate::{Plan, failure};
 use apiserver::body::{self, Answer};
 use apiserver::status::Failure;
-use controllers::migration::preflight::{Facts, Fault, check};
+use controllers::migration::preflight::{Disks, Fault, Lately, check, gather};
 use http::StatusCode;
-use jiff::Timestamp;
-use kube::api::ListParams;
-use kube::{Api, Client, Resource};
-use node::scheduler::snapshot::{Snapshot, has_ended, node_name};
-use serde::de::DeserializeOwned;
 use serde_json::json;
-use std::fmt::Debug;
-use std::sync::Arc;
 
 /// Checks all that would make it fail; measures the guest and the way, and tells what it would take.
 pub async fn look(target: &Target<'_>, options: &Options) -> Result<Answer, Failure> {
     target.vm().await?;
     let vmi = target.vmi().await?;
     let source = vmi.status.as_ref().and_then(|status| status.node_name.clone());
-    let client = &target.web.client;
-    let facts = Facts {
-        migrations: all_in(client, target.namespace).await?,
-        selector: options.added_node_selector.clone(),
-        class: options.storage_class.clone(),
-        settings: target.web.settings.get().await?.configuration.clone(),
-        policies: all(client).await?,
-        quotas: all_in(client, target.namespace).await?,
-        cluster: cluster(client, target.namespace).await?,
-        now: Timestamp::now(),
-        vmi,
-    };
+    let class = options.storage_class.clone();
+    let all = class.is_some();
+    let disks = class.map_or(Disks::Follow, Disks::Class);
+    let settings = target.web.settings.get().await?.configuration.clone();
+    let selector = options.added_node_selector.clone();
+    // A person asks: all of it is of now.
+    let (client, now) = (&target.web.client, Lately::default());
+    let facts = gather(client, &now, vmi, selector, disks, settings).await.map_err(failure)?;
     let mut found = check(&facts);
     let mut outlook = None;
     if let (Some(to), Some(source)) = (&found.node, source) {
@@ -40,7 +29,7 @@ pub async fn look(target: &Target<'_>, options: &Options) -> Result<Answer, Fail
             namespace: target.namespace,
             name: target.name,
             node: to,
-            all: facts.class.is_some(),
+            all,
             options: &found.options,
         };
         match target.web.guests.forecast(plan).await {
@@ -55,46 +44,4 @@ pub async fn look(target: &Target<'_>, options: &Options) -> Result<Answer, Fail
         "faults": found.faults, "outlook": outlook,
     });
     Ok(body::json(StatusCode::OK, &found))
-}
-
-/// What a scheduler would see; of other namespaces' claims nothing matters here.
-async fn cluster(client: &Client, namespace: &str) -> Result<Snapshot, Failure> {
-    let mut pods = all(client).await?;
-    pods.retain(|pod| node_name(pod).is_some() && !has_ended(pod));
-    Ok(Snapshot {
-        nodes: shared(all(client).await?),
-        pods: shared(pods),
-        namespaces: shared(all(client).await?),
-        claims: shared(all_in(client, namespace).await?),
-        volumes: shared(all(client).await?),
-        classes: shared(all(client).await?),
-    })
-}
-
-fn shared<K>(all: Vec<K>) -> Vec<Arc<K>> {
-    all.into_iter().map(Arc::new).collect()
-}
-
-async fn all<K>(client: &Client) -> Result<Vec<K>, Failure>
-where
-    K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned,
-{
-    list(Api::all(client.clone())).await
-}
-
-async fn all_in<K>(client: &Client, namespace: &str) -> Result<Vec<K>, Failure>
-where
-    K: Resource<DynamicType = (), Scope = kube::core::NamespaceResourceScope>
-        + Clone
-        + Debug
-        + DeserializeOwned,
-{
-    list(Api::namespaced(client.clone(), namespace)).await
-}
-
-async fn list<K>(api: Api<K>) -> Result<Vec<K>, Failure>
-where
-    K: Clone + Debug + DeserializeOwned,
-{
-    Ok(api.list(&ListParams::default()).await.map_err(failure)?.items)
 }
