@@ -2,7 +2,7 @@
 
 # Drivers in the order in which to load them; each is preceded by what it needs.
 # Those that this kernel has built in, or does not have, are left out.
-modules=(virtio_pci virtio_blk virtio_scsi sd_mod virtio_net ext4 button evdev)
+modules=(virtio_pci virtio_blk virtio_scsi sd_mod virtio_net virtio_balloon ext4 button evdev)
 oracle=$out/build/x86_64-unknown-linux-gnu/release/oracle
 
 build_oracle() {

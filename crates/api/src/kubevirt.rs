@@ -132,6 +132,18 @@ pub struct Configuration {
     pub vm_rollout_strategy: Option<String>,
     /// How VMs are moved.
     pub migrations: Options,
+    /// What VMs are given.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub virtual_machine_options: Option<MachineOptions>,
+}
+
+/// What VMs are given.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct MachineOptions {
+    /// Guests do not give back memory that they do not use.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub disable_free_page_reporting: Option<serde_json::Map<String, serde_json::Value>>,
 }
 
 /// What is not for everybody.

@@ -109,6 +109,8 @@ pub mod keys {
     pub const OUTDATED: &str = "kubevirt.io/outdatedLauncherImage";
     /// Taint with which a person says that a node is off.
     pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
+    /// The guest does not give back memory that it does not use.
+    pub const NO_FREE_PAGE_REPORTING: &str = "kubevirt.io/free-page-reporting-disabled";
     /// Annotation of a claim: what a DataVolume has done with it.
     pub const POD_PHASE: &str = "cdi.kubevirt.io/storage.pod.phase";
     /// Annotation of a claim: its content, `kubevirt` for a disk.

@@ -41,6 +41,10 @@ pub struct VmSpec {
     /// Devices by which people point; at most 2.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub tablets: Vec<Tablet>,
+    /// Whether the guest has a balloon, by which it reports the pages that it does not use: they are
+    /// given back, and are not sent when it moves.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub balloon: bool,
     /// UEFI firmware; None is BIOS.
     #[serde(default)]
     pub uefi: Option<Uefi>,

@@ -232,7 +232,8 @@ pub struct Devices {
     pub autoattach_graphics_device: Option<bool>,
     /// Guests have one here, always.
     pub autoattach_serial_console: Option<bool>,
-    /// Guests have none here.
+    /// Whether the guest can give back memory that it does not use; VMIs that were made before Godwit
+    /// could do that do not say it, and cannot.
     #[serde(rename = "autoattachMemBalloon")]
     pub autoattach_mem_balloon: Option<bool>,
 }

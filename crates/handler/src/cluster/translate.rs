@@ -110,6 +110,7 @@ pub fn spec(vmi: &Spec, facts: &Facts<'_>) -> Result<VmSpec, String> {
         disks: disks(vmi, facts)?,
         nics: nics(vmi, facts),
         tablets: tablets(vmi),
+        balloon: domain.devices.autoattach_mem_balloon == Some(true),
         uefi: uefi.map(|_| Uefi { code: UEFI.into() }),
         boot: boot(vmi),
         uuid: domain.firmware.uuid.clone(),

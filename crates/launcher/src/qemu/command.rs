@@ -100,7 +100,15 @@ pub fn arguments(spec: &VmSpec, facts: &[Facts], mode: Mode) -> Vec<OsString> {
         add(&["-device", &format!("isa-serial,chardev=serial{i},id=serial-{i},index={i}")]);
     }
     add(&["-object", "rng-random,id=rng0,filename=/dev/urandom"]);
-    add(&["-device", &format!("virtio-rng-pci,rng=rng0,id=rng-0,addr={RNG_SLOT:#x}")]);
+    let rng = format!("virtio-rng-pci,rng=rng0,id=rng-0,addr={RNG_SLOT:#x}");
+    if spec.balloon {
+        // All slots are taken: the two share one.
+        let balloon = "virtio-balloon-pci,id=balloon0,free-page-reporting=on";
+        add(&["-device", &format!("{rng},multifunction=on")]);
+        add(&["-device", &format!("{balloon},addr={RNG_SLOT:#x}.1")]);
+    } else {
+        add(&["-device", &rng]);
+    }
     if let Some(uefi) = &spec.uefi {
         let node = json!({
             "driver": "file", "node-name": FIRMWARE, "filename": text(&uefi.code), "read-only": true,

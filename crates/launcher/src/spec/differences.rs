@@ -21,6 +21,7 @@ impl VmSpec {
             disks,
             nics,
             tablets,
+            balloon,
             uefi,
             boot,
             uuid,
@@ -38,6 +39,7 @@ impl VmSpec {
             found.compare("machine", machine, &other.machine);
         }
         found.compare("tablets", tablets, &other.tablets);
+        found.compare("balloon", balloon, &other.balloon);
         found.compare("cpu", cpu, &other.cpu);
         found.compare("accelerator", accelerator, &other.accelerator);
         found.compare("uefi", &uefi.is_some(), &other.uefi.is_some());

@@ -15,6 +15,9 @@ type Fields = Map<String, Value>;
 pub fn instance(object: &mut Value, cluster: &kubevirt::Spec) {
     meta::add_finalizer(object, keys::VMI_FINALIZER);
     let name = format!("{}/{}", meta::text(object, "namespace"), meta::text(object, "name"));
+    let annotations = meta::map(object, "annotations");
+    let keeps = annotations.and_then(|a| a.get(keys::NO_FREE_PAGE_REPORTING));
+    let keeps = keeps.is_some_and(|said| said == "true");
     let Some(spec) = object.get_mut("spec").and_then(Value::as_object_mut) else { return };
     let configuration = &cluster.configuration;
     set(spec, "terminationGracePeriodSeconds", GRACE);
@@ -31,6 +34,11 @@ pub fn instance(object: &mut Value, cluster: &kubevirt::Spec) {
             set(cpu, "model", model.as_str());
         }
         disks(domain);
+        let options = configuration.virtual_machine_options.as_ref();
+        let keeps = keeps || options.is_some_and(|o| o.disable_free_page_reporting.is_some());
+        if let Some(devices) = below(domain, "devices") {
+            set(devices, "autoattachMemBalloon", !keeps);
+        }
     }
     networks(spec);
     interfaces(spec, &name);
