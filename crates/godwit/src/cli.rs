@@ -532,6 +532,10 @@ pub struct Deploy {
     /// The name of the cluster that a new CA is for.
     #[arg(long, default_value = "godwit")]
     pub cluster: String,
+    /// A network for migrations, and the nodes' interface in it: `moves=eth1`. The KubeVirt object's
+    /// `configuration.migrations.network` says whether it is taken.
+    #[arg(long, value_name = "NAME=INTERFACE")]
+    pub migration_network: Vec<String>,
 }
 
 /// Carries a command out.

@@ -33,15 +33,16 @@ pub fn print(arguments: &cli::Deploy) -> Result<ExitCode> {
         None => Ca::create(&arguments.cluster)?,
     };
     let mut out = std::io::stdout().lock();
-    for object in manifests(&arguments.image, &ca) {
+    for object in manifests(arguments, &ca) {
         writeln!(out, "---\n{}", serde_saphyr::to_string(&object)?.trim_end())?;
     }
     Ok(ExitCode::SUCCESS)
 }
 
 /// All objects, in the order in which they are needed.
-fn manifests(image: &str, ca: &Ca) -> Vec<Value> {
-    let deployment = Deployment { image, ca };
+fn manifests(arguments: &cli::Deploy, ca: &Ca) -> Vec<Value> {
+    let networks = &arguments.migration_network;
+    let deployment = Deployment { image: &arguments.image, networks, ca };
     let mut all = vec![json!({
         "apiVersion": "v1", "kind": "Namespace",
         // Handlers see the node's processes and network.
@@ -99,6 +100,7 @@ fn labels(name: &str) -> Value {
 /// What is run, and who vouches for it.
 struct Deployment<'a> {
     image: &'a str,
+    networks: &'a [String],
     ca: &'a Ca,
 }
 
@@ -182,7 +184,7 @@ impl Deployment<'_> {
         if let Some(mounts) = init["volumeMounts"].as_array_mut() {
             mounts.push(folder.clone());
         }
-        let command = json!([
+        let mut command = json!([
             "godwit",
             "handler",
             "--node",
@@ -194,6 +196,10 @@ impl Deployment<'_> {
             "--identity",
             format!("{FOLDER}/identity"),
         ]);
+        if let Some(words) = command.as_array_mut() {
+            let options = self.networks.iter().flat_map(|network| ["--migration-network", network]);
+            words.extend(options.map(Value::from));
+        }
         let mut container = self.container(name, command);
         container["env"] = node;
         container["securityContext"] = json!({"privileged": true});
@@ -241,10 +247,25 @@ mod test {
         lists.filter_map(Value::as_array).flatten().cloned().collect()
     }
 
+    fn asked() -> cli::Deploy {
+        let words = [
+            "godwit",
+            "deploy",
+            "--image",
+            "example.org/godwit:1",
+            "--migration-network",
+            "moves=eth1",
+        ];
+        match cli::Arguments::try_parse_from(words).unwrap().command {
+            cli::Command::Deploy(asked) => asked,
+            other => panic!("{other:?}"),
+        }
+    }
+
     #[test]
     fn every_object_survives_yaml_and_is_named_once() {
         let ca = Ca::create("test").unwrap();
-        let all = manifests("example.org/godwit:1", &ca);
+        let all = manifests(&asked(), &ca);
         let mut seen = std::collections::BTreeSet::new();
         for object in &all {
             let text = serde_saphyr::to_string(object).unwrap();
@@ -261,8 +282,8 @@ mod test {
     #[test]
     fn what_pods_run_is_what_the_command_line_takes() {
         let ca = Ca::create("test").unwrap();
-        let mut image = None;
-        for container in containers(&manifests("example.org/godwit:1", &ca)) {
+        let (mut image, mut networks) = (None, Vec::new());
+        for container in containers(&manifests(&asked(), &ca)) {
             let words = container["command"].as_array().unwrap().iter();
             // As the kubelet fills them in.
             let words = words.map(|word| {
@@ -270,18 +291,21 @@ mod test {
                 word.replace("$(NODE)", "node").replace("$(ADDRESS)", "192.0.2.1")
             });
             let arguments = cli::Arguments::try_parse_from(words).unwrap();
-            if let cli::Command::Controller(controller) = arguments.command {
-                image = Some(controller.image);
+            match arguments.command {
+                cli::Command::Controller(controller) => image = Some(controller.image),
+                cli::Command::Handler(handler) => networks = handler.migration_network,
+                _ => {}
             }
         }
         // The pods that it makes are of the same.
         assert_eq!(image.as_deref(), Some("example.org/godwit:1"));
+        assert_eq!(networks, ["moves=eth1"]);
     }
 
     #[test]
     fn the_ca_of_the_secret_is_one() {
         let ca = Ca::create("test").unwrap();
-        let secret = Deployment { image: "", ca: &ca }.secret();
+        let secret = Deployment { image: "", networks: &[], ca: &ca }.secret();
         let text = |file: &str| {
             let bytes = STANDARD.decode(secret["data"][file].as_str().unwrap()).unwrap();
             String::from_utf8(bytes).unwrap()
