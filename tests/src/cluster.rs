@@ -15,6 +15,8 @@ pub const SOON: Duration = Duration::from_secs(60);
 pub struct Cluster {
     /// The program that runs it.
     program: PathBuf,
+    /// Its name, which is its id to others.
+    name: String,
     /// Variables of its environment.
     environment: Vec<(String, String)>,
     dir: tempfile::TempDir,
@@ -52,17 +54,24 @@ fn command(program: &Path, dir: &Path, arguments: &[&str]) -> Result<Command> {
 ///
 /// # Errors
 /// When its kubeconfig cannot be read.
-pub async fn client(dir: &Path) -> Result<Client> {
-    let config = kube::config::Kubeconfig::read_from(dir.join("local/kubeconfig"))?;
+pub async fn client(dir: &Path, name: &str) -> Result<Client> {
+    let path = dir.join(name).join("kubeconfig");
+    let config = kube::config::Kubeconfig::read_from(path)?;
     let mut config = kube::Config::from_custom_kubeconfig(config, &Default::default()).await?;
     // What is refused is what tests want to see.
     config.default_retry = false;
     Ok(Client::try_from(config)?)
 }
 
-fn up(program: &Path, dir: &Path, more: &[&str], environment: &[(&str, &str)]) -> Result<()> {
+fn up(
+    program: &Path,
+    dir: &Path,
+    name: &str,
+    more: &[&str],
+    environment: &[(&str, &str)],
+) -> Result<()> {
     // Emulated everywhere: what is tested does not depend on the machine.
-    let fixed = ["up", "--detach", "--accelerator", "tcg"];
+    let fixed = ["up", "--detach", "--accelerator", "tcg", "--name", name];
     let mut run = command(program, dir, &[&fixed, more].concat())?;
     let done = run.envs(environment.iter().copied()).output()?;
     ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
@@ -83,12 +92,25 @@ impl Cluster {
     /// # Errors
     /// What it said.
     pub async fn with(program: &str, more: &[&str], environment: &[(&str, &str)]) -> Result<Self> {
+        Self::named("local", program, more, environment).await
+    }
+
+    /// Starts one of another name.
+    ///
+    /// # Errors
+    /// What it said.
+    pub async fn named(
+        name: &str,
+        program: &str,
+        more: &[&str],
+        environment: &[(&str, &str)],
+    ) -> Result<Self> {
         let dir = tempfile::Builder::new().prefix("godwit-").tempdir()?;
-        up(Path::new(program), dir.path(), more, environment)?;
-        let client = client(dir.path()).await?;
+        up(Path::new(program), dir.path(), name, more, environment)?;
+        let client = client(dir.path(), name).await?;
         let own = environment.iter().map(|(name, value)| ((*name).into(), (*value).into()));
-        let environment = own.collect();
-        let cluster = Self { program: program.into(), environment, dir, client };
+        let (name, environment) = (name.to_owned(), own.collect());
+        let cluster = Self { program: program.into(), name, environment, dir, client };
         cluster.until("/api/v1/namespaces/default/serviceaccounts/default", |_| true).await?;
         Ok(cluster)
     }
@@ -109,7 +131,7 @@ impl Cluster {
     /// What it said.
     pub fn up(&self, more: &[&str]) -> Result<()> {
         let own = self.environment.iter().map(|(name, value)| (&**name, &**value));
-        up(&self.program, self.dir(), more, &own.collect::<Vec<_>>())
+        up(&self.program, self.dir(), &self.name, more, &own.collect::<Vec<_>>())
     }
 
     /// Runs a command of the program on it.
@@ -140,7 +162,7 @@ impl Cluster {
 
     /// What is in its folder.
     pub fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join("local").join(name)
+        self.dir.path().join(&self.name).join(name)
     }
 
     /// Ends it as a crash does.
@@ -309,6 +331,6 @@ impl Cluster {
 
 impl Drop for Cluster {
     fn drop(&mut self) {
-        let _ = self.godwit(&["down"]);
+        let _ = self.godwit(&["down", "--name", &self.name]);
     }
 }

@@ -80,7 +80,7 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
     assert!(ticks() > before, "the pod ended with the cluster that was killed");
     cluster.up(&UP)?;
     // An older connection is no use.
-    cluster.client = cluster::client(cluster.dir()).await?;
+    cluster.client = cluster::client(cluster.dir(), "local").await?;
     let id = |pod: &Value| pod["status"]["containerStatuses"][0]["containerID"].clone();
     let again = cluster.until(&path, is_ready).await?;
     assert_eq!(id(&again), id(&first), "it was started anew");
@@ -149,7 +149,7 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
         assert!(cluster.godwit(&["down"])?.status.success());
         assert_eq!(cluster.processes()?, Vec::<i32>::new(), "something is left after its end");
         cluster.up(&UP)?;
-        cluster.client = cluster::client(cluster.dir()).await?;
+        cluster.client = cluster::client(cluster.dir(), "local").await?;
         // What was told last is what is read first.
         let again = |p: &Value| is_ready(p) && restarts(p) > before;
         cluster.until(&format!("{PODS}/q"), again).await?;

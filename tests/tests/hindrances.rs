@@ -171,6 +171,7 @@ async fn a_node_that_cannot_start_it(cluster: &Cluster, vmi: &str) -> Result<()>
     let name = if node(&source) == "local-1" { "local-2" } else { "local-1" };
     let pods = cluster.dir().join("local/machine/nodes").join(name).join("pods");
     let away = pods.with_extension("away");
+    std::fs::create_dir_all(&pods)?;
     std::fs::rename(&pods, &away)?;
     std::fs::write(&pods, "not a folder")?;
     let mut stuck = migration("stuck", "web");

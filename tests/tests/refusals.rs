@@ -75,6 +75,7 @@ fn ticket(scene: &Scene, attempt: &str) -> Result<Ticket> {
     let request = PrepareRequest {
         migration: attempt.into(),
         from: here(&scene.a)?.peer,
+        known_as: None,
         spec,
         left: Default::default(),
         policy: Policy::default(),

@@ -97,7 +97,7 @@ async fn a_guest_goes_on_whichever_role_is_killed() -> Result<()> {
         std::thread::sleep(Duration::from_millis(20));
     }
     cluster.up(&UP)?;
-    cluster.client = e2e::cluster::client(cluster.dir()).await?;
+    cluster.client = e2e::cluster::client(cluster.dir(), "local").await?;
     ensure!(cluster.until_role("controller", None)? != before["controller"]);
     cluster.does_soon(&["vm", "pause", "web"])?;
     cluster.does(&["vm", "unpause", "web"])?;

@@ -139,7 +139,7 @@ async fn a_node_that_is_cut_off_keeps_its_guest_and_nobody_else_starts_it() -> R
     // The second node's agent and handler are gone; its guest is not.
     ensure!(cluster.godwit(&["down", "--keep-pods"])?.status.success());
     cluster.up(&["--nodes", "1", "--storage", "1Gi"])?;
-    cluster.client = e2e::cluster::client(cluster.dir()).await?;
+    cluster.client = e2e::cluster::client(cluster.dir(), "local").await?;
     let anywhere = json!({"spec": {"template": {"spec": {"nodeSelector": null}}}});
     cluster.send("PATCH", &path, Some(anywhere)).await?;
     let pods = cluster.send("GET", PODS, None).await?;

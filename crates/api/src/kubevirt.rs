@@ -26,6 +26,9 @@ pub struct Spec {
     pub certificate_rotate_strategy: CertificateRotateStrategy,
     /// What becomes of guests whose launchers are of an earlier version.
     pub workload_update_strategy: WorkloadUpdateStrategy,
+    /// The port at which other clusters find the synchronizer; none: 9185.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub synchronization_port: Option<String>,
 }
 
 /// What becomes of guests whose launchers are of an earlier version.
@@ -180,6 +183,9 @@ pub struct Status {
     /// How many guests have launchers of another version.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub outdated_virtual_machine_instance_workloads: Option<i64>,
+    /// Where other clusters find the synchronizer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub synchronization_addresses: Vec<String>,
 }
 
 /// Gates that do something here, and those of KubeVirt that are on for good.

@@ -14,6 +14,7 @@ pub mod import;
 pub mod kubevirt;
 pub mod migration;
 pub mod owner;
+pub mod processor;
 pub mod quantity;
 pub mod support;
 pub mod validate;
@@ -111,6 +112,14 @@ pub mod keys {
     pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
     /// The guest does not give back memory that it does not use.
     pub const NO_FREE_PAGE_REPORTING: &str = "kubevirt.io/free-page-reporting-disabled";
+    /// Where the gateway of a node is.
+    pub const GATEWAY: &str = "godwit.dev/gateway";
+    /// What a VM's run strategy becomes once its guest has arrived.
+    pub const RESTORE_STRATEGY: &str = "kubevirt.io/restore-run-strategy";
+    /// The VMI waits for its guest.
+    pub const RECEIVES: &str = "kubevirt.io/create-migration-target";
+    /// How long a migration waits for its other side, seconds.
+    pub const SYNC_TIMEOUT: &str = "godwit.dev/synchronizationTimeoutSeconds";
     /// Annotation of a claim: what a DataVolume has done with it.
     pub const POD_PHASE: &str = "cdi.kubevirt.io/storage.pod.phase";
     /// Annotation of a claim: its content, `kubevirt` for a disk.

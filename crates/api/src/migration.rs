@@ -27,6 +27,65 @@ pub struct Spec {
     /// How urgent it is: `system-critical`, `user-triggered`, `system-maintenance`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub priority: Option<String>,
+    /// To a VMI of another cluster, or of another name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub send_to: Option<SendTo>,
+    /// From a VMI of another cluster, or of another name.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub receive: Option<Receive>,
+}
+
+/// Where a guest is sent.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct SendTo {
+    /// By which both sides know that they mean the same migration.
+    #[serde(rename = "migrationID")]
+    pub migration_id: String,
+    /// The other cluster's synchronizer: `host:port`.
+    #[serde(rename = "connectURL")]
+    pub connect_url: String,
+}
+
+/// That a guest is received.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Receive {
+    /// By which both sides know that they mean the same migration.
+    #[serde(rename = "migrationID")]
+    pub migration_id: String,
+}
+
+/// Which side of a migration between two VMIs one is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Side {
+    /// Whose guest leaves.
+    Source,
+    /// To whom it comes.
+    Target,
+}
+
+impl Side {
+    /// The other one.
+    pub fn other(self) -> Self {
+        match self {
+            Self::Source => Self::Target,
+            Self::Target => Self::Source,
+        }
+    }
+}
+
+impl Spec {
+    /// The side that it is, and by which id, of a migration between two VMIs. None: the guest stays its
+    /// VMI's. N.B. one that both sends and receives is of that kind, as KubeVirt has it.
+    pub fn half(&self) -> Option<(Side, &str)> {
+        match (&self.send_to, &self.receive) {
+            (Some(to), None) => Some((Side::Source, &to.migration_id)),
+            (None, Some(from)) => Some((Side::Target, &from.migration_id)),
+            _ => None,
+        }
+    }
 }
 
 impl VirtualMachineInstanceMigration {
@@ -50,6 +109,10 @@ pub enum Phase {
     #[default]
     #[serde(rename = "")]
     Unset,
+    /// It waits for its source, to say that it is there.
+    WaitingForSync,
+    /// It waits for its target, to say that it is there.
+    Synchronizing,
     /// It waits for its turn.
     Pending,
     /// The target's pod looks for a node and is made ready.
@@ -70,8 +133,10 @@ pub enum Phase {
 
 impl Phase {
     /// All of them, in the order in which they come.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 11] = [
         Self::Unset,
+        Self::WaitingForSync,
+        Self::Synchronizing,
         Self::Pending,
         Self::Scheduling,
         Self::Scheduled,
@@ -123,6 +188,69 @@ pub struct Status {
     /// What the VMI says of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration_state: Option<State>,
+    /// Where its source finds this cluster's synchronizer.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub synchronization_addresses: Vec<String>,
+    /// What the other side says. N.B. synchronizers write it, and it is never written from here.
+    #[serde(skip_serializing)]
+    pub peer: Option<Peer>,
+}
+
+/// What is known of the other side of a migration between two VMIs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Peer {
+    /// What it said last.
+    pub half: Option<Half>,
+    /// Why it is not heard of, where it is not.
+    pub trouble: Option<String>,
+}
+
+/// One side of a migration between two VMIs, as it tells the other.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct Half {
+    /// Counts what it says: what is older than what is known is not heard.
+    pub sequence: u64,
+    /// Its cluster's id, which its certificate proves.
+    pub cluster: String,
+    /// Its VMI's namespace.
+    pub namespace: String,
+    /// Its VMI's name.
+    pub name: String,
+    /// Its VMI's uid.
+    pub vmi: String,
+    /// Its migration's uid.
+    pub migration: String,
+    /// How far it is.
+    pub phase: Phase,
+    /// Where its synchronizer is found.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub address: Option<String>,
+    /// The node on which its pod is.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// That node's gateway.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gateway: Option<String>,
+    /// The pod that has the guest, or is to have it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// What a node must have for the guest's processor: a source's.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selectors: BTreeMap<String, String>,
+    /// When the guest began to move: a source's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub started: Option<String>,
+    /// When the guest ran there: a target's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub arrived: Option<String>,
+    /// It is not wanted any more.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub aborts: bool,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub failed: Option<String>,
 }
 
 impl Status {
@@ -183,9 +311,72 @@ pub struct State {
     pub migration_configuration: Option<Options>,
     /// Over which network: `Pod` or `Migration`.
     pub migration_network_type: Option<String>,
+    /// The VMI that the guest leaves, where that is another.
+    pub source_state: Option<End>,
+    /// The VMI to which the guest goes, where that is another.
+    pub target_state: Option<End>,
+}
+
+/// One end of a migration between two VMIs.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase", default)]
+pub struct End {
+    /// The cluster's id.
+    pub cluster: Option<String>,
+    /// The VMI's namespace.
+    pub domain_namespace: Option<String>,
+    /// The VMI's name.
+    pub domain_name: Option<String>,
+    /// The VMI's uid.
+    #[serde(rename = "virtualMachineInstanceUID")]
+    pub vmi_uid: Option<String>,
+    /// The migration's uid there.
+    #[serde(rename = "migrationUID")]
+    pub migration_uid: Option<String>,
+    /// Where the synchronizer is found.
+    pub sync_address: Option<String>,
+    /// The pod's node.
+    pub node: Option<String>,
+    /// The node's gateway.
+    pub gateway: Option<String>,
+    /// The pod that has the guest, or is to have it.
+    pub pod: Option<String>,
+    /// What a node must have for the guest's processor: a source's.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub node_selectors: BTreeMap<String, String>,
+}
+
+impl From<&Half> for End {
+    fn from(half: &Half) -> Self {
+        let half = half.clone();
+        Self {
+            cluster: Some(half.cluster),
+            domain_namespace: Some(half.namespace),
+            domain_name: Some(half.name),
+            vmi_uid: Some(half.vmi),
+            migration_uid: Some(half.migration),
+            sync_address: half.address,
+            node: half.node,
+            gateway: half.gateway,
+            pod: half.pod,
+            node_selectors: half.node_selectors,
+        }
+    }
 }
 
 impl State {
+    /// The attempt, as launchers and owner records know it: the uid of the migration at the target.
+    pub fn attempt(&self) -> Option<&str> {
+        let at_target = self.target_state.as_ref().and_then(|end| end.migration_uid.as_deref());
+        at_target.or(self.migration_uid.as_deref())
+    }
+
+    /// The other end, where the guest comes from another VMI or goes to one.
+    pub fn other_end(&self) -> Option<&End> {
+        // N.B. each side says of itself what all migrations say.
+        self.source_state.as_ref().or(self.target_state.as_ref())
+    }
+
     /// Whether it is over, one way or the other.
     pub fn is_over(&self) -> bool {
         self.completed == Some(true) || self.failed == Some(true)

@@ -133,17 +133,35 @@ impl Status {
         }
     }
 
-    /// Whether nobody runs it for certain, nor can begin to by a move: it has never been owned, or
+    /// Whether nobody runs it here for certain, nor can begin to by a move: it has never been owned, or
     /// its owner was seen to end, and so was the heir of a move that is armed or committed.
     pub fn is_over(&self) -> bool {
-        self.owner.is_empty() || self.has_ended(&self.owner) && self.heir_is_over()
+        match &*self.state {
+            // Its owner is another VMI's.
+            "expected" => self.heir_is_over(),
+            "returned" if self.other_ledger().is_some() => true,
+            _ => self.owner.is_empty() || self.has_ended(&self.owner) && self.heir_is_over(),
+        }
+    }
+
+    /// The other record of a move between two VMIs.
+    pub fn other_ledger(&self) -> Option<Ledger> {
+        Ledger::parse(&HostId(self.of.as_ref()?.peer.clone()))
+    }
+
+    /// Whether the guest has left for another VMI, which runs it or is about to.
+    pub fn has_left(&self) -> Option<Ledger> {
+        self.other_ledger().filter(|_| self.state == "committed")
     }
 
     /// Whether the guest may still come to the heir of an attempt, which nobody has decided yet.
     pub fn may_come_by(&self, attempt: &str) -> bool {
-        matches!(&*self.state, "armed" | "committed")
-            && self.of.as_ref().is_some_and(|of| of.attempt == attempt)
-            && !self.is_over()
+        let here = match &*self.state {
+            "expected" => true,
+            "armed" | "committed" => self.other_ledger().is_none(),
+            _ => false,
+        };
+        here && self.of.as_ref().is_some_and(|of| of.attempt == attempt) && !self.is_over()
     }
 
     /// Whether a pod runs the guest, or may come to by the attempt for which it was made: then
@@ -161,9 +179,45 @@ impl Status {
     /// Whether a move can be decided in an heir's favour no more.
     fn heir_is_over(&self) -> bool {
         match (&*self.state, &self.of) {
-            ("armed" | "committed", Some(of)) => self.has_ended(&of.heir),
+            ("expected", Some(of)) => self.has_ended(&of.heir),
+            // Another VMI's heir is that one's.
+            ("armed" | "committed", Some(of)) if self.other_ledger().is_none() => {
+                self.has_ended(&of.heir)
+            }
             _ => true,
         }
+    }
+}
+
+/// A record's name in other records. A VM that stays its VMI's keeps its record wherever it moves: that
+/// is at both ends of a move, and named by its cluster alone, `spiffe://east`. A guest that goes to
+/// another VMI comes to another record, which is named by its VMI too: `spiffe://west/default/web`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ledger {
+    /// The cluster's id.
+    pub cluster: String,
+    /// The VMI's namespace.
+    pub namespace: String,
+    /// The VMI's name.
+    pub name: String,
+}
+
+impl Ledger {
+    /// The name of a record that is at both ends.
+    pub fn shared(cluster: &str) -> HostId {
+        HostId(format!("spiffe://{cluster}"))
+    }
+
+    /// This one's name.
+    pub fn id(&self) -> HostId {
+        HostId(format!("spiffe://{}/{}/{}", self.cluster, self.namespace, self.name))
+    }
+
+    /// Which one a name means. None: one that is at both ends.
+    pub fn parse(id: &HostId) -> Option<Self> {
+        let mut parts = id.0.strip_prefix("spiffe://")?.split('/').map(str::to_owned);
+        let found = Self { cluster: parts.next()?, namespace: parts.next()?, name: parts.next()? };
+        parts.next().is_none().then_some(found)
     }
 }
 

@@ -16,8 +16,8 @@ use serde::{Deserialize, Serialize};
 
 pub use ca::{Ca, Identity, Validity};
 pub use credentials::Credentials;
-pub use trust::Trust;
 pub(crate) use trust::id_of;
+pub use trust::{Trust, linked};
 
 /// What a process is, as its certificate says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -26,7 +26,7 @@ pub mod socket;
 pub mod tls;
 pub mod tokens;
 mod traffic;
-mod wire;
+pub mod wire;
 
 /// An error and its causes on one line, for a log or a peer.
 pub(crate) fn with_source(error: &dyn std::error::Error) -> String {

@@ -78,6 +78,14 @@ pub enum PeerError {
         /// The roles that may.
         allowed: String,
     },
+    /// Believed, but of another cluster than was called.
+    #[error("{peer} answered where cluster {expected} was expected; was the address given away?")]
+    WrongCluster {
+        /// Who it is.
+        peer: SpiffeId,
+        /// The cluster that was called.
+        expected: String,
+    },
     /// Believed, but not the one that was called.
     #[error(
         "{peer} answered where {expected} was expected; was the address given to another node?"
@@ -187,8 +195,34 @@ impl Client {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let verifier =
-            Verifier { base: self.base.clone(), expected: Expected::Exactly(expected.clone()) };
+        self.shake(Expected::Exactly(expected.clone()), io).await
+    }
+
+    /// Shakes hands with whoever has a role, in one cluster or in any that is believed; returns who it
+    /// is.
+    ///
+    /// # Errors
+    /// As [`Client::connect`].
+    pub async fn connect_to<S>(
+        &self,
+        role: Role,
+        cluster: Option<&str>,
+        io: S,
+    ) -> Result<(client::TlsStream<S>, SpiffeId), Error>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let expected = Expected::Of { role, cluster: cluster.map(str::to_owned) };
+        let stream = self.shake(expected, io).await?;
+        let id = peer_of(stream.get_ref().1.peer_certificates())?;
+        Ok((stream, id))
+    }
+
+    async fn shake<S>(&self, expected: Expected, io: S) -> Result<client::TlsStream<S>, Error>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let verifier = Verifier { base: self.base.clone(), expected };
         let mut config = ClientConfig::builder_with_provider(self.base.provider.clone())
             .with_protocol_versions(&[&rustls::version::TLS13])
             .map_err(Error::Credentials)?
@@ -250,6 +284,7 @@ impl Base {
 enum Expected {
     Roles(Vec<Role>),
     Exactly(SpiffeId),
+    Of { role: Role, cluster: Option<String> },
 }
 
 impl Expected {
@@ -261,6 +296,12 @@ impl Expected {
             }
             Self::Exactly(expected) if *expected != peer => {
                 Err(PeerError::WrongInstance { peer, expected: expected.clone() })
+            }
+            Self::Of { cluster: Some(cluster), .. } if peer.cluster() != cluster => {
+                Err(PeerError::WrongCluster { peer, expected: cluster.clone() })
+            }
+            Self::Of { role, .. } if *role != peer.role() => {
+                Err(PeerError::WrongRole { peer, allowed: role.to_string() })
             }
             _ => Ok(()),
         }

@@ -1,5 +1,5 @@
-//! Requests and answers: JSON with a length before it, between a launcher and its gateway
-//! and between two gateways' owners.
+//! Requests and answers: JSON with a length before it, between a launcher and its gateway,
+//! between two gateways' owners, and between clusters.
 
 use std::io;
 
@@ -50,7 +50,11 @@ pub(crate) enum Failure {
     Identity(String),
 }
 
-pub(crate) async fn write<W, T>(io: &mut W, message: &T) -> io::Result<()>
+/// Writes a message.
+///
+/// # Errors
+/// Those of the stream; and when the message is too large.
+pub async fn write<W, T>(io: &mut W, message: &T) -> io::Result<()>
 where
     W: AsyncWrite + Unpin,
     T: Serialize + Sync,
@@ -68,7 +72,11 @@ where
     io.flush().await
 }
 
-pub(crate) async fn read<R, T>(io: &mut R) -> io::Result<T>
+/// Reads a message.
+///
+/// # Errors
+/// Those of the stream; and when the message is too large, or makes no sense.
+pub async fn read<R, T>(io: &mut R) -> io::Result<T>
 where
     R: AsyncRead + Unpin,
     T: DeserializeOwned,

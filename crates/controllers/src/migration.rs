@@ -10,12 +10,12 @@
 
 mod backoff;
 mod disks;
+mod halves;
 #[cfg(test)]
 mod laws;
 mod plan;
 mod policy;
 pub mod preflight;
-mod processor;
 mod turn;
 
 pub(crate) use disks::left_by;
@@ -27,7 +27,7 @@ use crate::world::{Key, World, get, key, refusal};
 use api::conditions::{self, Condition};
 use api::datavolume::Phase as Making;
 use api::kubevirt::{Configuration, KubeVirt};
-use api::migration::{Phase, VirtualMachineInstanceMigration as Migration};
+use api::migration::{Phase, Side, VirtualMachineInstanceMigration as Migration};
 use api::owner::OwnerRecord;
 use api::vmi::VirtualMachineInstance;
 use jiff::{SignedDuration, Timestamp};
@@ -145,7 +145,11 @@ fn look(world: &World, kept: &Kept, migration: Arc<Migration>) -> Snapshot {
     let spec = vmi.as_ref().and_then(|vmi| vmi.parse().ok()).unwrap_or_default();
     let found = vmi.as_ref().and_then(|vmi| vmi.status.as_ref());
     let moves = found.map(|status| status.migrated_volumes.clone()).unwrap_or_default();
-    let to: Vec<String> = moves.into_iter().map(|moved| moved.destination.claim_name).collect();
+    let mut to: Vec<String> = moves.into_iter().map(|moved| moved.destination.claim_name).collect();
+    if migration.spec.half().is_some_and(|(side, _)| side == Side::Target) {
+        // Its own disks are those to which the guest comes.
+        to.extend(spec.claims().into_values());
+    }
     let unmade = unmade(world, &namespace, &to);
     let claims = spec.claims().into_values().chain(to).filter_map(|name| {
         let claim = get(&world.claims, &(namespace.clone(), name.clone()))?;
@@ -171,6 +175,11 @@ fn look(world: &World, kept: &Kept, migration: Arc<Migration>) -> Snapshot {
         faults: None,
         heard: heard(world, &kept.beats, vmi.as_deref(), now),
         later: if migration.is_over() { later(world, &migration) } else { 0 },
+        addresses: cluster
+            .as_ref()
+            .and_then(|cluster| cluster.status.as_ref())
+            .map(|status| status.synchronization_addresses.clone())
+            .unwrap_or_default(),
         now,
         vmi,
         migration,
@@ -252,7 +261,7 @@ fn processor(
     let none = BTreeMap::new();
     let labels = node.map_or(&none, |node| node.labels());
     let is_emulated = configuration.developer_configuration.use_emulation;
-    processor::wanted(model.as_deref(), is_emulated, labels)
+    api::processor::wanted(model.as_deref(), is_emulated, labels)
 }
 
 /// Whether a migration may begin, or why not; and until when it waits because others failed.
@@ -268,6 +277,9 @@ fn may_begin(
     let backoff = migration.uid().and_then(|uid| held.get(&uid).copied());
     let turn = match (backoff, vmi.and_then(plan::not_yet)) {
         (Some(until), _) => Err(format!("it waits until {until}, since the one before it failed")),
+        (None, _) if migration.spec.half().is_some() && migration.phase() < Phase::Pending => {
+            Err("it waits for its other side".into())
+        }
         (None, Some(why)) if !is_let_in(admitted, migration) => Err(why.into()),
         (None, _) => turn_of(world, admitted, migration, &all, &held, cluster),
     };
@@ -306,6 +318,9 @@ fn turn_of(
         let moves =
             of_vmi.and_then(|s| s.migration_state.as_ref()).filter(|_| seen.is_handed_off());
         let node = moves.map_or_else(|| of_vmi?.node_name.clone(), |s| s.source_node.clone());
+        // One that is received leaves no node of ours.
+        let receives = m.spec.half().is_some_and(|(side, _)| side == Side::Target);
+        let node = if receives { Some(uid.clone()) } else { node };
         turn::One {
             phase: if admitted.contains(&uid) { Phase::Scheduling } else { seen },
             weight: turn::weight(m.spec.priority.as_deref()),
@@ -323,8 +338,12 @@ fn turn_of(
             && !m.uid().is_some_and(|uid| let_in.contains(&uid))
             && vmi_of(m).is_none_or(|vmi| plan::not_yet(&vmi).is_some())
     };
-    let may_begin =
-        |m: &&Arc<Migration>| !m.uid().is_some_and(|uid| held.contains_key(&uid)) && !waits(m);
+    // Nor for those that wait for another side.
+    let syncs =
+        |m: &Migration| m.spec.half().is_some() && m.phase() < Phase::Pending && !m.is_over();
+    let may_begin = |m: &&Arc<Migration>| {
+        !syncs(m) && !m.uid().is_some_and(|uid| held.contains_key(&uid)) && !waits(m)
+    };
     let ones: Vec<turn::One> = all.iter().filter(may_begin).map(one).collect();
     let limits = cluster.map(|c| c.spec.configuration.migrations.clone()).unwrap_or_default();
     let own = migration.uid().unwrap_or_default();
@@ -342,6 +361,10 @@ fn heard(
     now: Timestamp,
 ) -> Option<Timestamp> {
     let state = vmi?.status.as_ref()?.migration_state.as_ref().filter(|state| !state.is_over())?;
+    if state.source_state.is_some() {
+        // Another cluster's node.
+        return None;
+    }
     let name = state.source_node.clone()?;
     let node = world.nodes.get(&ObjectRef::<Node>::new(&name));
     let beat = node.and_then(|node| node.annotations().get(api::keys::HEARTBEAT).cloned());

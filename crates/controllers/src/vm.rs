@@ -1,5 +1,6 @@
 //! VirtualMachine: makes its disks, and its VMI when that is to run.
 
+mod elsewhere;
 #[cfg(test)]
 mod laws;
 mod plan;

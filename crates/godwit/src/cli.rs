@@ -16,7 +16,7 @@ use std::process::ExitCode;
 
 pub use migrate::{Migrate, Watch};
 pub use network::Network;
-pub use role::{Controller, Gateway, Handler, Launcher};
+pub use role::{Controller, Gateway, Handler, Launcher, Synchronizer};
 
 /// Moves running virtual machines between hosts without stopping them.
 #[derive(Debug, Parser)]
@@ -40,6 +40,8 @@ pub enum Command {
     Controller(Controller),
     /// Run a node's handler: what runs VMs there.
     Handler(Handler),
+    /// Run a cluster's synchronizer: what links it to others.
+    Synchronizer(Synchronizer),
     /// Move a running VM from one host to another.
     Move(Move),
     /// Compare the disks that a VM left with those that it runs on now.
@@ -549,6 +551,7 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Launcher(arguments) => roles::launcher(arguments).await,
         Command::Controller(arguments) => roles::controller(arguments).await,
         Command::Handler(arguments) => roles::handler(arguments).await,
+        Command::Synchronizer(arguments) => roles::synchronizer(arguments).await,
         Command::Move(arguments) => moving::run(arguments).await,
         Command::Verify(arguments) => moving::verify(arguments).await,
         Command::Image(ImageCommand { act: ImageAct::Upload(arguments) }) => {

@@ -38,6 +38,7 @@ pub async fn run(arguments: cli::Move) -> Result<ExitCode> {
     let request = PrepareRequest {
         migration: migration.clone(),
         from: peer_of(&way.from)?,
+        known_as: None,
         spec: at_target(spec, way)?,
         left: BTreeMap::new(),
         policy: policy.clone(),

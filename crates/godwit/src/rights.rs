@@ -9,6 +9,8 @@ pub const CONTROLLER: &str = "controller";
 pub const HANDLER: &str = "handler";
 /// The API role's.
 pub const API: &str = "api";
+/// The synchronizer's.
+pub const SYNCHRONIZER: &str = "synchronizer";
 
 const GROUP: &str = "rbac.authorization.k8s.io";
 const READ: [&str; 3] = ["get", "list", "watch"];
@@ -59,6 +61,7 @@ pub fn handler() -> Value {
                 &["virtualmachineinstances/status", "virtualmachineinstancemigrations/status"],
                 &["patch"],
             ),
+            rule(&["kubevirt.io"], &["virtualmachineinstancemigrations"], &["list"]),
             rule(&["godwit.dev"], &["ownerrecords"], &READ),
             rule(&["godwit.dev"], &["ownerrecords/status"], &["patch"]),
             rule(&[""], &["pods", "persistentvolumeclaims"], &READ),
@@ -66,6 +69,28 @@ pub fn handler() -> Value {
             rule(&[""], &["nodes"], &["get", "patch"]),
             rule(&[""], &["events"], &["create", "patch"]),
             rule(&[""], &["secrets", "configmaps"], &["get"]),
+        ],
+    )
+}
+
+/// What the synchronizer may do.
+pub fn synchronizer() -> Value {
+    role(
+        SYNCHRONIZER,
+        vec![
+            rule(
+                &["kubevirt.io"],
+                &["virtualmachineinstances", "virtualmachineinstancemigrations", "kubevirts"],
+                &READ,
+            ),
+            rule(
+                &["kubevirt.io"],
+                &["virtualmachineinstancemigrations/status", "kubevirts/status"],
+                &["patch"],
+            ),
+            rule(&["godwit.dev"], &["ownerrecords"], &READ),
+            rule(&["godwit.dev"], &["ownerrecords/status"], &["patch"]),
+            rule(&[""], &["nodes", "namespaces"], &READ),
         ],
     )
 }
@@ -138,12 +163,15 @@ pub fn asks_who_aggregates() -> Value {
     })
 }
 
-/// Lets controllers agree on the one that writes.
+/// Lets controllers agree on the one that writes, and hear of other clusters' CAs.
 pub fn leads() -> Value {
     json!({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role",
         "metadata": {"name": "godwit:controller", "namespace": api::NAMESPACE},
-        "rules": [rule(&["coordination.k8s.io"], &["leases"], &["get", "create", "update", "patch"])],
+        "rules": [
+            rule(&["coordination.k8s.io"], &["leases"], &["get", "create", "update", "patch"]),
+            rule(&[""], &["configmaps"], &["list", "watch"]),
+        ],
     })
 }
 

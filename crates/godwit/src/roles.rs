@@ -197,6 +197,27 @@ pub async fn handler(arguments: cli::Handler) -> Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Runs the cluster's synchronizer until SIGTERM or SIGINT.
+///
+/// # Errors
+/// When it cannot begin.
+pub async fn synchronizer(arguments: cli::Synchronizer) -> Result<ExitCode> {
+    let client = client(arguments.kubeconfig.as_deref()).await?;
+    let credentials = Credentials::follow(&arguments.identity, LOOK)
+        .with_context(|| format!("there are no credentials in {}", arguments.identity.display()))?;
+    let config = synchronizer::Config {
+        address: arguments.listen,
+        remembered: arguments.remember,
+        advertise: arguments.advertise,
+        credentials,
+    };
+    tokio::select! {
+        () = synchronizer::run(client, config) => {}
+        asked = asked_to_end() => asked?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
 /// The node's places in networks for migrations.
 fn networks(named: &[String]) -> Result<BTreeMap<String, String>> {
     let one = |text: &String| {

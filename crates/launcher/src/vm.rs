@@ -11,6 +11,7 @@ use crate::qemu::{self, Facts, Mode, Qemu};
 use crate::spec::VmSpec;
 use crate::status::{Phase, Status, Verdict, Wish, judge};
 use channel::client::GatewayClient;
+use channel::identity::SpiffeId;
 use handover::record::{HostId, InstanceId};
 use handover::start::Starter;
 use mover::disk::{Disk, Medium};
@@ -334,10 +335,9 @@ impl Launcher {
         let here = Here::of(&self.config.host)?.peer;
         let host = here.id.to_string();
         let starter = Starter { instance: instance.clone(), host: host.as_str().into(), forced };
-        // Hosts that share their records are one to them, named by what they have in common.
-        let shared = format!("spiffe://{}", here.id.cluster());
         let place = |id: &HostId| match peers::find(&self.config.host, id) {
-            _ if id.0 == shared => Ok(here.clone()),
+            // A cluster's records are not a host's: the own handler asks them, whatever they are called.
+            _ if id.0.parse::<SpiffeId>().is_err() => Ok(here.clone()),
             Ok(Some(peer)) => Ok(peer),
             Ok(None) => Err(format!("it went to {id}, and nobody here knows where that is")),
             Err(error) => {

@@ -79,6 +79,25 @@ impl Trust {
     }
 }
 
+/// The certificates in a text that other clusters than `own` have of their CAs, and that have not ended;
+/// each once, as it was. What else there is in it is left out: it is people's, or another program's.
+pub fn linked(pem: &str, own: &str, now: SystemTime) -> Vec<String> {
+    const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
+    const END: &str = "-----END CERTIFICATE-----";
+    let mut found: Vec<String> = Vec::new();
+    for part in pem.split(BEGIN).skip(1) {
+        let Some((body, _)) = part.split_once(END) else { continue };
+        let text = format!("{BEGIN}\n{}\n{END}\n", body.trim());
+        let Ok(der) = CertificateDer::from_pem_slice(text.as_bytes()) else { continue };
+        let is_other = cluster_of_ca(&der).is_ok_and(|cluster| cluster != own);
+        let lasts = validity_of(&der).is_ok_and(|(_, until)| now < until);
+        if is_other && lasts && !found.contains(&text) {
+            found.push(text);
+        }
+    }
+    found
+}
+
 /// The one id that a certificate carries.
 pub(crate) fn id_of(der: &CertificateDer<'_>) -> Result<SpiffeId, Error> {
     only_uri(&parse(der)?)?.parse()

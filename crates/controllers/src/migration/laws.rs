@@ -179,6 +179,7 @@ fn snapshot(case: &Case) -> Snapshot {
         faults: None,
         heard: Some(now() - jiff::SignedDuration::from_secs(case.silence)),
         later: 0,
+        addresses: Vec::new(),
         now: now(),
     }
 }

@@ -1,11 +1,11 @@
 //! What is to be done about a migration. Pure.
 
-use super::{disks, preflight};
+use super::{disks, halves, preflight};
 use crate::vmi::pod::{Target, Wanted};
 use crate::vmi::{is_ready, is_terminal, launches, trouble};
 use api::conditions::{self, Condition, moment};
 use api::keys;
-use api::migration::{Options, Phase, State, Status, VirtualMachineInstanceMigration};
+use api::migration::{Options, Phase, Side, State, Status, VirtualMachineInstanceMigration};
 use api::owner::OwnerRecord;
 use api::vmi::{self, Spec, VirtualMachineInstance};
 use jiff::{SignedDuration, Timestamp};
@@ -24,7 +24,7 @@ const UNSEEN: SignedDuration = SignedDuration::from_secs(10);
 /// A pod that finds no node is given up after this; as KubeVirt.
 const UNSCHEDULABLE: SignedDuration = SignedDuration::from_mins(5);
 /// A pod that does not become ready is given up after this; as KubeVirt.
-const PENDING: SignedDuration = SignedDuration::from_mins(15);
+pub(super) const PENDING: SignedDuration = SignedDuration::from_mins(15);
 /// A source's handler begins within this time, or says why not: it has a deadline itself.
 const BEGIN: SignedDuration = SignedDuration::from_mins(6);
 /// A source that is silent although its guest runs at the target.
@@ -73,6 +73,8 @@ pub struct Snapshot {
     pub heard: Option<Timestamp>,
     /// How many migrations of the VMI are over and were made after this one.
     pub later: usize,
+    /// Where this cluster's synchronizer is found.
+    pub addresses: Vec<String>,
     /// Now.
     pub now: Timestamp,
 }
@@ -170,6 +172,7 @@ impl Snapshot {
     pub fn begins(&self) -> bool {
         let runs = self.vmi.as_ref().and_then(|vmi| vmi.status.as_ref()).map(|status| status.phase);
         self.migration.phase() <= Phase::Pending
+            && self.side().is_none()
             && self.turn.is_ok()
             && runs == Some(vmi::Phase::Running)
             && self.of_migration().next().is_none()
@@ -181,12 +184,25 @@ impl Snapshot {
         self.faults.iter().map(|faults| preflight::condition(faults)).collect()
     }
 
-    fn leaves(&self) -> bool {
+    pub(super) fn leaves(&self) -> bool {
         self.migration.metadata.deletion_timestamp.is_some()
     }
 
+    /// What every migration says when handlers are told of it.
+    pub(super) fn begun(&self) -> State {
+        let (policy, options) = self.options.clone();
+        let is_apart = options.network.as_ref().is_some_and(|network| !network.is_empty());
+        State {
+            migration_uid: Some(self.uid()),
+            migration_policy_name: policy,
+            migration_configuration: Some(options),
+            migration_network_type: Some(if is_apart { "Migration" } else { "Pod" }.into()),
+            ..State::default()
+        }
+    }
+
     /// What the VMI says of this migration.
-    fn state(&self) -> Option<State> {
+    pub(super) fn state(&self) -> Option<State> {
         let state = self.vmi.as_ref()?.status.as_ref()?.migration_state.clone()?;
         (state.migration_uid == self.migration.uid()).then_some(state)
     }
@@ -203,7 +219,7 @@ impl Snapshot {
     }
 
     /// Seconds that the migration says by an annotation, or the default.
-    fn patience(&self, key: &str, default: SignedDuration) -> SignedDuration {
+    pub(super) fn patience(&self, key: &str, default: SignedDuration) -> SignedDuration {
         let said = self.migration.annotations().get(key).and_then(|text| text.parse::<u32>().ok());
         said.map_or(default, |seconds| SignedDuration::from_secs(seconds.into()))
     }
@@ -211,6 +227,9 @@ impl Snapshot {
 
 /// Why a VMI cannot begin to move now, whoever's turn it is.
 pub fn not_yet(vmi: &VirtualMachineInstance) -> Option<&'static str> {
+    if halves::waits_for_guest(vmi) {
+        return None;
+    }
     let status = vmi.status.as_ref();
     match status.map(|status| (status.phase, status.active_pods.len())) {
         Some((vmi::Phase::Running, 0 | 1)) => None,
@@ -239,12 +258,25 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
 }
 
 fn advance(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
+    if let Some(side) = snapshot.side() {
+        if !halves::follow_other(snapshot, side, status, plan) {
+            return;
+        }
+        if status.phase == Phase::Unset {
+            halves::synchronize(snapshot, side, status, plan);
+        }
+    }
     if status.phase == Phase::Unset {
         status.enter(Phase::Pending, snapshot.now);
         if let (Some(_), Err(why)) = (snapshot.backoff, &snapshot.turn) {
             let message = format!("migration {}: {why}", snapshot.migration.name_any());
             plan.actions.push(Action::WarnOfVmi { reason: "MigrationBackoff", message });
         }
+    }
+    let arrived = |state: State| state.completed == Some(true) && state.failed != Some(true);
+    if status.phase.is_handed_off() && snapshot.state().is_some_and(arrived) {
+        // N.B. a VMI whose guest has left for another has ended with that.
+        return follow(snapshot, status, plan);
     }
     let found = snapshot.vmi.as_ref().and_then(|vmi| Some((vmi, vmi.status.as_ref()?)));
     let Some((vmi, of_vmi)) = found.filter(|(_, status)| !status.phase.is_final()) else {
@@ -258,7 +290,11 @@ fn advance(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
     match status.phase {
         phase if phase.is_handed_off() => follow(snapshot, status, plan),
         _ if snapshot.leaves() => fail(snapshot, status, "it was cancelled before it began", plan),
+        Phase::WaitingForSync | Phase::Synchronizing => {
+            halves::synchronize(snapshot, snapshot.side().unwrap_or(Side::Source), status, plan);
+        }
         Phase::Pending => begin(snapshot, vmi, status, plan),
+        _ if snapshot.side() == Some(Side::Source) => halves::hand_off(snapshot, status, plan),
         _ => hand_off(snapshot, of_vmi, status, plan),
     }
 }
@@ -275,6 +311,10 @@ fn begin(snapshot: &Snapshot, vmi: &VirtualMachineInstance, status: &mut Status,
         return;
     }
     status.conditions = conditions::merge(&status.conditions, snapshot.foretold(), &[WAITS], now);
+    if snapshot.side() == Some(Side::Source) {
+        // The pod is the target's to make.
+        return status.enter(Phase::Scheduling, now);
+    }
     match follow_disks(snapshot, vmi, plan) {
         Ok(true) => {}
         Ok(false) => return,
@@ -318,7 +358,7 @@ fn follow_disks(
     vmi: &VirtualMachineInstance,
     plan: &mut Plan,
 ) -> Result<bool, String> {
-    if snapshot.is_volume_update() {
+    if snapshot.is_volume_update() || snapshot.side().is_some() {
         return Ok(true);
     }
     let disks::Follow { claims, moves } = disks::follow(snapshot, vmi, &vmi.parse()?)?;
@@ -351,6 +391,8 @@ pub fn target_pod(
     // What the VM asks for cannot be widened by who moves it.
     let mut selector = snapshot.migration.spec.added_node_selector.clone();
     selector.extend(snapshot.processor.clone());
+    let other = snapshot.other().filter(|_| snapshot.side() == Some(Side::Target));
+    selector.extend(other.iter().flat_map(|other| other.node_selectors.clone()));
     let name = snapshot.migration.name_any();
     let uid = snapshot.uid();
     let mut suffix: String = uid.chars().filter(|c| *c != '-').take(8).collect();
@@ -413,19 +455,16 @@ fn hand_off(snapshot: &Snapshot, of_vmi: &vmi::Status, status: &mut Status, plan
         return;
     }
     let record = snapshot.owner.as_ref().and_then(|owner| owner.status.clone()).unwrap_or_default();
-    let (policy, options) = snapshot.options.clone();
-    let is_apart = options.network.as_ref().is_some_and(|network| !network.is_empty());
-    let state = State {
-        migration_uid: Some(snapshot.uid()),
+    let mut state = State {
         source_node: of_vmi.node_name.clone(),
         source_pod: record.pod,
         target_node: Some(node),
         target_pod: Some(pod.name_any()),
-        migration_policy_name: policy,
-        migration_configuration: Some(options),
-        migration_network_type: Some(if is_apart { "Migration" } else { "Pod" }.into()),
-        ..State::default()
+        ..snapshot.begun()
     };
+    if snapshot.side() == Some(Side::Target) {
+        halves::from_other(snapshot, &mut state);
+    }
     plan.actions.push(Action::PatchVmi(json!({"migrationState": state})));
     status.enter(Phase::PreparingTarget, now);
 }
@@ -474,6 +513,13 @@ fn follow(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
     if snapshot.label() != state.target_node.as_deref() {
         plan.actions.push(Action::Label(json!({keys::TARGET_NODE: state.target_node})));
     }
+    if let Some(side) = snapshot.side() {
+        halves::hear(snapshot, side, &state, plan);
+        if side == Side::Target {
+            // Its source ends it, and says so.
+            return;
+        }
+    }
     let begun = state.start_timestamp.is_some();
     let late = !begun && status.since().is_some_and(|since| now.duration_since(since) > BEGIN);
     if (snapshot.leaves() || late) && state.abort_requested != Some(true) {
@@ -497,7 +543,7 @@ fn settle(snapshot: &Snapshot, state: &State, plan: &mut Plan) {
     }
 }
 
-fn fail(snapshot: &Snapshot, status: &mut Status, why: &str, plan: &mut Plan) {
+pub(super) fn fail(snapshot: &Snapshot, status: &mut Status, why: &str, plan: &mut Plan) {
     status.enter(Phase::Failed, snapshot.now);
     let state = status.migration_state.get_or_insert_default();
     state.failed = Some(true);

@@ -321,6 +321,7 @@ fn snapshot(facts: &Facts) -> Snapshot {
         faults: None,
         heard: None,
         later: 0,
+        addresses: Vec::new(),
         now: facts.now,
         vmi: Some(vmi),
         migration: Arc::new(migration),

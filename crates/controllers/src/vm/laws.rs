@@ -128,12 +128,32 @@ proptest! {
     fn a_vmi_is_made_only_where_there_is_none_and_somebody_wants_it(case in cases()) {
         let actions = plan(&snapshot(&case)).actions;
         let wanted = match case.strategy {
-            RunStrategy::Halted | RunStrategy::WaitAsReceiver => false,
+            RunStrategy::Halted => false,
             RunStrategy::Manual => case.start,
             // After failures nobody but a person hurries.
             _ => case.start || case.failures == 0,
         };
         prop_assert_eq!(starts(&actions), case.vmi.is_none() && wanted && !case.deleted);
+    }
+
+    #[test]
+    fn a_vm_whose_guest_has_left_starts_nothing_but_to_have_it_back(case in cases()) {
+        let mut snapshot = snapshot(&case);
+        snapshot.owner = Some(made(json!({
+            "apiVersion": "godwit.dev/v1alpha1", "kind": "OwnerRecord",
+            "metadata": {"name": "web", "namespace": "default"}, "spec": {"vm": "default.web"},
+            "status": {
+                "epoch": 1, "owner": "a", "state": "committed", "ended": {"instance": "a"},
+                "move": {"attempt": "m", "heir": "b", "peer": "spiffe://west/default/web"},
+            },
+        })));
+        let actions = plan(&snapshot).actions;
+        let waits = case.strategy == RunStrategy::WaitAsReceiver;
+        prop_assert!(waits || !starts(&actions));
+        let halts = actions.iter().any(|action| {
+            matches!(action, Action::Patch(patch) if patch["spec"]["runStrategy"] == "Halted")
+        });
+        prop_assert_eq!(halts, !case.deleted && !waits && case.strategy != RunStrategy::Halted);
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What is to be done about a VM. Pure.
 
+use super::elsewhere;
 use super::printable::printable;
 use super::volumes::{self, Change};
 use api::conditions::{self, Condition, types};
@@ -176,6 +177,9 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
     }
     let mut status = vm.status.clone().unwrap_or_default();
     make_volumes(snapshot, &mut plan);
+    if let Some(patch) = elsewhere::settle(snapshot) {
+        plan.actions.push(Action::Patch(patch));
+    }
     count_failures(snapshot, &mut status);
     let change = volumes::follow(snapshot, &mut status, &mut plan);
     let wish = wish(snapshot, &status);
@@ -292,6 +296,16 @@ fn asked(requests: &[Request], what: Asked) -> Option<&Request> {
 
 fn wish(snapshot: &Snapshot, status: &Status) -> Wish {
     let strategy = snapshot.vm.spec.strategy();
+    if elsewhere::has_left(snapshot) && strategy != RunStrategy::WaitAsReceiver {
+        // N.B. what it has here is old: whoever started it would have two of it.
+        let runs =
+            snapshot.vmi.as_ref().is_some_and(|vmi| vmi.metadata.deletion_timestamp.is_none());
+        let over = snapshot.moves.iter().all(|migration| migration.is_over());
+        return match runs && over {
+            true => Wish::Stop("its guest has left for another virtual machine"),
+            false => Wish::Nothing,
+        };
+    }
     let requests = &status.state_change_requests;
     let start = asked(requests, Asked::Start);
     let paused = start.is_some_and(|start| {
@@ -299,9 +313,12 @@ fn wish(snapshot: &Snapshot, status: &Status) -> Wish {
     });
     let Some(vmi) = &snapshot.vmi else {
         let begins = match strategy {
-            RunStrategy::Halted | RunStrategy::WaitAsReceiver => false,
+            RunStrategy::Halted => false,
             RunStrategy::Manual => start.is_some(),
-            RunStrategy::Always | RunStrategy::RerunOnFailure | RunStrategy::Once => true,
+            RunStrategy::Always
+            | RunStrategy::RerunOnFailure
+            | RunStrategy::Once
+            | RunStrategy::WaitAsReceiver => true,
         };
         if !begins {
             return Wish::Nothing;
@@ -325,6 +342,9 @@ fn wish(snapshot: &Snapshot, status: &Status) -> Wish {
         _ if stop => Wish::Stop("a stop was asked for"),
         RunStrategy::Halted => Wish::Stop("the virtual machine is to be halted"),
         RunStrategy::Always if phase.is_final() => Wish::Stop("it has ended, and runs always"),
+        RunStrategy::WaitAsReceiver if phase.is_final() => {
+            Wish::Stop("it has ended, and another guest is waited for")
+        }
         RunStrategy::RerunOnFailure if phase == Phase::Failed => {
             Wish::Stop("it has failed, and is run again")
         }
@@ -389,9 +409,14 @@ fn instance(vm: &VirtualMachine, paused: bool, claims: &BTreeMap<String, String>
         let uuid = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, name.as_bytes());
         firmware["uuid"] = uuid.to_string().into();
     }
+    let mut annotations = template.annotations;
+    if vm.spec.strategy() == RunStrategy::WaitAsReceiver {
+        let receives = (keys::RECEIVES.to_owned(), "true".to_owned());
+        annotations.get_or_insert_default().extend([receives]);
+    }
     let mut metadata = json!({
         "name": vm.name_any(), "namespace": vm.namespace(), "labels": labels,
-        "annotations": template.annotations,
+        "annotations": annotations,
         "ownerReferences": [vm.controller_owner_ref(&())],
     });
     prune(&mut metadata);

@@ -41,6 +41,7 @@ pub fn printable(snapshot: &Snapshot, wish: &Wish, status: &Status) -> Printable
             }
             () if phase == Phase::Running => Printable::Running,
             () if phase == Phase::Unknown => Printable::Unknown,
+            () if phase == Phase::WaitingForSync => Printable::WaitingForReceiver,
             () if because("ErrorPvcNotFound") => Printable::ErrorPvcNotFound,
             () if starting && any(&[Disk::Failed]) => Printable::DataVolumeError,
             () if because("Unschedulable") => Printable::ErrorUnschedulable,

@@ -119,6 +119,12 @@ impl Snapshot {
         status.is_none_or(api::owner::Status::is_over)
     }
 
+    /// Whether the guest is another VMI's, and its QEMU here has ended.
+    fn has_left(&self) -> bool {
+        let status = self.owner.as_ref().and_then(|owner| owner.status.as_ref());
+        status.is_some_and(|status| status.has_left().is_some() && status.is_over())
+    }
+
     /// The pods of a VMI that has ended, but for those to which a move that is not decided may still
     /// bring the guest.
     fn spent(&self) -> impl Iterator<Item = &Arc<Pod>> {
@@ -255,7 +261,10 @@ fn advance(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option<S
             status.active_pods = active(snapshot);
             Some(status)
         }
-        Phase::WaitingForSync => None,
+        Phase::WaitingForSync => {
+            status.active_pods = active(snapshot);
+            Some(status)
+        }
     }
 }
 
@@ -291,6 +300,16 @@ fn prepare(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
     }
     if let Some(Waits(reason, message)) = is_cloned(snapshot) {
         return wait(snapshot, status, reason, message, plan);
+    }
+    if snapshot.vmi.annotations().contains_key(keys::RECEIVES) {
+        // A migration makes its pod.
+        let message = "it waits for a guest from elsewhere";
+        let waits = Condition::new(types::READY, false, "WaitingForSync", message);
+        let gone = [types::SYNCHRONIZED, types::IN_DOUBT];
+        status.conditions = conditions::merge(&status.conditions, vec![waits], &gone, now);
+        status.volume_status = volumes(snapshot);
+        status.enter(Phase::WaitingForSync, now);
+        return status;
     }
     let pending = |volume: &Option<Arc<DataVolume>>| {
         let phase = volume.as_ref().map(|v| v.status.as_ref().map(|s| s.phase).unwrap_or_default());

@@ -1,7 +1,7 @@
 //! What can be said to roles.
 
 use clap::Args;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 
 /// `godwit gateway`
@@ -56,6 +56,27 @@ pub struct Controller {
     /// The image with this program, of which the pods are that it makes.
     #[arg(long, default_value = controllers::IMAGE)]
     pub image: String,
+}
+
+/// `godwit synchronizer`
+#[derive(Debug, Args)]
+pub struct Synchronizer {
+    /// The address to listen on; the port is the settings' `synchronizationPort`, or 9185.
+    #[arg(long, default_value = "0.0.0.0")]
+    pub listen: IpAddr,
+    /// Where other clusters find it, `host:port`; default: where it listens.
+    #[arg(long)]
+    pub advertise: Option<String>,
+    /// Where the port is written down that it has: then one that is taken is no reason not to listen.
+    #[arg(long, hide = true)]
+    pub remember: Option<PathBuf>,
+    /// The folder of its credentials: tls.crt, tls.key and trust.pem. It takes new ones as they
+    /// come.
+    #[arg(long)]
+    pub identity: PathBuf,
+    /// The kubeconfig; default: the service account of the pod that this is run in.
+    #[arg(long)]
+    pub kubeconfig: Option<PathBuf>,
 }
 
 /// `godwit handler`

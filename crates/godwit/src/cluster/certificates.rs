@@ -8,7 +8,7 @@
 
 use anyhow::{Context, Result, anyhow};
 use api::kubevirt::KubeVirt;
-use channel::identity::{Ca, Credentials, SpiffeId, Validity};
+use channel::identity::{Ca, Credentials, SpiffeId, Validity, linked};
 use controllers::certificates::{Authority, Held, Leaf, Plan, Step, Terms, plan};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{Patch, PatchParams, PostParams};
@@ -23,7 +23,7 @@ use tokio::sync::watch;
 
 /// The ConfigMap of those that are believed, as KubeVirt's.
 const BUNDLE: &str = "kubevirt-ca";
-/// The ConfigMap of other clusters' CAs, as KubeVirt's. What people put there is let be.
+/// The ConfigMap of other clusters' CAs, as KubeVirt's: what people put there is taken.
 const EXTERNAL: &str = "kubevirt-external-ca";
 const KEY: &str = "ca-bundle";
 /// What could not be done is tried again after this.
@@ -38,6 +38,8 @@ pub struct Certificates {
     authorities: Vec<(Ca, Authority)>,
     parts: Vec<Part>,
     terms: Terms,
+    /// The certificates of other clusters' CAs.
+    others: Vec<String>,
     /// The bundle that everybody can have.
     published: String,
 }
@@ -64,6 +66,7 @@ impl Certificates {
             authorities: Vec::new(),
             parts: Vec::new(),
             terms,
+            others: Vec::new(),
             published: String::new(),
         };
         for number in numbers(folder)? {
@@ -94,15 +97,18 @@ impl Certificates {
         let mut keeper = Keeper::default();
         let settings =
             keeper.keep(Api::<KubeVirt>::all(client.clone()), watcher::Config::default());
-        if settings.wait_until_ready().await.is_err() {
-            return;
-        }
+        let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
+        let of_others = watcher::Config::default().fields(&format!("metadata.name={EXTERNAL}"));
+        let of_others = keeper.keep(maps, of_others);
+        reconcile::ready!(settings, of_others);
+        self.recall(&client).await;
         loop {
             let found =
                 settings.state().into_iter().min_by_key(|one| (one.namespace(), one.name_any()));
             let strategy = found.map(|one| one.spec.certificate_rotate_strategy.clone());
             self.terms = Terms::of(&strategy.unwrap_or_default());
-            let again = match self.look(&client).await {
+            let text = of_others.state().first().map(|map| bundle_of(map)).unwrap_or_default();
+            let again = match self.take(&client, &text).await {
                 Ok(again) => again.duration_since(SystemTime::now()).unwrap_or_default(),
                 Err(error) => {
                     tracing::warn!("certificates are not renewed: {error:#}");
@@ -114,6 +120,34 @@ impl Certificates {
                 () = keeper.bell.notified() => {}
             }
         }
+    }
+
+    /// Believes again whom it believed before.
+    async fn recall(&mut self, client: &Client) {
+        let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
+        let before = maps.get_opt(BUNDLE).await.ok().flatten();
+        let text = before.as_ref().map(bundle_of).unwrap_or_default();
+        self.others = linked(&text, &self.cluster, SystemTime::now());
+    }
+
+    /// Believes those whom people have put among other clusters' CAs, as well; they are taken from there,
+    /// as KubeVirt does it. And does all else that is to be done.
+    async fn take(&mut self, client: &Client, text: &str) -> Result<SystemTime> {
+        let all = self.others.concat() + text;
+        self.others = linked(&all, &self.cluster, SystemTime::now());
+        let again = self.look(client).await?;
+        if !text.trim().is_empty() {
+            let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
+            let test = json!([
+                {"op": "test", "path": format!("/data/{KEY}"), "value": text},
+                {"op": "replace", "path": format!("/data/{KEY}"), "value": ""},
+            ]);
+            let patch = Patch::<ConfigMap>::Json(serde_json::from_value(test)?);
+            // What was changed meanwhile is looked at again.
+            let taken = maps.patch(EXTERNAL, &PatchParams::default(), &patch).await;
+            taken.map_err(|error| anyhow!("ConfigMap {EXTERNAL}: {}", why(&error)))?;
+        }
+        Ok(again)
     }
 
     /// Does all that is to be done now; returns when there is more.
@@ -200,8 +234,13 @@ impl Certificates {
 
     /// The certificates of all that are believed.
     fn bundle(&self) -> String {
-        self.authorities.iter().map(|(ca, _)| ca.certificate_pem()).collect()
+        let own = self.authorities.iter().map(|(ca, _)| ca.certificate_pem());
+        own.chain(self.others.iter().map(String::as_str)).collect()
     }
+}
+
+fn bundle_of(map: &ConfigMap) -> String {
+    map.data.as_ref().and_then(|data| data.get(KEY).cloned()).unwrap_or_default()
 }
 
 /// The numbers of a folder's CAs, in order.

@@ -7,6 +7,7 @@
 
 use super::children::Places;
 use super::guests::Handlers;
+use super::vms::SETTINGS;
 use api::kubevirt::{KubeVirt, Status};
 use apiserver::local::Local;
 use apiserver::status::Failure;
@@ -19,8 +20,9 @@ use reconcile::lease::{Seen, is_held};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
+use tokio::net::TcpStream;
 
 /// What a node's agent knows a record by.
 pub const MIRROR: &str = "kubernetes.io/config.mirror";
@@ -30,6 +32,13 @@ const LOOK: Duration = Duration::from_secs(2);
 const AGAIN: Duration = Duration::from_millis(100);
 const CONTROLLER: &str = "virt-controller";
 const HANDLER: &str = "virt-handler";
+const SYNCHRONIZER: &str = "virt-synchronization-controller";
+/// A synchronizer that listens answers within this time.
+const ANSWERS: Duration = Duration::from_secs(1);
+
+const PODS: &str = "/api/v1/namespaces/kubevirt/pods";
+/// How a record is deleted: no node has it to end.
+static NOW: LazyLock<Value> = LazyLock::new(|| json!({"gracePeriodSeconds": 0}));
 
 /// The roles of a cluster.
 pub struct Components {
@@ -52,10 +61,12 @@ struct Record {
 }
 
 /// The pods that there are; those of no node's are on the first one.
-fn records(nodes: &[String]) -> Vec<Record> {
+fn records(nodes: &[String], synchronizes: bool) -> Vec<Record> {
     let of = |role, name: String, node: &String| Record { role, name, node: node.clone() };
     let first = nodes.first().into_iter().flat_map(|node| {
-        ["virt-api", CONTROLLER, "virt-operator"].map(|role| of(role, role.to_owned(), node))
+        let all = ["virt-api", CONTROLLER, "virt-operator"].into_iter();
+        let all = all.chain(synchronizes.then_some(SYNCHRONIZER));
+        all.map(move |role| of(role, role.to_owned(), node))
     });
     let each = nodes.iter().map(|node| of(HANDLER, format!("{HANDLER}-{node}"), node));
     first.chain(each).collect()
@@ -86,12 +97,26 @@ impl Components {
         let found = self.read::<Lease>(path).await?;
         *lease = Seen::again(lease.take(), found, Instant::now());
         let controller = is_held(lease.as_ref(), Instant::now()) && self.lives("controller");
-        for record in records(&self.nodes) {
+        let settings = self.settings().await?;
+        let settings = settings.into_iter().min_by_key(|one| one.metadata.name.clone());
+        let synchronizes = settings.as_ref().is_some_and(|s| s.spec.gate(synchronizer::GATE));
+        let wanted = records(&self.nodes, synchronizes);
+        let gone: Vec<Record> = shown.keys().filter(|r| !wanted.contains(r)).cloned().collect();
+        for record in gone {
+            self.api.delete(&format!("{PODS}/{}", record.name), &NOW).await?;
+            shown.remove(&record);
+        }
+        for record in wanted {
             let is_ready = match record.role {
                 CONTROLLER => controller,
                 HANDLER => {
                     self.lives(&format!("handler-{}", record.node))
                         && self.handlers.answers(&record.node).await
+                }
+                SYNCHRONIZER => {
+                    let status = settings.as_ref().and_then(|settings| settings.status.as_ref());
+                    let address = status.and_then(|s| s.synchronization_addresses.first());
+                    self.lives("synchronizer") && answers(address).await
                 }
                 // They are what shows this.
                 _ => true,
@@ -123,7 +148,6 @@ impl Components {
 
     async fn show(&self, record: &Record, is_ready: bool) -> Result<(), Failure> {
         let Record { role, name, node } = record;
-        let path = format!("/api/v1/namespaces/{}/pods", api::NAMESPACE);
         let pod = json!({
             "apiVersion": "v1", "kind": "Pod",
             "metadata": {
@@ -136,24 +160,27 @@ impl Components {
                 "containers": [{"name": role, "image": controllers::IMAGE}],
             },
         });
-        self.api.ensure(&path, &pod).await?;
-        let path = format!("{path}/{name}/status");
+        self.api.ensure(PODS, &pod).await?;
+        let path = format!("{PODS}/{name}/status");
         self.api.merge(&path, &json!({"status": status(role, is_ready, Timestamp::now())})).await?;
         Ok(())
     }
 
+    async fn items<T: DeserializeOwned>(&self, path: &str) -> Result<Vec<T>, Failure> {
+        let found = self.api.send(Method::GET, path, "application/json", None).await?;
+        serde_json::from_value(found["items"].clone())
+            .map_err(|error| Failure::internal(error.to_string()))
+    }
+
+    async fn settings(&self) -> Result<Vec<KubeVirt>, Failure> {
+        self.items(SETTINGS).await
+    }
+
     /// Tells in the settings' status what the pods say.
     async fn tell(&self) -> Result<(), Failure> {
-        let items = async |path: &str| -> Result<Value, Failure> {
-            Ok(self.api.send(Method::GET, path, "application/json", None).await?["items"].take())
-        };
-        let wrong = |error: serde_json::Error| Failure::internal(error.to_string());
-        let pods = items("/api/v1/namespaces/kubevirt/pods").await?;
-        let pods: Vec<Pod> = serde_json::from_value(pods).map_err(wrong)?;
+        let pods: Vec<Pod> = self.items(PODS).await?;
         let pods: Vec<Arc<Pod>> = pods.into_iter().map(Arc::new).collect();
-        let path = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts";
-        let settings: Vec<KubeVirt> = serde_json::from_value(items(path).await?).map_err(wrong)?;
-        for one in settings {
+        for one in self.settings().await? {
             let old = one.status.unwrap_or_default();
             let Status { phase, conditions, .. } = judge(&old, &pods, Timestamp::now());
             if (&phase, &conditions) == (&old.phase, &old.conditions) {
@@ -164,10 +191,17 @@ impl Components {
                 "metadata": {"resourceVersion": one.metadata.resource_version},
                 "status": {"phase": phase, "conditions": conditions},
             });
-            self.api.merge(&format!("{path}/{name}/status"), &patch).await?;
+            self.api.merge(&format!("{SETTINGS}/{name}/status"), &patch).await?;
         }
         Ok(())
     }
+}
+
+/// Whether somebody listens at an address.
+async fn answers(address: Option<&String>) -> bool {
+    let Some(address) = address else { return false };
+    let connected = tokio::time::timeout(ANSWERS, TcpStream::connect(address)).await;
+    matches!(connected, Ok(Ok(_)))
 }
 
 /// A pod's status by whether its role does its work.
@@ -202,17 +236,19 @@ mod test {
     fn every_node_has_a_handler_and_the_cluster_has_one_of_each_other_role() {
         let nodes = ["one", "two"].map(String::from);
         let names = |nodes: &[String]| {
-            records(nodes).into_iter().map(|record| record.name).collect::<Vec<_>>()
+            records(nodes, true).into_iter().map(|record| record.name).collect::<Vec<_>>()
         };
         let all = names(&nodes);
         let expected = [
             "virt-api",
             "virt-controller",
             "virt-operator",
+            "virt-synchronization-controller",
             "virt-handler-one",
             "virt-handler-two",
         ];
         assert_eq!(all, expected);
         assert!(names(&[]).is_empty());
+        assert_eq!(records(&nodes, false).len(), all.len() - 1);
     }
 }

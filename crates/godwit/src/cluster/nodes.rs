@@ -78,6 +78,7 @@ impl Nodes {
         }
         let mut vms = Vms::prepare(server, folder, arguments).await?;
         vms.start_controllers(server, &mut controllers)?;
+        vms.start_synchronizer(server, folder, &mut controllers)?;
         let (ending, ends) = watch::channel(Ending::Not);
         let mut agents = JoinSet::new();
         for number in 1..=arguments.nodes {

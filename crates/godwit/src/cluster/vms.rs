@@ -26,11 +26,13 @@ use std::time::Duration;
 use tokio::task::JoinSet;
 
 /// Where the settings are.
-const SETTINGS: &str = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts";
+pub(super) const SETTINGS: &str = "/apis/kubevirt.io/v1/namespaces/kubevirt/kubevirts";
 /// The controllers' account.
 const CONTROLLER: &str = "system:serviceaccount:kubevirt:godwit-controller";
 /// The API role's.
 const API: &str = "system:serviceaccount:kubevirt:godwit-api";
+/// The synchronizer's.
+const SYNCHRONIZER: &str = "system:serviceaccount:kubevirt:godwit-synchronizer";
 /// The groups of that account.
 const ACCOUNTS: [&str; 2] = ["system:serviceaccounts", "system:serviceaccounts:kubevirt"];
 /// The group of all handlers.
@@ -82,7 +84,7 @@ impl Vms {
         });
         api.ensure("/api/v1/namespaces", &namespace).await.map_err(failed)?;
         let roles = "/apis/rbac.authorization.k8s.io/v1/clusterroles";
-        let own = [rights::controller(), rights::handler(), rights::api()];
+        let own = [rights::controller(), rights::handler(), rights::api(), rights::synchronizer()];
         for role in own.into_iter().chain(webapi::roles()) {
             replace(&api, roles, &role).await.map_err(failed).context("cannot make the roles")?;
         }
@@ -91,6 +93,7 @@ impl Vms {
             rights::bind(rights::CONTROLLER, rights::account(rights::CONTROLLER)),
             rights::bind(rights::HANDLER, rights::group(HANDLERS)),
             rights::bind(rights::API, rights::account(rights::API)),
+            rights::bind(rights::SYNCHRONIZER, rights::account(rights::SYNCHRONIZER)),
         ];
         for binding in own.into_iter().chain(webapi::bindings()) {
             replace(&api, bindings, &binding)
@@ -196,6 +199,45 @@ impl Vms {
                 tracing::error!(node, "its handler has ended: {}", launcher::chain(&error));
             }
         });
+        Ok(())
+    }
+
+    /// Starts the synchronizer, which listens where the settings want one.
+    ///
+    /// # Errors
+    /// When it can have no identity.
+    pub fn start_synchronizer(
+        &mut self,
+        server: &Server,
+        folder: &Path,
+        tasks: &mut JoinSet<()>,
+    ) -> Result<()> {
+        let id = SpiffeId::new(&self.cluster, synchronizer::ROLE, synchronizer::INSTANCE)?;
+        let credentials = self.certificates.add(id)?;
+        let remembered = folder.join("synchronizer.port");
+        if let Some(children) = &mut self.children {
+            let name = "synchronizer";
+            let place = children.place(name)?;
+            let config =
+                Login { cluster: &self.cluster, name, user: SYNCHRONIZER, groups: &ACCOUNTS };
+            let identity = place.join("identity");
+            credentials.borrow().save(&identity)?;
+            tasks.spawn(Credentials::keep(credentials, identity.clone(), AGAIN));
+            let mut arguments: Vec<OsString> = vec![name.into(), "--identity".into()];
+            arguments.push(identity.into());
+            arguments.extend(["--listen".into(), Ipv4Addr::LOCALHOST.to_string().into()]);
+            arguments.extend(["--remember".into(), remembered.into()]);
+            arguments.extend(["--kubeconfig".into(), config.write(server, &place)?.into()]);
+            children.start(name, arguments);
+            return Ok(());
+        }
+        let config = synchronizer::Config {
+            address: Ipv4Addr::LOCALHOST.into(),
+            remembered: Some(remembered),
+            advertise: None,
+            credentials,
+        };
+        tasks.spawn(synchronizer::run(client(server, SYNCHRONIZER, &ACCOUNTS), config));
         Ok(())
     }
 

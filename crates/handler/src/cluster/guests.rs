@@ -179,7 +179,10 @@ impl Place<'_> {
         let begins = found.phase == Does::Empty || found.phase == Does::Starting;
         let is_target = self.pod.labels().contains_key(keys::MIGRATION);
         let phase = self.vmi.status.as_ref().map(|status| status.phase).unwrap_or_default();
-        let lives = matches!(phase, Phase::Scheduled | Phase::Running | Phase::Unknown);
+        let lives = matches!(
+            phase,
+            Phase::Scheduled | Phase::Running | Phase::Unknown | Phase::WaitingForSync
+        );
         let owns = self.record.pod.as_deref() == Some(&*self.pod.name_any());
         lives && (owns || begins && !is_target && self.record.is_over())
     }
@@ -240,7 +243,8 @@ impl Guest<'_> {
                 let reason = found.reason.clone().unwrap_or_default();
                 self.end(phase, &reason).await
             }
-            Does::Left => Ok(Next::Rest),
+            // The record stays this pod's, where the guest went to another VMI's.
+            Does::Left => self.has_left(found).await,
         }
     }
 
@@ -297,6 +301,14 @@ impl Guest<'_> {
         claims
     }
 
+    /// The claims of this pod to which disks are copied when the guest comes to it, by their volumes.
+    pub(super) fn copied_claims(&self) -> BTreeMap<String, String> {
+        match self.vmi.annotations().contains_key(keys::RECEIVES) {
+            true => records::volumes(&self.pod),
+            false => self.other_claims(),
+        }
+    }
+
     /// The claims that are the VM's, as the owner record says it, by their volumes.
     fn own_volumes(&self) -> BTreeMap<String, String> {
         let record = get(&self.shared.owners, self.key);
@@ -347,7 +359,7 @@ impl Guest<'_> {
         spec.use_claims(&records::volumes(&self.pod));
         let Claims { blocks, mut shared, sizes, blanks } = self.claims(&spec, cluster);
         // Those are copied, whoever else could use them.
-        shared.extend(self.other_claims().into_values().map(|claim| (claim, false)));
+        shared.extend(self.copied_claims().into_values().map(|claim| (claim, false)));
         let pod = doors::folder(&self.shared.config.pods(), &self.pod);
         let taps = network::prepare(&spec, &pod).await.map_err(|message| Refusal {
             reason: "FailedNetwork",

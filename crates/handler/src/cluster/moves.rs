@@ -23,8 +23,8 @@ use super::guests::{Guest, Key, SOON, get};
 use super::{Shared, records, translate};
 use api::conditions::moment;
 use api::keys;
-use api::migration::State;
-use api::vmi::VirtualMachineInstance;
+use api::migration::{End, State};
+use api::vmi::{Phase, VirtualMachineInstance};
 use channel::gateway::Gateway;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
@@ -140,6 +140,13 @@ pub fn is_new_here(vmi: &VirtualMachineInstance, node: &str, pod: &Pod) -> bool 
     comes || status.node_name.as_deref().is_some_and(|named| named != node)
 }
 
+/// Where a guest went, for people.
+fn place(end: &End) -> String {
+    let text = |text: &Option<String>| text.clone().unwrap_or_default();
+    let (cluster, namespace) = (text(&end.cluster), text(&end.domain_namespace));
+    format!("{namespace}/{} of cluster {cluster}", text(&end.domain_name))
+}
+
 impl Guest<'_> {
     /// The migration that is under way between these pods, as the VMI has it.
     fn moves(&self) -> Option<State> {
@@ -161,8 +168,16 @@ impl Guest<'_> {
         status.evacuation_node_name = None;
         let own = |state: &&mut State| state.target_pod == self.pod.metadata.name;
         if let Some(state) = status.migration_state.as_mut().filter(own) {
-            state.target_node_domain_ready_timestamp = Some(moment(Timestamp::now()));
+            let now = moment(Timestamp::now());
             state.target_node_domain_detected = Some(true);
+            state.target_node_domain_ready_timestamp = Some(now.clone());
+            if state.source_state.is_some() {
+                // Its source is another VMI's, and says so there.
+                (state.completed, state.end_timestamp) = (Some(true), Some(now));
+            }
+        }
+        if status.phase == Phase::WaitingForSync {
+            status.enter(Phase::Running, Timestamp::now());
         }
         // N.B. all of them, before anything else: the VMI may name them already, and nobody comes here
         // again once it is said to be here.
@@ -203,7 +218,7 @@ impl Guest<'_> {
         let arranged = arranged
             .map(|(_, vm)| Arranged {
                 vm: translate::arriving(vm),
-                copied: self.other_claims().into_values().collect(),
+                copied: self.copied_claims().into_values().collect(),
                 left: self.left_before(),
             })
             .map_err(|refusal| format!("{}: {}", refusal.reason, refusal.message));
@@ -212,25 +227,42 @@ impl Guest<'_> {
     }
 
     /// The guest has left this pod, and all that is to be kept of it is written down.
-    async fn has_left(&self, found: &Found) -> kube::Result<Next> {
+    pub(super) async fn has_left(&self, found: &Found) -> kube::Result<Next> {
         let mut status = self.status();
         let own =
             |state: &&mut State| state.source_pod == self.pod.metadata.name && !state.is_over();
         let Some(state) = status.migration_state.as_mut().filter(own) else {
             return Ok(Next::Rest);
         };
-        if state.target_node_domain_ready_timestamp.is_none() {
+        let there = state.target_state.clone();
+        if state.target_node_domain_ready_timestamp.is_none() && there.is_none() {
             // The target's handler says it, or will.
             return Ok(Next::After(SOON));
         }
         self.mark_left(found).await?;
         state.completed = Some(true);
         state.end_timestamp = Some(moment(Timestamp::now()));
-        let migration = state.migration_uid.clone().unwrap_or_default();
+        let migration = state.attempt().unwrap_or_default().to_owned();
+        if let Some(end) = there {
+            self.supersede(&end).await?;
+            status.enter(Phase::Succeeded, Timestamp::now());
+            let to = place(&end);
+            let message = format!("The VirtualMachineInstance has left for {to}.");
+            self.say(Kind::Normal, "Migrated", &message).await;
+        }
         self.tell_end(&migration).await;
         self.write(status).await?;
         self.shared.moves.forget(&migration);
         Ok(Next::Rest)
+    }
+
+    /// Marks the claims of a guest that has left for another VMI: what they hold is old from now on.
+    async fn supersede(&self, to: &End) -> kube::Result<()> {
+        let note = format!("{} left it at {} for {}", self.vm, moment(Timestamp::now()), place(to));
+        for claim in records::volumes(&self.pod).into_values() {
+            annotate(self.shared, &self.key.0, &claim, [(keys::SUPERSEDED, Some(&note))]).await?;
+        }
+        Ok(())
     }
 
     /// Writes down how the guest left its disks. N.B. a device does not tell whether it was written

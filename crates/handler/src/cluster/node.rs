@@ -19,7 +19,6 @@ use tokio::sync::watch;
 /// Annotation of a node: where its handler takes the API role's requests.
 pub const HANDLER: &str = "godwit.dev/handler";
 /// Annotation of a node: where its gateway is.
-pub const GATEWAY: &str = "godwit.dev/gateway";
 /// The heartbeat, as KubeVirt's.
 const BEAT: Duration = Duration::from_secs(60);
 /// A node that cannot be written is tried again after this.
@@ -61,7 +60,7 @@ async fn tell(
             "annotations": {
                 keys::HEARTBEAT: moment(Timestamp::now()),
                 HANDLER: handler.to_string(),
-                GATEWAY: gateway.map(|gateway| gateway.to_string()),
+                api::keys::GATEWAY: gateway.map(|gateway| gateway.to_string()),
             },
         }});
         let name = &shared.config.node;

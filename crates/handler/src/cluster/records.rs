@@ -1,13 +1,16 @@
 //! The owner records of a cluster: objects, changed by compare-and-swap on what they say.
 
 use super::Shared;
+use super::guests::get;
 use api::conditions::moment;
-use api::owner::{Ended, OwnerRecord, Status};
+use api::migration::End;
+use api::owner::{Ended, Ledger, OwnerRecord, Status};
+use api::vmi::VirtualMachineInstance;
 use channel::gateway::{Answer, Service};
 use channel::identity::SpiffeId;
-use handover::handler::{Qemu, local, peer};
+use handover::handler::{Qemu, local};
 use handover::ledger::{Request, Response};
-use handover::record::{HostId, InstanceId, Record, Refused, State, Swap, VmId};
+use handover::record::{AttemptId, HostId, InstanceId, Record, State, Swap, VmId};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
@@ -17,9 +20,10 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
+use synchronizer::link;
+use synchronizer::records::OfVm as Object;
+use synchronizer::wire::Ask;
 
-/// Tries of a swap that others always outrun.
-const TRIES: u32 = 10;
 /// Ends of QEMUs are looked for this often.
 const LOOK: Duration = Duration::from_millis(200);
 
@@ -63,19 +67,15 @@ impl Service for Door {
         })
     }
 
-    /// Hosts of a cluster share their records: what the other's would be asked is asked here, which
-    /// also goes when the other is gone.
+    /// What the other end's host would be asked is asked of the record at the other end, which also goes
+    /// when that host is gone. Which one that is says the own record.
     ///
-    /// N.B. nothing else is asked of it: a launcher has no say in this handler's name.
-    fn instead_of<'a>(&'a self, peer: &'a SpiffeId, request: &'a Value) -> Option<Answer<'a>> {
-        let own = self.record.shared.config.id();
-        if peer.cluster() != own.cluster() {
-            return Some(Box::pin(async { failed("other clusters are not reached yet") }));
-        }
+    /// N.B. nothing else is asked: a launcher has no say in this handler's name.
+    fn instead_of<'a>(&'a self, _: &'a SpiffeId, request: &'a Value) -> Option<Answer<'a>> {
         Some(Box::pin(async move {
             let response = match serde_json::from_value(request.clone()) {
                 Ok(Request::Swap { vm, change }) if vm == self.record.vm => {
-                    self.record.swap_of_peer(&own, &change).await
+                    self.record.ask_other_end(change).await
                 }
                 Ok(_) => Response::Failed { why: "a launcher asks about its own VM alone".into() },
                 Err(error) => Response::Failed { why: error.to_string() },
@@ -97,7 +97,7 @@ impl Door {
             return Response::Failed { why };
         }
         match request {
-            Request::Read { .. } => match record.read().await {
+            Request::Read { .. } => match record.object().read().await {
                 Ok((_, record)) => Response::Record { record },
                 Err(why) => Response::Failed { why },
             },
@@ -112,7 +112,10 @@ impl Door {
     }
 
     async fn swap(&self, asked: &Swap) -> Response {
-        let change = of_cluster(asked, &self.record.shared.config.id());
+        let change = match self.record.as_recorded(asked).await {
+            Ok(change) => change,
+            Err(why) => return Response::Failed { why },
+        };
         let judge = |status: &Status, current: Option<&Record>| {
             let qemu = |instance: &InstanceId| known(&self.record.shared, status, instance);
             local(&self.record.vm, current, qemu, &change)
@@ -127,7 +130,7 @@ impl Door {
                 status.volumes = volumes(&self.pod);
             }
         };
-        let mut answer = self.record.exchange(judge, settle).await;
+        let mut answer = self.record.object().exchange(judge, settle).await;
         // The launcher knows the other host by its own name.
         if let (Response::Done { record }, Swap::Arm { to, .. }) = (&mut answer, asked)
             && let State::Armed(of) = &mut record.state
@@ -148,115 +151,114 @@ pub fn volumes(pod: &Pod) -> BTreeMap<String, String> {
     claims.collect()
 }
 
-/// A swap as the cluster's records have it: all its hosts are one to them, since they share them.
-fn of_cluster(swap: &Swap, own: &SpiffeId) -> Swap {
-    let mut swap = swap.clone();
-    match &mut swap {
-        Swap::Arm { to: of, .. } | Swap::Expect { from: of, .. } => {
-            of.peer = ledger(&of.peer, own);
-        }
-        Swap::Relinquish { peer, .. } => *peer = ledger(peer, own),
-        _ => {}
-    }
-    swap
-}
-
-/// Whose records a host's are: its own cluster's, or its own.
-fn ledger(host: &HostId, own: &SpiffeId) -> HostId {
-    let id: Result<SpiffeId, _> = host.0.parse();
-    match id {
-        Ok(id) if id.cluster() == own.cluster() => HostId(format!("spiffe://{}", own.cluster())),
-        _ => host.clone(),
+/// The attempt that a question to the other end's record is about.
+fn attempt_of(change: &Swap) -> Option<&AttemptId> {
+    match change {
+        Swap::Abort { attempt, .. } | Swap::Relinquish { attempt, .. } => Some(attempt),
+        _ => None,
     }
 }
 
 impl OfVm {
-    /// Answers a host's handler that has proven who it is.
-    pub async fn swap_of_peer(&self, asker: &SpiffeId, change: &Swap) -> Response {
-        let own = self.shared.config.id();
-        let change = of_cluster(change, &own);
-        let asker = ledger(&HostId(asker.to_string()), &own);
-        let judge = |status: &Status, current: Option<&Record>| {
-            let qemu = |instance: &InstanceId| match known(&self.shared, status, instance) {
-                // Another node's handler may know better: none that may live is taken for dead.
-                Qemu::Unknown => Qemu::Alive,
-                known => known,
-            };
-            peer(&self.vm, current, &asker, qemu, &change)
-        };
-        self.exchange(judge, |_| {}).await
-    }
-
-    fn api(&self) -> Api<OwnerRecord> {
-        Api::namespaced(self.shared.client.clone(), &self.namespace)
-    }
-
-    async fn read(&self) -> Result<(OwnerRecord, Option<Record>), String> {
-        let object = self.api().get(&self.name).await.map_err(|error| {
-            format!("owner record {}/{} cannot be read: {}", self.namespace, self.name, why(&error))
-        })?;
-        let record = object.status.clone().unwrap_or_default().record(&self.vm)?;
-        Ok((object, record))
-    }
-
-    /// Reads, judges and swaps, until nobody was faster.
-    async fn exchange(
-        &self,
-        judge: impl Fn(&Status, Option<&Record>) -> Result<Record, Refused>,
-        settle: impl Fn(&mut Status),
-    ) -> Response {
-        let failed = |why: String| Response::Failed { why };
-        for _ in 0..TRIES {
-            let (object, current) = match self.read().await {
-                Ok(read) => read,
-                Err(why) => return failed(why),
-            };
-            let before = object.status.clone().unwrap_or_default();
-            let next = match judge(&before, current.as_ref()) {
-                Ok(next) => next,
-                Err(refused) => return Response::Refused { refused },
-            };
-            let mut after = before.with(&next);
-            settle(&mut after);
-            if before == after {
-                return Response::Done { record: next };
-            }
-            let patch = match exchange(&object, &before, &after) {
-                Ok(patch) => Patch::<OwnerRecord>::Json(patch),
-                Err(why) => return failed(why),
-            };
-            match self.api().patch_status(&self.name, &PatchParams::default(), &patch).await {
-                Ok(_) => return Response::Done { record: next },
-                // A test that failed: another was faster.
-                Err(kube::Error::Api(status)) if [409, 422].contains(&status.code) => {}
-                Err(error) => return failed(why(&error)),
+    /// What this record is called in the record at the other end, `other`.
+    fn name_for(&self, other: &HostId) -> HostId {
+        let cluster = self.shared.config.id().cluster().to_owned();
+        match Ledger::parse(other) {
+            None => Ledger::shared(&cluster),
+            Some(_) => {
+                Ledger { cluster, namespace: self.namespace.clone(), name: self.name.clone() }.id()
             }
         }
-        failed("others change the record all the time".into())
     }
-}
 
-/// The swap, on exactly what was read.
-fn exchange(
-    object: &OwnerRecord,
-    before: &Status,
-    after: &Status,
-) -> Result<json_patch::Patch, String> {
-    let test = |path: &str, value: Value| json!({"op": "test", "path": path, "value": value});
-    let mut steps = match object.status {
-        // N.B. without a status there is nothing else to test.
-        None => vec![test("/metadata/resourceVersion", json!(object.resource_version()))],
-        Some(_) => vec![
-            test("/status/epoch", json!(before.epoch)),
-            test("/status/owner", json!(before.owner)),
-            test("/status/state", json!(before.state)),
-        ],
-    };
-    if let Some(of) = &before.of {
-        steps.push(test("/status/move/attempt", json!(of.attempt)));
+    /// Which record is at the other end of an attempt: for one that this record knows, or that its VMI
+    /// is about to make.
+    async fn other_end(&self, attempt: &AttemptId) -> Result<HostId, String> {
+        let record = get(&self.shared.owners, &(self.namespace.clone(), self.name.clone()));
+        let of = record.and_then(|record| record.status.as_ref()?.of.clone());
+        if let Some(of) = of.filter(|of| of.attempt == attempt.0) {
+            return Ok(HostId(of.peer));
+        }
+        let vmis: Api<VirtualMachineInstance> =
+            Api::namespaced(self.shared.client.clone(), &self.namespace);
+        let vmi = vmis.get(&self.name).await.map_err(|error| {
+            format!("{}/{} cannot be read: {}", self.namespace, self.name, why(&error))
+        })?;
+        let state = vmi.status.and_then(|status| status.migration_state).unwrap_or_default();
+        if state.attempt() != Some(&attempt.0) {
+            return Err(format!("{}/{} does not move by {attempt}", self.namespace, self.name));
+        }
+        let of = |end: &End| {
+            let end = end.clone();
+            Some(Ledger {
+                cluster: end.cluster?,
+                namespace: end.domain_namespace?,
+                name: end.domain_name?,
+            })
+        };
+        match state.other_end() {
+            None => Ok(Ledger::shared(self.shared.config.id().cluster())),
+            Some(end) => of(end).map(|ledger| ledger.id()).ok_or_else(|| {
+                format!("{}/{} does not say where it moves", self.namespace, self.name)
+            }),
+        }
     }
-    steps.push(json!({"op": "add", "path": "/status", "value": after}));
-    serde_json::from_value(Value::Array(steps)).map_err(|error| error.to_string())
+
+    /// A launcher's swap, with the names that records have for each other: launchers know hosts.
+    async fn as_recorded(&self, swap: &Swap) -> Result<Swap, String> {
+        let mut swap = swap.clone();
+        match &mut swap {
+            Swap::Arm { to: of, .. } | Swap::Expect { from: of, .. } => {
+                of.peer = self.other_end(&of.attempt).await?;
+            }
+            Swap::Relinquish { attempt, peer, .. } => *peer = self.other_end(attempt).await?,
+            _ => {}
+        }
+        Ok(swap)
+    }
+
+    /// Asks the record at the other end of a move, in this one's name.
+    async fn ask_other_end(&self, mut change: Swap) -> Response {
+        let failed = |why: String| Response::Failed { why };
+        let Some(attempt) = attempt_of(&change).cloned() else {
+            return failed("another record may not be asked this".into());
+        };
+        let other = match self.other_end(&attempt).await {
+            Ok(other) => other,
+            Err(why) => return failed(why),
+        };
+        let own = self.name_for(&other);
+        if let Swap::Relinquish { peer, .. } = &mut change {
+            peer.clone_from(&own);
+        }
+        let Some(Ledger { cluster, namespace, name }) = Ledger::parse(&other) else {
+            return self.swap_of(&own, &change).await;
+        };
+        if cluster != self.shared.config.id().cluster() {
+            let ask = Ask::Owner { asker: own, namespace, name, change };
+            let settings = self.shared.settings.state().into_iter().next();
+            let status = settings.as_ref().and_then(|settings| settings.status.as_ref());
+            let address = status.and_then(|status| status.synchronization_addresses.first());
+            let credentials = &self.shared.config.credentials;
+            let told = link::ask(credentials, address.map(String::as_str), &cluster, ask).await;
+            return told.unwrap_or_else(failed);
+        }
+        let vm = VmId(api::owner::vm_id(&namespace, &name));
+        Self { shared: self.shared.clone(), namespace, name, vm }.swap_of(&own, &change).await
+    }
+
+    /// Answers who speaks for the record `asker`.
+    pub async fn swap_of(&self, asker: &HostId, change: &Swap) -> Response {
+        self.object().swap_of(asker, change, |instance| self.shared.watch.qemu_of(instance)).await
+    }
+
+    fn object(&self) -> Object {
+        Object {
+            client: self.shared.client.clone(),
+            namespace: self.namespace.clone(),
+            name: self.name.clone(),
+        }
+    }
 }
 
 /// What is known of an instance's QEMU: here, or as another node has written it down.
@@ -292,7 +294,12 @@ pub async fn report(shared: Shared) {
 /// Those who may run a VM, or may yet, and of whom nobody has said that they have ended; and where
 /// that is said.
 fn unended(status: &Status) -> Vec<(&'static str, InstanceId)> {
-    let heir = status.of.as_ref().filter(|_| ["armed", "committed"].contains(&&*status.state));
+    // Another VMI's heir, or owner, is looked after there.
+    let own = match &*status.state {
+        "armed" | "committed" => status.other_ledger().is_none(),
+        state => state == "expected",
+    };
+    let heir = status.of.as_ref().filter(|_| own);
     let heir = heir.map(|of| ("heirEnded", of.heir.clone()));
     let owner = Some(("ended", status.owner.clone())).filter(|(_, owner)| !owner.is_empty());
     let all = owner.into_iter().chain(heir).filter(|(_, instance)| !status.has_ended(instance));

@@ -83,8 +83,9 @@ pub async fn send(launcher: &Handle, request: SendRequest) -> Result<(), vm::Err
         None => return Err(Error::Request("the host's ledger does not know the VM".into()).into()),
     }
     let guest = guest.clone();
-    if request.ticket.vm != launcher.config.vm {
-        let why = format!("the ticket is for VM {}", request.ticket.vm);
+    let named = request.ticket.known_as.as_ref().unwrap_or(&request.ticket.vm);
+    if *named != launcher.config.vm {
+        let why = format!("the ticket is for VM {named}");
         return Err(Error::Request(why).into());
     }
     let faults = unmovable(&guest);

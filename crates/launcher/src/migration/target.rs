@@ -40,6 +40,10 @@ pub struct PrepareRequest {
     pub from: super::ticket::Peer,
     /// The guest as it is to be here, with this host's paths.
     pub spec: VmSpec,
+    /// What the VM is called where it comes from, if otherwise: then it is the machine that it is there,
+    /// whatever the spec says of its hardware addresses and ids.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known_as: Option<String>,
     /// Marks of disks that the VM has left, by the disks' names, where they are kept elsewhere than
     /// in the host's folder.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
@@ -70,6 +74,7 @@ pub async fn prepare(launcher: &Handle, request: PrepareRequest) -> Result<Ticke
     let ticket = Ticket {
         migration: request.migration.clone(),
         vm: request.spec.name.clone(),
+        known_as: request.known_as.clone(),
         peer: here.peer,
         heir: heir.0.clone(),
         token,

@@ -22,6 +22,9 @@ pub struct Ticket {
     pub migration: String,
     /// The VM.
     pub vm: String,
+    /// What it is called at the source, if otherwise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known_as: Option<String>,
     /// The target's gateway.
     pub peer: Peer,
     /// The launcher instance that will own the VM.

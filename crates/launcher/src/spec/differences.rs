@@ -4,6 +4,18 @@ use super::{DirectBoot, Disk, Nic, VmSpec, may_be};
 use std::fmt::Debug;
 
 impl VmSpec {
+    /// Becomes the machine that another is, as far as its ids and hardware addresses make it: a guest
+    /// that comes from there knows itself by them.
+    pub fn be_as(&mut self, other: &Self) {
+        self.uuid.clone_from(&other.uuid);
+        self.serial_number.clone_from(&other.serial_number);
+        for nic in &mut self.nics {
+            if let Some(there) = other.nics.iter().find(|there| there.name == nic.name) {
+                nic.mac.clone_from(&there.mac);
+            }
+        }
+    }
+
     /// All in which the guests of two specs differ, this one's value first: a guest of one cannot
     /// move to the other unless there is nothing.
     ///

@@ -3,7 +3,7 @@
 use super::{Facts, writers};
 use api::conditions::{Condition, Is, types};
 use api::keys;
-use api::migration::Spec;
+use api::migration::{Side, Spec};
 use api::support;
 use api::validate::{Report, unsupported};
 use apiserver::extension::Review;
@@ -11,6 +11,8 @@ use apiserver::meta;
 use kube::ResourceExt;
 use serde_json::{Value, json};
 
+/// The feature gate of migrations between two VMIs.
+const GATE: &str = "DecentralizedLiveMigration";
 /// How urgent a migration can be.
 const PRIORITIES: [&str; 3] = ["system-critical", "user-triggered", "system-maintenance"];
 
@@ -26,14 +28,7 @@ pub fn create(review: &Review<'_>, object: &Value, facts: &Facts) -> Report {
     let mut report = Report::default();
     let spec = match support::parse::<Spec>(&object["spec"]) {
         Ok((spec, unknown)) => {
-            for field in ["sendTo", "receive"] {
-                report.demand(object["spec"][field].is_null(), &format!("spec.{field}"), || {
-                    "migration to another cluster is not built yet: leave it out".into()
-                });
-            }
-            let refused = |path: &String| path.starts_with("sendTo") || path.starts_with("receive");
-            let rest: Vec<String> = unknown.into_iter().filter(|path| !refused(path)).collect();
-            unsupported::warn(&mut report, "spec", &rest);
+            unsupported::warn(&mut report, "spec", &unknown);
             spec
         }
         Err(why) => {
@@ -46,7 +41,8 @@ pub fn create(review: &Review<'_>, object: &Value, facts: &Facts) -> Report {
         report.fault("spec.vmiName", "name the virtual machine instance that is to move");
         return report;
     }
-    if let Some(why) = hindrance(name, facts) {
+    halves(&spec, facts, &mut report);
+    if let Some(why) = hindrance(name, &spec, facts) {
         report.fault("spec.vmiName", why);
     }
     if let Some(priority) = spec.priority.as_deref().filter(|priority| !priority.is_empty()) {
@@ -60,14 +56,59 @@ pub fn create(review: &Review<'_>, object: &Value, facts: &Facts) -> Report {
     report
 }
 
+/// What one between two VMIs must say.
+fn halves(spec: &Spec, facts: &Facts, report: &mut Report) {
+    let fields =
+        [("spec.sendTo", spec.send_to.is_some()), ("spec.receive", spec.receive.is_some())];
+    for (field, _) in fields.iter().filter(|(_, is_there)| *is_there) {
+        report.demand(facts.cluster.gate(GATE), field, || {
+            format!("needs the feature gate {GATE}, which is closed")
+        });
+    }
+    if let (Some(to), Some(from)) = (&spec.send_to, &spec.receive) {
+        report.demand(to.migration_id == from.migration_id, "spec.receive.migrationID", || {
+            "must be that of sendTo: one that does both stays in its cluster".into()
+        });
+    }
+    if let Some(to) = &spec.send_to {
+        let port = to.connect_url.rsplit_once(':').filter(|(host, _)| !host.is_empty());
+        let is_address = port.is_some_and(|(_, port)| port.parse::<u16>().is_ok_and(|p| p > 0));
+        report.demand(is_address, "spec.sendTo.connectURL", || {
+            "must be host:port, as the other cluster's KubeVirt object says in \
+             status.synchronizationAddresses"
+                .into()
+        });
+    }
+    if let Some((side, id)) = spec.half() {
+        let field = if side == Side::Source { "spec.sendTo" } else { "spec.receive" };
+        report.demand(!id.is_empty(), &format!("{field}.migrationID"), || {
+            "choose an id that both sides say, and no other migration does".into()
+        });
+    }
+}
+
 /// Why a VMI cannot move now.
-fn hindrance(name: &str, facts: &Facts) -> Option<String> {
+fn hindrance(name: &str, spec: &Spec, facts: &Facts) -> Option<String> {
     let Some(vmi) = &facts.vmi else {
         return Some(format!("there is no virtual machine instance '{name}' in this namespace"));
     };
     let status = vmi.status.clone().unwrap_or_default();
     if status.phase.is_final() {
         return Some(format!("'{name}' has ended ({}), and cannot move", status.phase.name()));
+    }
+    let side = spec.half().map(|(side, _)| side);
+    let waits = vmi.annotations().contains_key(keys::RECEIVES);
+    match (side, waits) {
+        (Some(Side::Target), false) => {
+            return Some(format!(
+                "'{name}' does not wait for a guest: its virtual machine's runStrategy must be \
+                 WaitAsReceiver, and it must not run"
+            ));
+        }
+        (Some(Side::Source) | None, true) => {
+            return Some(format!("'{name}' waits for a guest itself"));
+        }
+        _ => {}
     }
     let other = facts.migrations.iter().find(|m| m.spec.vmi_name == name && !m.is_over());
     if let Some(other) = other {
@@ -77,7 +118,10 @@ fn hindrance(name: &str, facts: &Facts) -> Option<String> {
         ));
     }
     let stays = |c: &&Condition| c.kind == types::LIVE_MIGRATABLE && c.status == Is::False;
-    let condition = status.conditions.iter().find(stays)?;
+    // Disks always go along to another VMI.
+    let disks = |c: &&Condition| c.reason.as_deref() == Some("DisksNotLiveMigratable");
+    let condition = status.conditions.iter().find(stays);
+    let condition = condition.filter(|condition| side.is_none() || !disks(condition))?;
     Some(format!(
         "'{name}' cannot be migrated live: {} ({})",
         condition.message.as_deref().unwrap_or("its handler does not say why"),

@@ -19,6 +19,16 @@ pub(super) fn supervise(
     let now = snapshot.now;
     status.active_pods = active(snapshot);
     follow_guest(snapshot, &status, plan);
+    if snapshot.has_left() {
+        // Its guest is another VMI's now.
+        status.enter(Phase::Succeeded, now);
+        return Some(status);
+    }
+    let receives = snapshot.vmi.annotations().contains_key(keys::RECEIVES);
+    if receives && status.phase == Phase::Running {
+        let arrived = json!({"metadata": {"annotations": {keys::RECEIVES: null}}});
+        plan.actions.push(Action::Patch(arrived));
+    }
     let pod = snapshot.launcher();
     if pod.is_some_and(|pod| !is_terminal(pod)) {
         // It was thought lost, and is not.

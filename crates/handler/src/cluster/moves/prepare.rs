@@ -3,11 +3,13 @@
 use super::super::{Shared, doors, guests};
 use super::{Arranged, annotate};
 use api::keys;
+use api::migration::State;
 use api::vmi::VirtualMachineInstance;
 use channel::gateway::{Answer, Service};
 use channel::identity::SpiffeId;
 use handover::ledger::Response;
 use k8s_openapi::api::core::v1::Pod;
+use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use launcher::client::Client as Launcher;
 use launcher::migration::PrepareRequest;
@@ -16,7 +18,7 @@ use launcher::migration::ticket::{Peer, Ticket};
 use launcher::status::Phase as Does;
 use reconcile::events::why;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -66,7 +68,7 @@ pub enum Told {
     },
 }
 
-/// Answers other handlers of the cluster.
+/// Answers other handlers: those of the cluster, and of others from which guests come.
 pub struct Cluster(pub Shared);
 
 impl Service for Cluster {
@@ -101,7 +103,7 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
     let Ask::Prepare { namespace, name, migration, pod, from, policy } = ask;
     let refused = |why: String| Told::Refused { why };
     let not_yet = |why: String| Told::NotYet { why };
-    if peer.cluster() != shared.config.id().cluster() || from.id != *peer {
+    if from.id != *peer {
         return refused(format!("{peer} may not send a guest here"));
     }
     let key = (namespace, name);
@@ -113,9 +115,10 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
     let Some(found) = shared.pods.state().into_iter().find(is) else {
         return not_yet(format!("node {} has not seen pod {pod}", shared.config.node));
     };
-    if let Err(why) = is_wanted(shared, peer, &key, &migration, &pod).await {
-        return why;
-    }
+    let state = match is_wanted(shared, peer, &key, &migration, &pod).await {
+        Ok(state) => state,
+        Err(why) => return why,
+    };
     let uid = found.uid().unwrap_or_default();
     let arranged = match shared.moves.memory().arranged.get(&uid).cloned() {
         Some(Ok(arranged)) => arranged,
@@ -155,34 +158,58 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
             }
         }
     }
-    match launcher.prepare(&PrepareRequest { migration, from, spec, left, policy }).await {
+    let known_as = state.source_state.as_ref().map(|end| {
+        let text = |text: &Option<String>| text.clone().unwrap_or_default();
+        api::owner::vm_id(&text(&end.domain_namespace), &text(&end.domain_name))
+    });
+    let is_other = known_as.is_some();
+    match launcher.prepare(&PrepareRequest { migration, from, spec, known_as, left, policy }).await
+    {
+        Ok(_) if is_other && let Err(why) = tell_ready(shared, &key, state).await => not_yet(why),
         Ok(ticket) => Told::Prepared { ticket: Box::new(ticket) },
         Err(error) if error.is_conflict() => not_yet(launcher::chain(&error)),
         Err(error) => refused(launcher::chain(&error)),
     }
 }
 
-/// Whether the cluster wants that guest to come from that node to that pod.
+/// Tells that the target waits for a guest that comes from another VMI: nobody else writes it here.
+async fn tell_ready(shared: &Shared, key: &guests::Key, mut state: State) -> Result<(), String> {
+    let gateway = shared.moves.gateway.get().map(|gateway| gateway.local_addr());
+    state.target_node_address = gateway.map(|address| address.ip().to_string());
+    let vmis: Api<VirtualMachineInstance> = Api::namespaced(shared.client.clone(), &key.0);
+    let patch = Patch::Merge(json!({"status": {"migrationState": state}}));
+    let told = vmis.patch_status(&key.1, &PatchParams::default(), &patch).await;
+    told.map(|_| ()).map_err(|error| why(&error))
+}
+
+/// Whether the cluster wants that guest to come from that node to that pod; what the VMI says of it.
 async fn is_wanted(
     shared: &Shared,
     peer: &SpiffeId,
     (namespace, name): &guests::Key,
     migration: &str,
     pod: &str,
-) -> Result<(), Told> {
+) -> Result<State, Told> {
     let vmis: Api<VirtualMachineInstance> = Api::namespaced(shared.client.clone(), namespace);
     let vmi = vmis.get(name).await.map_err(|error| Told::NotYet {
         why: format!("{namespace}/{name} cannot be read: {}", why(&error)),
     })?;
     let state = vmi.status.and_then(|status| status.migration_state).unwrap_or_default();
+    let own = shared.config.id().cluster().to_owned();
+    let from = match &state.source_state {
+        None => (Some(&own), state.source_node.as_ref()),
+        Some(end) => (end.cluster.as_ref(), end.node.as_ref()),
+    };
+    let is_from = from.0.is_some_and(|cluster| cluster == peer.cluster())
+        && from.1.is_some_and(|node| node == peer.instance());
     let wanted = state.migration_uid.as_deref() == Some(migration)
         && state.target_pod.as_deref() == Some(pod)
-        && state.source_node.as_deref() == Some(peer.instance())
+        && is_from
         && !state.is_over();
     match wanted {
-        true => Ok(()),
+        true => Ok(state),
         false => Err(Told::Refused {
-            why: format!("{namespace}/{name} is not to move from {} to pod {pod}", peer.instance()),
+            why: format!("{namespace}/{name} is not to move from {peer} to pod {pod}"),
         }),
     }
 }

@@ -1,7 +1,7 @@
 //! The source's part: to begin a move, to tell how far it is, to end it.
 
+use super::super::Shared;
 use super::super::guests::{Guest, SOON};
-use super::super::{Shared, node};
 use super::prepare::{Ask, Told};
 use api::conditions::moment;
 use api::keys;
@@ -9,8 +9,8 @@ use api::migration::{COMPLETION_PER_GIB, VirtualMachineInstanceMigration};
 use api::migration::{Compression as Zip, MAX_DOWNTIME_MS, Options, PROGRESS_TIMEOUT, State};
 use channel::identity::{Role, SpiffeId};
 use jiff::Timestamp;
-use k8s_openapi::api::core::v1::{Node, Pod};
-use kube::api::{Patch, PatchParams};
+use k8s_openapi::api::core::v1::Node;
+use kube::api::{ListParams, Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use launcher::migration::SendRequest;
 use launcher::migration::policy::Policy;
@@ -39,7 +39,7 @@ impl Guest<'_> {
         if from != (Some(&*self.shared.config.node), &self.pod.metadata.name) {
             return Ok(Next::Rest);
         }
-        let Some(migration) = state.migration_uid.clone() else { return Ok(Next::Rest) };
+        let Some(migration) = state.attempt().map(str::to_owned) else { return Ok(Next::Rest) };
         let own = |of: &&Move| of.half == Half::Source && of.migration == migration;
         match found.migration.as_ref().filter(own) {
             Some(of) => self.follow(state, &migration, of).await,
@@ -75,7 +75,10 @@ impl Guest<'_> {
     /// heard, or another handler sent it.
     async fn tell_start(&self, mut state: State) -> kube::Result<Next> {
         let node = state.target_node.clone().unwrap_or_default();
-        let address = gateway_of(self.shared, &node).await.unwrap_or_default();
+        let address = match &state.target_state {
+            Some(end) => end.gateway.clone().unwrap_or_default(),
+            None => gateway_of(self.shared, &node).await.unwrap_or_default(),
+        };
         state.target_node_address = Some(address.rsplit_once(':').map_or("", |(ip, _)| ip).into());
         state.start_timestamp = Some(moment(Timestamp::now()));
         state.mode = Some("PreCopy".into());
@@ -93,12 +96,22 @@ impl Guest<'_> {
     ) -> Result<Told, String> {
         let gateway = self.shared.moves.gateway.get().ok_or("the gateway is not open yet")?;
         let name = state.target_node.clone().unwrap_or_default();
-        let address = gateway_of(self.shared, &name).await?;
         let own = self.shared.config.id();
-        let id = SpiffeId::new(own.cluster(), Role::Handler, &name).map_err(|e| e.to_string())?;
+        let there = state.target_state.as_ref();
+        let cluster = there.and_then(|end| end.cluster.as_deref()).unwrap_or(own.cluster());
+        let address = match there {
+            None => gateway_of(self.shared, &name).await?,
+            Some(end) => end.gateway.clone().ok_or_else(|| {
+                format!("cluster {cluster} does not say where the gateway of its node {name} is")
+            })?,
+        };
+        let id = SpiffeId::new(cluster, Role::Handler, &name).map_err(|e| e.to_string())?;
+        let named = |named: Option<&Option<String>>, own: &String| {
+            named.cloned().flatten().unwrap_or_else(|| own.clone())
+        };
         let ask = Ask::Prepare {
-            namespace: self.key.0.clone(),
-            name: self.key.1.clone(),
+            namespace: named(there.map(|end| &end.domain_namespace), &self.key.0),
+            name: named(there.map(|end| &end.domain_name), &self.key.1),
             migration: migration.to_owned(),
             pod: state.target_pod.clone().unwrap_or_default(),
             from: Peer { address: gateway.local_addr().to_string(), id: own },
@@ -240,15 +253,17 @@ impl Guest<'_> {
         }
     }
 
-    /// The name of the migration that has this uid: its target's pod knows it.
+    /// The name of the migration that is under way here, which has this attempt.
     async fn migration_name(&self, state: &State, migration: &str) -> Option<String> {
         let known = |memory: &super::Memory| memory.known.get(migration)?.name.clone();
         if let Some(name) = known(&self.shared.moves.memory()) {
             return Some(name);
         }
-        let pods: Api<Pod> = Api::namespaced(self.shared.client.clone(), &self.key.0);
-        let pod = pods.get_opt(state.target_pod.as_deref()?).await.ok()??;
-        let name = pod.annotations().get(keys::MIGRATION_NAME)?.clone();
+        let migrations: Api<VirtualMachineInstanceMigration> =
+            Api::namespaced(self.shared.client.clone(), &self.key.0);
+        let own = ListParams::default().labels(&format!("{}={}", keys::MIGRATES, self.key.1));
+        let all = migrations.list(&own).await.ok()?.items;
+        let name = all.iter().find(|m| m.uid() == state.migration_uid)?.name_any();
         let mut memory = self.shared.moves.memory();
         memory.known.entry(migration.to_owned()).or_default().name = Some(name.clone());
         Some(name)
@@ -259,7 +274,7 @@ impl Guest<'_> {
 pub(super) async fn gateway_of(shared: &Shared, node: &str) -> Result<String, String> {
     let nodes: Api<Node> = Api::all(shared.client.clone());
     let found = nodes.get(node).await.map_err(|error| why(&error))?;
-    let address = found.annotations().get(node::GATEWAY).cloned();
+    let address = found.annotations().get(keys::GATEWAY).cloned();
     address.ok_or_else(|| {
         format!(
             "node {node} does not say where its gateway is: has it an address in the network for \

@@ -115,6 +115,11 @@ async fn open(
     offer: Offer,
     disks: &mut Vec<Received>,
 ) -> Result<Shell, String> {
+    let mut request = request.clone();
+    if request.known_as.is_some() {
+        request.spec.be_as(&offer.spec);
+    }
+    let request = &request;
     check(request, &offer)?;
     let holds = open_disks(launcher, request, heir, &offer, disks)?;
     let qemu = start_qemu(launcher, request, &offer, disks).await?;
@@ -197,7 +202,11 @@ fn text(error: impl std::fmt::Display) -> String {
 
 /// Checks what the source offers against what this host was told to receive.
 fn check(request: &PrepareRequest, offer: &Offer) -> Result<(), String> {
-    let mut faults = request.spec.differences(&offer.spec);
+    let mut expected = request.spec.clone();
+    if let Some(known_as) = &request.known_as {
+        expected.name.clone_from(known_as);
+    }
+    let mut faults = expected.differences(&offer.spec);
     // N.B. its machine type goes on our QEMU's command line.
     if let Err(invalid) = offer.spec.validate() {
         faults.extend(invalid.faults);

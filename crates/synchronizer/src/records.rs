@@ -1,0 +1,127 @@
+//! The owner records of a cluster: objects, changed by compare-and-swap on what they say.
+
+use api::owner::{OwnerRecord, Status};
+use handover::handler::{Qemu, peer};
+use handover::ledger::Response;
+use handover::record::{HostId, InstanceId, Record, Refused, Swap, VmId};
+use kube::api::{Patch, PatchParams};
+use kube::{Api, Client, ResourceExt};
+use reconcile::events::why;
+use serde_json::{Value, json};
+
+/// Tries of a swap that others always outrun.
+const TRIES: u32 = 10;
+
+/// The owner record of one VM.
+#[derive(Clone)]
+pub struct OfVm {
+    /// The API.
+    pub client: Client,
+    /// The record's namespace.
+    pub namespace: String,
+    /// The record's name.
+    pub name: String,
+}
+
+impl OfVm {
+    /// The VM, as launchers know it.
+    pub fn vm(&self) -> VmId {
+        VmId(api::owner::vm_id(&self.namespace, &self.name))
+    }
+
+    fn api(&self) -> Api<OwnerRecord> {
+        Api::namespaced(self.client.clone(), &self.namespace)
+    }
+
+    /// The object, and what it says.
+    ///
+    /// # Errors
+    /// Why it cannot be read, for people.
+    pub async fn read(&self) -> Result<(OwnerRecord, Option<Record>), String> {
+        let object = self.api().get(&self.name).await.map_err(|error| {
+            format!("owner record {}/{} cannot be read: {}", self.namespace, self.name, why(&error))
+        })?;
+        let record = object.status.clone().unwrap_or_default().record(&self.vm())?;
+        Ok((object, record))
+    }
+
+    /// Reads, judges and swaps, until nobody was faster.
+    pub async fn exchange(
+        &self,
+        judge: impl Fn(&Status, Option<&Record>) -> Result<Record, Refused>,
+        settle: impl Fn(&mut Status),
+    ) -> Response {
+        let failed = |why: String| Response::Failed { why };
+        for _ in 0..TRIES {
+            let (object, current) = match self.read().await {
+                Ok(read) => read,
+                Err(why) => return failed(why),
+            };
+            let before = object.status.clone().unwrap_or_default();
+            let next = match judge(&before, current.as_ref()) {
+                Ok(next) => next,
+                Err(refused) => return Response::Refused { refused },
+            };
+            let mut after = before.with(&next);
+            settle(&mut after);
+            if before == after {
+                return Response::Done { record: next };
+            }
+            let patch = match exchange(&object, &before, &after) {
+                Ok(patch) => Patch::<OwnerRecord>::Json(patch),
+                Err(why) => return failed(why),
+            };
+            match self.api().patch_status(&self.name, &PatchParams::default(), &patch).await {
+                Ok(_) => return Response::Done { record: next },
+                // A test that failed: another was faster.
+                Err(kube::Error::Api(status)) if [409, 422].contains(&status.code) => {}
+                Err(error) => return failed(why(&error)),
+            }
+        }
+        failed("others change the record all the time".into())
+    }
+
+    /// Answers who speaks for the record `asker`, at a move's other end. `qemu_of` is what is known here
+    /// of processes, besides what the record says of them.
+    pub async fn swap_of(
+        &self,
+        asker: &HostId,
+        change: &Swap,
+        qemu_of: impl Fn(&InstanceId) -> Qemu,
+    ) -> Response {
+        let vm = self.vm();
+        let judge = |status: &Status, current: Option<&Record>| {
+            let qemu = |instance: &InstanceId| match qemu_of(instance) {
+                Qemu::Unknown if status.has_ended(&instance.0) => Qemu::Ended,
+                // Another node's handler may know better: none that may live is taken for dead.
+                Qemu::Unknown => Qemu::Alive,
+                known => known,
+            };
+            peer(&vm, current, asker, qemu, change)
+        };
+        self.exchange(judge, |_| {}).await
+    }
+}
+
+/// The swap, on exactly what was read.
+fn exchange(
+    object: &OwnerRecord,
+    before: &Status,
+    after: &Status,
+) -> Result<json_patch::Patch, String> {
+    let test = |path: &str, value: Value| json!({"op": "test", "path": path, "value": value});
+    let mut steps = match object.status {
+        // N.B. without a status there is nothing else to test.
+        None => vec![test("/metadata/resourceVersion", json!(object.resource_version()))],
+        Some(_) => vec![
+            test("/status/epoch", json!(before.epoch)),
+            test("/status/owner", json!(before.owner)),
+            test("/status/state", json!(before.state)),
+        ],
+    };
+    if let Some(of) = &before.of {
+        steps.push(test("/status/move/attempt", json!(of.attempt)));
+    }
+    steps.push(json!({"op": "add", "path": "/status", "value": after}));
+    serde_json::from_value(Value::Array(steps)).map_err(|error| error.to_string())
+}

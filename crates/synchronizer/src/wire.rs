@@ -1,0 +1,140 @@
+//! What synchronizers say to each other: one question and one answer on each connection, each a JSON
+//! message with its length before it ([`channel::wire`]), of at most 1 MiB.
+//!
+//! Each carries its version in its name, as the handlers' questions do.
+
+use api::migration::{Half, Side};
+use channel::identity::{Credentials, Role, SpiffeId};
+use channel::{tls, wire};
+use handover::ledger::Response;
+use handover::record::{HostId, Swap};
+use serde::{Deserialize, Serialize};
+use std::time::Duration;
+use tokio::net::TcpStream;
+use tokio::time::timeout;
+
+/// For a TCP connection and a TLS handshake, together.
+const CONNECT: Duration = Duration::from_secs(5);
+/// For an answer, beyond what the question lets the other wait for news.
+const ANSWER: Duration = Duration::from_secs(10);
+/// News of a half are waited for so long at a time.
+pub const NEWS: Duration = Duration::from_secs(15);
+
+/// A question.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "ask")]
+pub enum Ask {
+    /// This is my half; what is yours? The answer comes once it is another than `seen`.
+    #[serde(rename = "tell/1")]
+    Tell {
+        /// By which both sides know the migration.
+        migration: String,
+        /// Which side the asker is.
+        side: Side,
+        /// What it has to say.
+        half: Box<Half>,
+        /// The [fingerprint](fingerprint) of what it has heard last; 0: nothing.
+        seen: u64,
+    },
+    /// Change an owner record, as far as the one at a move's other end may.
+    #[serde(rename = "owner/1")]
+    Owner {
+        /// The record in whose name it is asked: one of the asking cluster.
+        asker: HostId,
+        /// The record's namespace.
+        namespace: String,
+        /// The record's name.
+        name: String,
+        /// How.
+        change: Swap,
+    },
+    /// A handler's question to another cluster's synchronizer, asked of its own.
+    #[serde(rename = "forward/1")]
+    Forward {
+        /// The other cluster.
+        cluster: String,
+        /// What is asked there.
+        question: Box<Ask>,
+    },
+}
+
+/// An answer.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "answer")]
+pub enum Told {
+    /// My half, or that there is no news.
+    #[serde(rename = "half/1")]
+    Half {
+        /// None: it is what was seen.
+        half: Option<Box<Half>>,
+    },
+    /// There is no migration here that has that id, and is the other side of yours.
+    #[serde(rename = "unknown/1")]
+    Unknown {
+        /// What was looked for, for people.
+        why: String,
+    },
+    /// What the record answers.
+    #[serde(rename = "owner/1")]
+    Owner {
+        /// Its answer.
+        response: Response,
+    },
+    /// It may not be asked that.
+    #[serde(rename = "refused/1")]
+    Refused {
+        /// Why not.
+        why: String,
+    },
+}
+
+/// What tells one half from another, whenever they were said: equal halves have equal fingerprints, in
+/// every build.
+pub fn fingerprint(half: &Half) -> u64 {
+    let content = Half { sequence: 0, ..half.clone() };
+    let text = serde_json::to_vec(&content).unwrap_or_default();
+    xxhash_rust::xxh3::xxh3_64(&text).max(1)
+}
+
+/// Asks the synchronizer at `address`: that of `cluster`, or of any cluster that is believed. Returns who
+/// answered, and what.
+///
+/// # Errors
+/// Why there is no answer, for people.
+pub async fn ask(
+    credentials: &Credentials,
+    address: &str,
+    cluster: Option<&str>,
+    ask: &Ask,
+) -> Result<(SpiffeId, Told), String> {
+    let failed = |what: &str, error: &dyn std::fmt::Display| format!("{address}: {what}: {error}");
+    let client = tls::Client::new(credentials.identity.clone(), credentials.trust.clone());
+    let connected = timeout(CONNECT, async {
+        let tcp = TcpStream::connect(address).await.map_err(|e| failed("no connection", &e))?;
+        tcp.set_nodelay(true).map_err(|e| failed("no connection", &e))?;
+        let connected = client.connect_to(Role::Synchronizer, cluster, tcp).await;
+        connected
+            .map_err(|error| failed("it is not believed, or does not believe us", &chain(&error)))
+    });
+    let (mut stream, peer) =
+        connected.await.map_err(|_| format!("{address}: no connection in {CONNECT:?}"))??;
+    let asked = async {
+        wire::write(&mut stream, ask).await?;
+        wire::read(&mut stream).await
+    };
+    let told = timeout(NEWS + ANSWER, asked).await;
+    let told = told.map_err(|_| format!("{address}: no answer in {:?}", NEWS + ANSWER))?;
+    let told = told.map_err(|error| failed("no answer", &chain(&tls::Error::from_io(error))))?;
+    Ok((peer, told))
+}
+
+/// An error and its causes, on one line.
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        text += &format!(": {cause}");
+        source = cause.source();
+    }
+    text
+}

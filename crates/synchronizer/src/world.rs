@@ -1,0 +1,251 @@
+//! What a synchronizer looks at, kept by watches; and what it writes.
+
+use crate::GATE;
+use crate::halves::{self, Facts};
+use crate::wire::fingerprint;
+use api::kubevirt::KubeVirt;
+use api::migration::{Half, Phase, Side, VirtualMachineInstanceMigration as Migration};
+use api::owner::OwnerRecord;
+use api::vmi::VirtualMachineInstance;
+use channel::identity::Credentials;
+use k8s_openapi::api::core::v1::{Namespace, Node};
+use kube::api::{Patch, PatchParams};
+use kube::runtime::reflector::{ObjectRef, Store};
+use kube::runtime::watcher;
+use kube::{Api, Client, ResourceExt};
+use reconcile::events::why;
+use reconcile::kept::Keeper;
+use serde_json::{Value, json};
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::watch;
+
+/// Which clusters a namespace takes guests from and sends them to, by their ids with commas between;
+/// a namespace that does not say it does with all that are believed.
+const PEERS: &str = "godwit.dev/peers";
+/// What could not be written is written again after this.
+const AGAIN: Duration = Duration::from_secs(2);
+
+/// All that is kept.
+pub struct World {
+    pub client: Client,
+    /// Where others find this synchronizer.
+    address: Mutex<String>,
+    pub credentials: watch::Receiver<Credentials>,
+    pub migrations: Store<Migration>,
+    vmis: Store<VirtualMachineInstance>,
+    owners: Store<OwnerRecord>,
+    nodes: Store<Node>,
+    namespaces: Store<Namespace>,
+    settings: Store<KubeVirt>,
+    /// Counts changes of any of these.
+    pub changes: watch::Receiver<u64>,
+    /// When the other side of a migration was last heard of, by its uid.
+    heard: Mutex<HashMap<String, Instant>>,
+}
+
+impl World {
+    /// Begins to keep it.
+    pub fn open(client: Client, credentials: watch::Receiver<Credentials>) -> (Self, Keeper) {
+        let (sender, changes) = watch::channel(0_u64);
+        let mut keeper = Keeper::default();
+        let all = watcher::Config::default;
+        let ring = || {
+            let sender = sender.clone();
+            move || sender.send_modify(|count| *count += 1)
+        };
+        macro_rules! keep {
+            () => {{
+                let ring = ring();
+                keeper.keep_and(Api::all(client.clone()), all(), move |_| ring())
+            }};
+        }
+        let world = Self {
+            migrations: keep!(),
+            vmis: keep!(),
+            owners: keep!(),
+            nodes: keep!(),
+            namespaces: keep!(),
+            settings: keep!(),
+            client,
+            address: Mutex::default(),
+            credentials,
+            changes,
+            heard: Mutex::default(),
+        };
+        (world, keeper)
+    }
+
+    /// Waits until all of it is there.
+    pub async fn ready(&self) {
+        let Self { migrations, vmis, owners, nodes, namespaces, settings, .. } = self;
+        reconcile::ready!(migrations, vmis, owners, nodes, namespaces, settings);
+    }
+
+    /// The port that the settings name, where they want a synchronizer. None: they do not.
+    pub fn wanted(&self) -> Option<Option<u16>> {
+        let settings = self.settings.state();
+        let settings = settings.iter().min_by_key(|one| (one.namespace(), one.name_any()))?;
+        let port = settings.spec.synchronization_port.as_deref();
+        settings.spec.gate(GATE).then(|| port.and_then(|port| port.parse().ok()))
+    }
+
+    /// Says where this synchronizer is found from now on.
+    pub fn be_at(&self, address: &str) {
+        *self.address.lock().unwrap_or_else(PoisonError::into_inner) = address.to_owned();
+    }
+
+    /// Says in the settings' status where the synchronizer is found, or that there is none.
+    pub async fn publish(&self, address: Option<&str>) {
+        let wanted: Vec<String> = address.into_iter().map(str::to_owned).collect();
+        for settings in self.settings.state() {
+            let said = settings.status.as_ref().map(|s| s.synchronization_addresses.clone());
+            if said.unwrap_or_default() == wanted {
+                continue;
+            }
+            let api: Api<KubeVirt> =
+                Api::namespaced(self.client.clone(), &settings.namespace().unwrap_or_default());
+            let patch = json!({"status": {"synchronizationAddresses": wanted}});
+            let patch = Patch::Merge(&patch);
+            let name = settings.name_any();
+            if let Err(error) = api.patch_status(&name, &PatchParams::default(), &patch).await {
+                tracing::warn!("where the synchronizer is found is not told: {}", why(&error));
+                tokio::time::sleep(AGAIN).await;
+            }
+        }
+    }
+
+    /// The id of this cluster.
+    pub fn cluster(&self) -> String {
+        self.credentials.borrow().identity.id().cluster().to_owned()
+    }
+
+    /// The migration of a uid.
+    pub fn migration(&self, uid: &str) -> Option<Arc<Migration>> {
+        self.migrations.find(|migration| migration.uid().as_deref() == Some(uid))
+    }
+
+    /// The half that a migration is of a migration between two VMIs.
+    pub fn half(&self, migration: &Migration) -> Option<(Side, Half)> {
+        let namespace = migration.namespace().unwrap_or_default();
+        let name = &migration.spec.vmi_name;
+        let vmi = self.vmis.get(&ObjectRef::new(name).within(&namespace));
+        let owner = self.owners.get(&ObjectRef::new(name).within(&namespace));
+        let settings = self.settings.state().into_iter().next();
+        let settings = settings.map(|settings| settings.spec.configuration.clone());
+        halves::half(&Facts {
+            cluster: &self.cluster(),
+            address: &self.address.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            migration,
+            vmi: vmi.as_deref(),
+            owner: owner.as_deref(),
+            node: &|name| self.nodes.get(&ObjectRef::new(name)),
+            settings: &settings.unwrap_or_default(),
+        })
+    }
+
+    /// Whether a namespace has to do with a cluster.
+    fn allows(&self, namespace: &str, cluster: &str) -> bool {
+        let found = self.namespaces.get(&ObjectRef::new(namespace));
+        let said = found.as_ref().and_then(|namespace| namespace.annotations().get(PEERS));
+        said.is_none_or(|said| said.split(',').any(|one| one.trim() == cluster))
+    }
+
+    /// How long ago the other side was heard of.
+    pub fn silence(&self, uid: &str) -> Option<Duration> {
+        let heard = self.heard.lock().unwrap_or_else(PoisonError::into_inner);
+        heard.get(uid).map(Instant::elapsed)
+    }
+
+    /// Forgets migrations that are gone.
+    pub fn keep(&self, is_there: impl Fn(&str) -> bool) {
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).retain(|uid, _| is_there(uid));
+    }
+
+    /// Takes note of what the other side says, which `cluster` has proven to be.
+    ///
+    /// # Errors
+    /// Why it is not taken, for people.
+    pub async fn hear(
+        &self,
+        migration: &Migration,
+        cluster: &str,
+        half: &Half,
+    ) -> Result<(), String> {
+        self.judge(migration, cluster, half)?;
+        let uid = migration.uid().unwrap_or_default();
+        self.heard.lock().unwrap_or_else(PoisonError::into_inner).insert(uid, Instant::now());
+        let known = migration.status.as_ref().and_then(|status| status.peer.as_ref());
+        let is_news = known.is_none_or(|known| {
+            known.trouble.is_some()
+                || known.half.as_ref().map(fingerprint) != Some(fingerprint(half))
+        });
+        if !is_news || migration.is_over() {
+            return Ok(());
+        }
+        // N.B. all of it: a merge patch keeps what it does not name.
+        let mut told = json!(half);
+        if let Some(Value::Object(before)) =
+            known.and_then(|known| known.half.as_ref()).map(|h| json!(h))
+        {
+            for field in before.keys().filter(|field| json!(half).get(field).is_none()) {
+                told[field] = Value::Null;
+            }
+        }
+        self.patch(migration, &json!({"peer": {"half": told, "trouble": null}})).await
+    }
+
+    /// Whether a half may be the other side's of a migration.
+    fn judge(&self, migration: &Migration, cluster: &str, half: &Half) -> Result<(), String> {
+        let name =
+            format!("{}/{}", migration.namespace().unwrap_or_default(), migration.name_any());
+        if half.cluster != cluster {
+            return Err(format!("{cluster} may not speak for cluster {}", half.cluster));
+        }
+        if !self.allows(&migration.namespace().unwrap_or_default(), cluster) {
+            return Err(format!(
+                "the namespace of migration {name} has nothing to do with {cluster}"
+            ));
+        }
+        let known = migration.status.as_ref().and_then(|s| s.peer.as_ref()?.half.as_ref());
+        let Some(known) = known else { return Ok(()) };
+        let same = (&known.cluster, &known.migration) == (&half.cluster, &half.migration);
+        // One that has not begun may be begun anew from another side.
+        if !same && migration.phase() > Phase::Pending {
+            return Err(format!(
+                "migration {name} is with migration {} of cluster {}",
+                known.migration, known.cluster
+            ));
+        }
+        if same && half.sequence < known.sequence {
+            return Err(format!("migration {name} has heard something newer"));
+        }
+        Ok(())
+    }
+
+    /// Writes down why the other side is not heard of.
+    pub async fn trouble(&self, migration: &Migration, why: &str) {
+        let known = migration.status.as_ref().and_then(|status| status.peer.as_ref());
+        if migration.is_over() || known.and_then(|known| known.trouble.as_deref()) == Some(why) {
+            return;
+        }
+        if let Err(error) = self.patch(migration, &json!({"peer": {"trouble": why}})).await {
+            tracing::warn!("{error}");
+        }
+    }
+
+    async fn patch(&self, migration: &Migration, status: &Value) -> Result<(), String> {
+        let (namespace, name) = (migration.namespace().unwrap_or_default(), migration.name_any());
+        let migrations: Api<Migration> = Api::namespaced(self.client.clone(), &namespace);
+        let patch = json!({"metadata": {"uid": migration.uid()}, "status": status});
+        let patch = Patch::Merge(&patch);
+        match migrations.patch_status(&name, &PatchParams::default(), &patch).await {
+            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+            Err(error) => {
+                Err(format!("migration {namespace}/{name} is not written: {}", why(&error)))
+            }
+            Ok(_) => Ok(()),
+        }
+    }
+}
