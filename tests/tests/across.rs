@@ -175,13 +175,13 @@ async fn set_out(world: &mut World) -> Result<String> {
     Ok(id)
 }
 
-/// Both sides of a migration fail, and each can be begun again: nothing is left of it.
-async fn both_fail(world: &World, id: &str) -> Result<()> {
+/// Both sides of a migration fail, and each can be begun again: nothing is left of it. `deleted` was
+/// deleted, and is gone.
+async fn both_fail(world: &World, id: &str, deleted: Option<&Cluster>) -> Result<()> {
     for cluster in [&world.east, &world.west] {
-        match cluster.send("GET", &format!("{MOVES}/{id}"), None).await {
-            // One that was deleted goes when it is over.
-            Err(_) => {}
-            Ok(_) => drop(cluster.until_moved(id, "Failed").await?),
+        match deleted.is_some_and(|deleted| std::ptr::eq(deleted, cluster)) {
+            true => cluster.until_gone(&format!("{MOVES}/{id}")).await?,
+            false => drop(cluster.until_moved(id, "Failed").await?),
         }
     }
     let waits = |vmi: &Value| vmi["status"]["phase"] == "WaitingForSync";
@@ -227,7 +227,7 @@ async fn whatever_ends_a_migration_between_clusters_both_sides_know_it_and_begin
         let id = set_out(&mut world).await?;
         let cluster = if eastern { &world.east } else { &world.west };
         cluster.send("DELETE", &format!("{MOVES}/{id}"), None).await?;
-        both_fail(&world, &id).await?;
+        both_fail(&world, &id, Some(cluster)).await?;
         let mut console = world.east.console("web")?;
         Oracle::again(&mut console).check()?;
     }
@@ -235,7 +235,7 @@ async fn whatever_ends_a_migration_between_clusters_both_sides_know_it_and_begin
     let before = world.east.send("GET", &format!("{VMIS}/web"), None).await?;
     let [qemu] = world.east.until_qemus(1)?[..] else { unreachable!("one was waited for") };
     kill(qemu)?;
-    both_fail(&world, &id).await?;
+    both_fail(&world, &id, None).await?;
     let anew = |vmi: &Value| {
         vmi["metadata"]["uid"] != before["metadata"]["uid"] && vmi["status"]["phase"] == "Running"
     };
@@ -252,5 +252,76 @@ async fn whatever_ends_a_migration_between_clusters_both_sides_know_it_and_begin
     Oracle::again(&mut console).check()?;
     let data = console.run("dd if=/dev/vdb bs=512 count=1 2>/dev/null | head -n 1")?;
     ensure!(data.trim() == "kept", "{data}");
+    Ok(())
+}
+
+/// Parity 31: from a device to a file, between namespaces of one cluster, to a VM of another name; 24: there
+/// and back several times.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_goes_to_another_namespace_and_name_and_back_several_times() -> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let cluster = Cluster::new(PROGRAM, &UP).await?;
+    let space = json!({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": "other"}});
+    cluster.create("/api/v1/namespaces", space).await?;
+    let there = |path: &str| path.replace("/default/", "/other/");
+    let on = |class: &str, size: &str| {
+        json!({
+            "resources": {"requests": {"storage": size}}, "storageClassName": class,
+        })
+    };
+    let volume = |disk: &str| {
+        vec![
+            json!({"name": "root", "dataVolume": {"name": disk}}),
+            json!({"name": "image", "containerDisk": {"image": image}}),
+        ]
+    };
+    let template = import("web-root", &image, on("local-block", "100Mi"));
+    cluster.create(VMS, vm("web", "Always", volume("web-root"), vec![template])).await?;
+    cluster.until(&format!("{VMS}/web"), is_running).await?;
+    let mut console = cluster.terminal("web")?;
+    let uuid = console.run("cat /sys/class/dmi/id/product_uuid")?;
+    Oracle::begin(&mut console)?;
+    drop(console);
+    let blank = json!({
+        "apiVersion": "cdi.kubevirt.io/v1beta1", "kind": "DataVolume", "metadata": {"name": "shop-root"},
+        "spec": {"source": {"blank": {}}, "storage": on("local", "100Mi")},
+    });
+    let shop = vm("shop", "WaitAsReceiver", volume("shop-root"), vec![blank]);
+    cluster.create(&there(VMS), shop).await?;
+    let (here, shop) = ((VMS, VMIS, MOVES, "web"), (there(VMS), there(VMIS), there(MOVES), "shop"));
+    let shop = (shop.0.as_str(), shop.1.as_str(), shop.2.as_str(), shop.3);
+    for round in 0..4 {
+        let (from, to) = if round % 2 == 0 { (here, shop) } else { (shop, here) };
+        let id = format!("move-{round}");
+        let waits = |vmi: &Value| vmi["status"]["phase"] == "WaitingForSync";
+        cluster.until(&format!("{}/{}", to.1, to.3), waits).await?;
+        let settings = cluster.send("GET", SETTINGS, None).await?;
+        let address = &settings["status"]["synchronizationAddresses"][0];
+        let mut receive = migration(&id, to.3);
+        receive["spec"]["receive"] = json!({"migrationID": id});
+        cluster.create(to.2, receive).await?;
+        let mut send = migration(&id, from.3);
+        send["spec"]["sendTo"] = json!({"migrationID": id, "connectURL": address});
+        cluster.create(from.2, send).await?;
+        for side in [from, to] {
+            let over = |m: &Value| {
+                ["Succeeded", "Failed"].contains(&m["status"]["phase"].as_str().unwrap_or_default())
+            };
+            let found = cluster.until(&format!("{}/{id}", side.2), over).await?;
+            ensure!(found["status"]["phase"] == "Succeeded", "{round}: {found}");
+        }
+        cluster.until(&format!("{}/{}", to.0, to.3), is_running).await?;
+        cluster.until(&format!("{}/{}", from.0, from.3), shows("Stopped")).await?;
+        cluster.until_qemus(1)?;
+        let waits = json!({"spec": {"runStrategy": "WaitAsReceiver"}});
+        cluster.send("PATCH", &format!("{}/{}", from.0, from.3), Some(waits)).await?;
+        if round % 2 == 1 {
+            let mut console = cluster.console("web")?;
+            Oracle::again(&mut console).check()?;
+            // It is the machine that it was.
+            ensure!(console.run("cat /sys/class/dmi/id/product_uuid")? == uuid);
+        }
+    }
     Ok(())
 }

@@ -83,6 +83,8 @@ fn laden(image: &str) -> Value {
         json!({"kubevirt.io/placePCIDevicesOnRootComplex": "true"});
     template["spec"]["volumes"] = volumes;
     template["spec"]["evictionStrategy"] = "LiveMigrateIfPossible".into();
+    // Free pages are reported by a guest that has more than 64 MiB of them in one zone.
+    template["spec"]["domain"]["memory"]["guest"] = "256Mi".into();
     template["spec"]["hostname"] = "named".into();
     template["spec"]["subdomain"] = "headless".into();
     let devices = &mut template["spec"]["domain"]["devices"];

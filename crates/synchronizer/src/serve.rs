@@ -10,7 +10,7 @@ use channel::tls;
 use handover::handler::Qemu;
 use handover::record::{HostId, Swap};
 use kube::ResourceExt;
-use std::net::SocketAddr;
+use std::io::ErrorKind;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
@@ -36,7 +36,7 @@ pub async fn run(world: Arc<World>, listener: TcpListener) {
             Ok((tcp, from)) => {
                 let world = Arc::clone(&world);
                 connections.spawn(async move {
-                    if let Err(why) = serve(&world, tcp, from).await {
+                    if let Err(why) = serve(&world, tcp).await {
                         tracing::warn!(%from, "connection refused: {why}");
                     }
                     drop(place);
@@ -50,7 +50,7 @@ pub async fn run(world: Arc<World>, listener: TcpListener) {
     }
 }
 
-async fn serve(world: &World, tcp: TcpStream, _from: SocketAddr) -> Result<(), String> {
+async fn serve(world: &World, tcp: TcpStream) -> Result<(), String> {
     tcp.set_nodelay(true).map_err(|error| error.to_string())?;
     let credentials = world.credentials.borrow().clone();
     let roles = [Role::Synchronizer, Role::Handler];
@@ -58,7 +58,14 @@ async fn serve(world: &World, tcp: TcpStream, _from: SocketAddr) -> Result<(), S
     let server = server.map_err(|error| chain(&error))?;
     let accepted = timeout(PATIENCE, server.accept(tcp)).await;
     let accepted = accepted.map_err(|_| "the TLS handshake took too long".to_owned())?;
-    let (mut stream, peer) = accepted.map_err(|error| chain(&error))?;
+    let (mut stream, peer) = match accepted {
+        Ok(accepted) => accepted,
+        // Whoever only looks whether somebody listens.
+        Err(tls::Error::Handshake(error)) if error.kind() == ErrorKind::UnexpectedEof => {
+            return Ok(());
+        }
+        Err(error) => return Err(chain(&error)),
+    };
     let asked = timeout(PATIENCE, channel::wire::read(&mut stream)).await;
     let asked = asked.map_err(|_| format!("{peer}: its question did not come in time"))?;
     let told = match asked {

@@ -548,6 +548,15 @@ pub(super) fn fail(snapshot: &Snapshot, status: &mut Status, why: &str, plan: &m
     let state = status.migration_state.get_or_insert_default();
     state.failed = Some(true);
     state.failure_reason.get_or_insert_with(|| why.to_owned());
+    let open = snapshot.state().is_some_and(|state| !state.is_over());
+    if open && snapshot.side() == Some(Side::Target) {
+        // Whose source is elsewhere: nobody else ends it here.
+        let ended = json!({
+            "failed": true, "completed": true, "failureReason": why,
+            "endTimestamp": moment(snapshot.now),
+        });
+        plan.actions.push(Action::PatchVmi(json!({"migrationState": ended})));
+    }
     plan.actions.push(Action::Say {
         warning: true,
         reason: "FailedMigration",

@@ -20,9 +20,7 @@ pub(super) fn supervise(
     status.active_pods = active(snapshot);
     follow_guest(snapshot, &status, plan);
     if snapshot.has_left() {
-        // Its guest is another VMI's now.
-        status.enter(Phase::Succeeded, now);
-        return Some(status);
+        return Some(left(snapshot, status, plan));
     }
     let receives = snapshot.vmi.annotations().contains_key(keys::RECEIVES);
     if receives && status.phase == Phase::Running {
@@ -49,6 +47,21 @@ pub(super) fn supervise(
         None => "its pod is gone".into(),
     };
     Some(fail(snapshot, status, "PodFailed", &message, plan))
+}
+
+/// A VMI whose guest is another VMI's now. Its handler says how it left, as long as there is its pod.
+fn left(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
+    let lives = snapshot.launcher().is_some_and(|pod| !is_terminal(pod));
+    if let Some(state) = status.migration_state.as_mut().filter(|state| !state.is_over()) {
+        if lives {
+            plan.again = Some(AGAIN);
+            return status;
+        }
+        state.completed = Some(true);
+        state.end_timestamp = Some(conditions::moment(snapshot.now));
+    }
+    status.enter(Phase::Succeeded, snapshot.now);
+    status
 }
 
 /// A launcher's image, and the version of Godwit that made its pod: none is one that said none.
