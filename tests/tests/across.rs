@@ -325,3 +325,94 @@ async fn a_guest_goes_to_another_namespace_and_name_and_back_several_times() -> 
     }
     Ok(())
 }
+
+/// Two clusters are linked by one command, and a VM goes with all that it needs by another, and back;
+/// whatever stands in its way is told at once, and one that failed leaves nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn one_command_links_clusters_and_another_takes_a_vm_there_with_all_that_it_needs()
+-> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    let east = Cluster::named("east", PROGRAM, &UP, &[]).await?;
+    let west = Cluster::named("west", PROGRAM, &UP, &[]).await?;
+    let both = east.dir().join("both");
+    for cluster in [&east, &west] {
+        let name = if std::ptr::eq(cluster, &east) { "east" } else { "west" };
+        let into = both.to_str().context("a path")?;
+        let merged = cluster.godwit(&["kubeconfig", "--name", name, "--merge", "--into", into])?;
+        ensure!(merged.status.success(), "{}", String::from_utf8_lossy(&merged.stderr));
+    }
+    let pair = |act: &str| -> Result<std::process::Output> {
+        let mut command = std::process::Command::new(PROGRAM);
+        command.args(["cluster", act, "godwit-east", "godwit-west", "--kubeconfig"]).arg(&both);
+        Ok(command.output()?)
+    };
+    let kept = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "files"},
+        "data": {"a": "b"}});
+    east.create("/api/v1/namespaces/default/configmaps", kept).await?;
+    let volumes = vec![
+        json!({"name": "root", "dataVolume": {"name": "web-root"}}),
+        json!({"name": "files", "configMap": {"name": "files"}}),
+    ];
+    let template = import("web-root", &image, storage());
+    east.create(VMS, vm("web", "Always", volumes, vec![template])).await?;
+    let web = format!("{VMS}/web");
+    east.until(&web, is_running).await?;
+    let mut console = east.terminal("web")?;
+    Oracle::begin(&mut console)?;
+    drop(console);
+
+    // All that stands in its way, on both sides, at once.
+    let told = east.refuses(&["migrate", "vm/web", "--to", "west", "--dry-run"])?;
+    ensure!(told.contains("no link to a cluster west"), "{told}");
+    let linked = pair("link")?;
+    ensure!(linked.status.success(), "{}", String::from_utf8_lossy(&linked.stderr));
+    let wrong = [
+        "migrate",
+        "vm/web",
+        "--to",
+        "west",
+        "--dry-run",
+        "--to-namespace",
+        "none",
+        "--storage-class",
+        "nonesuch",
+    ];
+    let told = east.refuses(&wrong)?;
+    ensure!(told.contains("no namespace none") && told.contains("class nonesuch"), "{told}");
+    let told = east.does(&["migrate", "vm/web", "--to", "west", "--dry-run"])?;
+    ensure!(told.contains("nothing speaks against it"), "{told}");
+    let none = |vms: &Value| vms["items"].as_array().is_some_and(Vec::is_empty);
+    west.until(VMS, none).await?;
+
+    east.does(&["migrate", "vm/web", "--to", "west"])?;
+    west.until(&web, is_running).await?;
+    east.until(&web, shows("Stopped")).await?;
+    west.until("/api/v1/namespaces/default/configmaps/files", |map| map["data"]["a"] == "b")
+        .await?;
+    let mut console = west.console("web")?;
+    Oracle::again(&mut console).check()?;
+    drop(console);
+    // One that is there already, and has not left for where it comes from, is another.
+    let told = west.does(&["migrate", "vm/web", "--to", "east", "--dry-run"])?;
+    ensure!(told.contains("nothing speaks against it"), "{told}");
+    west.does(&["migrate", "vm/web", "--to", "east"])?;
+    let back = east.until(&web, is_running).await?;
+    ensure!(back["spec"]["runStrategy"] == "Always", "{back}");
+    let mut console = east.console("web")?;
+    Oracle::again(&mut console).check()?;
+    drop(console);
+
+    // Those who are not linked any more do not believe each other.
+    let unlinked = pair("unlink")?;
+    ensure!(unlinked.status.success(), "{}", String::from_utf8_lossy(&unlinked.stderr));
+    let forgotten = |map: &Value| {
+        let bundle = map["data"]["ca-bundle"].as_str().unwrap_or_default();
+        bundle.matches("BEGIN CERTIFICATE").count() == 1
+    };
+    west.until(&format!("{MAPS}/kubevirt-ca"), forgotten).await?;
+    east.until(&format!("{MAPS}/kubevirt-ca"), forgotten).await?;
+    let told = east.refuses(&["migrate", "vm/web", "--to", "west", "--dry-run"])?;
+    ensure!(told.contains("no link"), "{told}");
+    Ok(())
+}

@@ -12,10 +12,12 @@ pub mod duration;
 pub mod eviction;
 pub mod import;
 pub mod kubevirt;
+pub mod link;
 pub mod migration;
 pub mod owner;
 pub mod processor;
 pub mod quantity;
+pub mod relocation;
 pub mod support;
 pub mod validate;
 pub mod vm;
@@ -112,6 +114,8 @@ pub mod keys {
     pub const OUT_OF_SERVICE: &str = "node.kubernetes.io/out-of-service";
     /// The guest does not give back memory that it does not use.
     pub const NO_FREE_PAGE_REPORTING: &str = "kubevirt.io/free-page-reporting-disabled";
+    /// Annotation of the bundle of CAs: the cluster's id.
+    pub const CLUSTER: &str = "godwit.dev/cluster";
     /// Where the gateway of a node is.
     pub const GATEWAY: &str = "godwit.dev/gateway";
     /// What a VM's run strategy becomes once its guest has arrived.
@@ -134,7 +138,7 @@ pub mod keys {
 
 /// All CRDs.
 pub fn crds() -> impl Iterator<Item = Value> {
-    const ALL: [&str; 9] = [
+    const ALL: [&str; 11] = [
         include_str!("../crds/virtualmachines.kubevirt.io.json"),
         include_str!("../crds/virtualmachineinstances.kubevirt.io.json"),
         include_str!("../crds/virtualmachineinstancemigrations.kubevirt.io.json"),
@@ -144,6 +148,8 @@ pub fn crds() -> impl Iterator<Item = Value> {
         include_str!("../crds/storageprofiles.cdi.kubevirt.io.json"),
         include_str!("../crds/cdiconfigs.cdi.kubevirt.io.json"),
         include_str!("../crds/ownerrecords.godwit.dev.json"),
+        include_str!("../crds/clusterlinks.godwit.dev.json"),
+        include_str!("../crds/virtualmachinemoves.godwit.dev.json"),
     ];
     ALL.iter().map(|text| serde_json::from_str(text).unwrap_or_default())
 }

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 pub use ca::{Ca, Identity, Validity};
 pub use credentials::Credentials;
 pub(crate) use trust::id_of;
-pub use trust::{Trust, linked};
+pub use trust::{Trust, linked, linked_of, soonest_end};
 
 /// What a process is, as its certificate says.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]

@@ -1,11 +1,12 @@
 //! What can be said on the command line.
 
+mod cluster;
 mod migrate;
 mod network;
 mod role;
 
 use crate::view::Output;
-use crate::{cluster, deploy, host, importing, migrating, moving, roles, serving};
+use crate::{deploy, host, importing, linking, migrating, moving, roles, serving};
 use anyhow::Result;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use mover::codec::Compression;
@@ -14,6 +15,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+pub use cluster::{ClusterAct, ClusterCommand, Pair};
 pub use migrate::{Migrate, Watch};
 pub use network::Network;
 pub use role::{Controller, Gateway, Handler, Launcher, Synchronizer};
@@ -48,6 +50,8 @@ pub enum Command {
     Verify(Verify),
     /// Move a running VM of a cluster to another node, or its disks to other storage.
     Migrate(Migrate),
+    /// Link clusters, so that VMs can go from one to the other.
+    Cluster(ClusterCommand),
     /// Watch a VM of a cluster move.
     Watch(Watch),
     /// Virtual machines of a cluster.
@@ -552,6 +556,7 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Controller(arguments) => roles::controller(arguments).await,
         Command::Handler(arguments) => roles::handler(arguments).await,
         Command::Synchronizer(arguments) => roles::synchronizer(arguments).await,
+        Command::Cluster(command) => linking::run(command).await,
         Command::Move(arguments) => moving::run(arguments).await,
         Command::Verify(arguments) => moving::verify(arguments).await,
         Command::Image(ImageCommand { act: ImageAct::Upload(arguments) }) => {
@@ -561,13 +566,15 @@ pub async fn run(command: Command) -> Result<ExitCode> {
         Command::Watch(arguments) => migrating::watch(arguments).await,
         Command::Vm(command) => crate::vms::run(command).await,
         Command::Console(arguments) => crate::vms::console_of(arguments).await,
-        Command::Up(arguments) => cluster::up(arguments).await,
-        Command::Down(arguments) => cluster::down(&arguments).await,
-        Command::Kubeconfig(arguments) => cluster::kubeconfig(&arguments),
+        Command::Up(arguments) => crate::cluster::up(arguments).await,
+        Command::Down(arguments) => crate::cluster::down(&arguments).await,
+        Command::Kubeconfig(arguments) => crate::cluster::kubeconfig(&arguments),
         Command::Status(Status { vm: Some(vm), host: Some(host), output, .. }) => {
             host::status(&host, &vm, output).await
         }
-        Command::Status(arguments) => cluster::list(arguments.dir.as_deref(), arguments.output),
+        Command::Status(arguments) => {
+            crate::cluster::list(arguments.dir.as_deref(), arguments.output)
+        }
         Command::Shutdown(arguments) => host::shutdown(&arguments).await,
         Command::Import => importing::run().await,
         Command::Lend => importing::lend().await,

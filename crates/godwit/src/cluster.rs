@@ -228,6 +228,12 @@ pub fn own_kubeconfig() -> Result<PathBuf> {
     }
 }
 
+/// The kubeconfig of an embedded cluster. None: there is none of that name.
+pub fn kubeconfig_of(dir: Option<&std::path::Path>, name: &str) -> Option<PathBuf> {
+    let path = Folder::of(dir, name).ok()?.kubeconfig();
+    path.exists().then_some(path)
+}
+
 /// Lists the clusters of this machine's user.
 ///
 /// # Errors

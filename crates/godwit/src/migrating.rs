@@ -1,9 +1,9 @@
 //! `godwit migrate` and `godwit watch`: a VM of a cluster is moved, and one sees how far it is.
 
 use crate::cli::{Migrate, Watch};
-use crate::preflight;
 use crate::view::View;
 use crate::vms::{Cluster, plain};
+use crate::{preflight, relocating};
 use anyhow::{Context, Result, bail, ensure};
 use api::conditions::{Is, types};
 use api::migration::{Phase, Spec, VirtualMachineInstanceMigration as Migration};
@@ -19,7 +19,7 @@ use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 /// How often one looks.
-const LOOK: Duration = Duration::from_millis(250);
+pub const LOOK: Duration = Duration::from_millis(250);
 /// Controllers take a change of volumes up within this time, or say why not.
 const TAKEN_UP: Duration = Duration::from_secs(60);
 
@@ -30,6 +30,9 @@ const TAKEN_UP: Duration = Duration::from_secs(60);
 pub async fn run(arguments: Migrate) -> Result<ExitCode> {
     let cluster = Cluster::open(&arguments.place).await?;
     let vm = name_of(&arguments.vm)?;
+    if let Some(to) = &arguments.to {
+        return relocating::run(&cluster, vm, to, &arguments).await;
+    }
     if arguments.dry_run {
         let (node, class) = (arguments.to_node.as_deref(), arguments.storage_class.as_deref());
         return preflight::run(&cluster, vm, node, class, arguments.output).await;
@@ -200,7 +203,11 @@ fn free_name(claim: &str, class: &str, taken: &BTreeSet<String>) -> String {
 }
 
 /// Shows a migration until it is over.
-async fn follow(cluster: &Cluster, name: &str, mut view: View) -> Result<ExitCode> {
+/// Shows a migration until it is over.
+///
+/// # Errors
+/// When the cluster cannot be asked. One that fails is an exit code.
+pub async fn follow(cluster: &Cluster, name: &str, mut view: View) -> Result<ExitCode> {
     // N.B. with what the types here do not have: its progress is the launcher's.
     let kind = ApiResource::erase::<Migration>(&());
     let migrations: Api<DynamicObject> =
@@ -222,9 +229,13 @@ async fn follow(cluster: &Cluster, name: &str, mut view: View) -> Result<ExitCod
         shown.0 = phase.to_string();
         match phase {
             Phase::Succeeded => {
-                let node = status["migrationState"]["targetNode"].as_str().unwrap_or_default();
+                let state = &status["migrationState"];
+                let node = state["targetNode"].as_str().unwrap_or_default();
                 let vm = found.data["spec"]["vmiName"].as_str().unwrap_or_default();
-                eprintln!("{vm} runs on node {node}");
+                match state["targetState"]["cluster"].as_str() {
+                    Some(cluster) => eprintln!("{vm} runs on node {node} of cluster {cluster}"),
+                    None => eprintln!("{vm} runs on node {node}"),
+                }
                 return Ok(ExitCode::SUCCESS);
             }
             Phase::Failed => {

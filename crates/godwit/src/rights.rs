@@ -90,6 +90,19 @@ pub fn synchronizer() -> Value {
             ),
             rule(&["godwit.dev"], &["ownerrecords"], &READ),
             rule(&["godwit.dev"], &["ownerrecords/status"], &["patch"]),
+            // VMs that go to other clusters and come from them, with all that they name.
+            rule(
+                &["kubevirt.io"],
+                &["virtualmachines", "virtualmachineinstancemigrations"],
+                &["get", "list", "create", "patch", "delete"],
+            ),
+            rule(&[""], &["secrets", "configmaps"], &["get", "list", "create", "delete"]),
+            rule(&[""], &["persistentvolumeclaims"], &["list"]),
+            rule(&["storage.k8s.io"], &["storageclasses"], &READ),
+            rule(&["godwit.dev"], &["virtualmachinemoves"], &READ),
+            rule(&["godwit.dev"], &["virtualmachinemoves/status"], &["patch"]),
+            rule(&["godwit.dev"], &["clusterlinks"], &["get", "list", "watch", "patch"]),
+            rule(&["godwit.dev"], &["clusterlinks/status"], &["patch"]),
             rule(&[""], &["nodes", "namespaces"], &READ),
         ],
     )

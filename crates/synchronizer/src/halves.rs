@@ -56,7 +56,9 @@ pub fn half(facts: &Facts<'_>) -> Option<(Side, Half)> {
         phase: status.phase,
         address: Some(facts.address.into()),
         node_selectors: match side {
-            Side::Source => selectors(facts, found.as_deref()),
+            Side::Source => {
+                vmi.map(|vmi| selectors(vmi, found.as_deref(), facts.settings)).unwrap_or_default()
+            }
             Side::Target => BTreeMap::new(),
         },
         started: state.start_timestamp.filter(|_| side == Side::Source),
@@ -76,15 +78,15 @@ fn version(object: &impl ResourceExt) -> u64 {
     object.resource_version().and_then(|version| version.parse().ok()).unwrap_or_default()
 }
 
-/// What a node must have for the guest's processor.
-fn selectors(facts: &Facts<'_>, node: Option<&Node>) -> BTreeMap<String, String> {
-    let spec = facts.vmi.and_then(|vmi| vmi.parse().ok()).unwrap_or_default();
-    let model = spec.domain.cpu.model.or_else(|| facts.settings.cpu_model.clone());
+/// What a node must have for the processor of a guest that is on `node`.
+pub fn selectors(
+    vmi: &VirtualMachineInstance,
+    node: Option<&Node>,
+    settings: &Configuration,
+) -> BTreeMap<String, String> {
+    let spec = vmi.parse().unwrap_or_default();
+    let model = spec.domain.cpu.model.or_else(|| settings.cpu_model.clone());
     let none = BTreeMap::new();
     let labels = node.map_or(&none, |node| node.labels());
-    processor::wanted(
-        model.as_deref(),
-        facts.settings.developer_configuration.use_emulation,
-        labels,
-    )
+    processor::wanted(model.as_deref(), settings.developer_configuration.use_emulation, labels)
 }

@@ -16,8 +16,10 @@
 
 pub mod halves;
 pub mod link;
+mod links;
 mod place;
 pub mod records;
+mod relocation;
 mod serve;
 mod tell;
 pub mod wire;
@@ -86,6 +88,8 @@ pub async fn run(client: Client, config: Config) {
         let mut tasks = JoinSet::new();
         tasks.spawn(serve::run(Arc::clone(&world), listener));
         tasks.spawn(tell::run(Arc::clone(&world)));
+        tasks.spawn(links::run(Arc::clone(&world)));
+        tasks.spawn(relocation::run(Arc::clone(&world)));
         loop {
             changes.borrow_and_update();
             if world.wanted() != Some(wanted) {

@@ -24,6 +24,6 @@ pub async fn ask(
     match wire::ask(&credentials, address, Some(&own), &forward).await?.1 {
         Told::Owner { response } => Ok(response),
         Told::Refused { why } | Told::Unknown { why } => Err(why),
-        Told::Half { .. } => Err("the synchronizer answers what was not asked".into()),
+        _ => Err("the synchronizer answers what was not asked".into()),
     }
 }

@@ -1,6 +1,8 @@
 //! Answers other clusters' synchronizers, and the own cluster's handlers.
 
+use crate::links;
 use crate::records::OfVm;
+use crate::relocation;
 use crate::wire::{self, Ask, NEWS, Told, chain, fingerprint};
 use crate::world::World;
 use api::migration::{Half, Side, VirtualMachineInstanceMigration as Migration};
@@ -87,6 +89,23 @@ async fn answer(world: &World, peer: &SpiffeId, ask: Ask) -> Told {
     match (peer.role(), ask) {
         (Role::Synchronizer, Ask::Tell { migration, side, half, seen }) => {
             tell(world, peer, &migration, side, &half, seen).await
+        }
+        (Role::Synchronizer, Ask::Trust { bundle, address }) => {
+            match links::hear(world, peer.cluster(), &bundle, &address).await {
+                Ok(()) => Told::Trust { bundle: links::own(world), address: world.address() },
+                Err(why) => refused(why),
+            }
+        }
+        (Role::Synchronizer, Ask::Offer { .. } | Ask::Settle { .. })
+            if world.link(peer.cluster()).is_none() =>
+        {
+            refused(format!("cluster {} is not linked to {}", world.cluster(), peer.cluster()))
+        }
+        (Role::Synchronizer, Ask::Offer { id, offer, check }) => {
+            relocation::offered(world, peer.cluster(), &id, &offer, check).await
+        }
+        (Role::Synchronizer, Ask::Settle { id, namespace, name, succeeded }) => {
+            relocation::settle(world, &id, &namespace, &name, succeeded).await
         }
         (Role::Synchronizer, Ask::Owner { asker, namespace, name, change }) => {
             owner(world, peer, &asker, namespace, name, &change).await
@@ -181,7 +200,7 @@ async fn owner(
     Told::Owner { response }
 }
 
-/// Asks another cluster's synchronizer, where its migrations say that it is.
+/// Asks another cluster's synchronizer, where its link or migrations say that it is.
 async fn forward(world: &World, cluster: &str, ask: &Ask) -> Told {
     if !matches!(ask, Ask::Owner { .. }) {
         return Told::Refused { why: "handlers ask about owner records, and nothing else".into() };
@@ -197,9 +216,9 @@ async fn forward(world: &World, cluster: &str, ask: &Ask) -> Told {
     Told::Refused { why: last }
 }
 
-/// Where a cluster's synchronizer is found, as it told itself by migrations with this one.
+/// Where a cluster's synchronizer is found, as its link says, and as it told itself by migrations.
 fn addresses(world: &World, cluster: &str) -> Vec<String> {
-    let mut all = Vec::new();
+    let mut all = world.link(cluster).map(|link| link.spec.addresses.clone()).unwrap_or_default();
     for migration in world.migrations.state() {
         let half = migration.status.as_ref().and_then(|status| status.peer.as_ref()?.half.clone());
         let Some(half) = half.filter(|half| half.cluster == cluster) else { continue };

@@ -155,7 +155,7 @@ async fn tell(
         Told::Half { half: None } => Next::Again,
         Told::Unknown { .. } if is_over => Next::Over,
         Told::Unknown { why } | Told::Refused { why } => Next::Later(why),
-        Told::Owner { .. } => Next::Later("it answers what was not asked".into()),
+        _ => Next::Later("it answers what was not asked".into()),
     }
 }
 

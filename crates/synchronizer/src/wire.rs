@@ -3,6 +3,7 @@
 //!
 //! Each carries its version in its name, as the handlers' questions do.
 
+use crate::relocation::Offer;
 use api::migration::{Half, Side};
 use channel::identity::{Credentials, Role, SpiffeId};
 use channel::{tls, wire};
@@ -48,6 +49,36 @@ pub enum Ask {
         /// How.
         change: Swap,
     },
+    /// These are my CAs, and here I am found; and you? For linked clusters alone.
+    #[serde(rename = "trust/1")]
+    Trust {
+        /// The certificates, PEM.
+        bundle: String,
+        /// `host:port`.
+        address: String,
+    },
+    /// Take this VM, with what it brings; or tell what stands in its way. For linked clusters alone.
+    #[serde(rename = "offer/1")]
+    Offer {
+        /// The move's uid.
+        id: String,
+        /// The VM.
+        offer: Box<Offer>,
+        /// Make nothing.
+        check: bool,
+    },
+    /// A move is over.
+    #[serde(rename = "settle/1")]
+    Settle {
+        /// Its uid.
+        id: String,
+        /// The VM's namespace here.
+        namespace: String,
+        /// The VM's name here.
+        name: String,
+        /// The guest is here.
+        succeeded: bool,
+    },
     /// A handler's question to another cluster's synchronizer, asked of its own.
     #[serde(rename = "forward/1")]
     Forward {
@@ -73,6 +104,32 @@ pub enum Told {
     Unknown {
         /// What was looked for, for people.
         why: String,
+    },
+    /// My CAs, and where I am found.
+    #[serde(rename = "trust/1")]
+    Trust {
+        /// The certificates, PEM.
+        bundle: String,
+        /// `host:port`.
+        address: String,
+    },
+    /// What becomes of a VM that was offered.
+    #[serde(rename = "offered/1")]
+    Offered {
+        /// All that stands in its way.
+        faults: Vec<String>,
+        /// What does not, and is worth knowing.
+        warnings: Vec<String>,
+        /// All is there: where its guest is to be sent.
+        address: Option<String>,
+        /// Not all is: what is waited for.
+        waits: Option<String>,
+    },
+    /// What became of a move that is over.
+    #[serde(rename = "settled/1")]
+    Settled {
+        /// What is still to be done; None: nothing.
+        waits: Option<String>,
     },
     /// What the record answers.
     #[serde(rename = "owner/1")]

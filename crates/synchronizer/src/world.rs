@@ -3,12 +3,16 @@
 use crate::GATE;
 use crate::halves::{self, Facts};
 use crate::wire::fingerprint;
-use api::kubevirt::KubeVirt;
+use api::keys;
+use api::kubevirt::{Configuration, KubeVirt};
+use api::link::ClusterLink;
 use api::migration::{Half, Phase, Side, VirtualMachineInstanceMigration as Migration};
 use api::owner::OwnerRecord;
+use api::relocation::VirtualMachineMove;
 use api::vmi::VirtualMachineInstance;
 use channel::identity::Credentials;
 use k8s_openapi::api::core::v1::{Namespace, Node};
+use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::{ObjectRef, Store};
 use kube::runtime::watcher;
@@ -16,7 +20,7 @@ use kube::{Api, Client, ResourceExt};
 use reconcile::events::why;
 use reconcile::kept::Keeper;
 use serde_json::{Value, json};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 use tokio::sync::watch;
@@ -39,6 +43,9 @@ pub struct World {
     nodes: Store<Node>,
     namespaces: Store<Namespace>,
     settings: Store<KubeVirt>,
+    pub links: Store<ClusterLink>,
+    pub moves: Store<VirtualMachineMove>,
+    classes: Store<StorageClass>,
     /// Counts changes of any of these.
     pub changes: watch::Receiver<u64>,
     /// When the other side of a migration was last heard of, by its uid.
@@ -68,6 +75,9 @@ impl World {
             nodes: keep!(),
             namespaces: keep!(),
             settings: keep!(),
+            links: keep!(),
+            moves: keep!(),
+            classes: keep!(),
             client,
             address: Mutex::default(),
             credentials,
@@ -79,8 +89,10 @@ impl World {
 
     /// Waits until all of it is there.
     pub async fn ready(&self) {
-        let Self { migrations, vmis, owners, nodes, namespaces, settings, .. } = self;
-        reconcile::ready!(migrations, vmis, owners, nodes, namespaces, settings);
+        let Self { migrations, vmis, owners, nodes, namespaces, .. } = self;
+        let Self { settings, links, moves, classes, .. } = self;
+        reconcile::ready!(migrations, vmis, owners, nodes, namespaces, settings, links);
+        reconcile::ready!(moves, classes);
     }
 
     /// The port that the settings name, where they want a synchronizer. None: they do not.
@@ -89,6 +101,16 @@ impl World {
         let settings = settings.iter().min_by_key(|one| (one.namespace(), one.name_any()))?;
         let port = settings.spec.synchronization_port.as_deref();
         settings.spec.gate(GATE).then(|| port.and_then(|port| port.parse().ok()))
+    }
+
+    /// The link to a cluster.
+    pub fn link(&self, cluster: &str) -> Option<Arc<ClusterLink>> {
+        self.links.get(&ObjectRef::new(cluster))
+    }
+
+    /// Where this synchronizer is found.
+    pub fn address(&self) -> String {
+        self.address.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
     /// Says where this synchronizer is found from now on.
@@ -132,21 +154,69 @@ impl World {
         let name = &migration.spec.vmi_name;
         let vmi = self.vmis.get(&ObjectRef::new(name).within(&namespace));
         let owner = self.owners.get(&ObjectRef::new(name).within(&namespace));
-        let settings = self.settings.state().into_iter().next();
-        let settings = settings.map(|settings| settings.spec.configuration.clone());
+        let settings = self.configuration();
         halves::half(&Facts {
             cluster: &self.cluster(),
-            address: &self.address.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            address: &self.address(),
             migration,
             vmi: vmi.as_deref(),
             owner: owner.as_deref(),
             node: &|name| self.nodes.get(&ObjectRef::new(name)),
-            settings: &settings.unwrap_or_default(),
+            settings: &settings,
         })
     }
 
+    /// What a node must have for the processor of a guest.
+    pub fn selectors(&self, vmi: &VirtualMachineInstance) -> BTreeMap<String, String> {
+        let node = vmi.status.as_ref().and_then(|status| status.node_name.clone());
+        let node = node.and_then(|name| self.nodes.get(&ObjectRef::new(&name)));
+        halves::selectors(vmi, node.as_deref(), &self.configuration())
+    }
+
+    fn configuration(&self) -> Configuration {
+        let settings = self.settings.state();
+        let settings = settings.iter().min_by_key(|one| (one.namespace(), one.name_any()));
+        settings.map(|settings| settings.spec.configuration.clone()).unwrap_or_default()
+    }
+
+    /// Whether there is a namespace.
+    pub fn has_namespace(&self, name: &str) -> bool {
+        self.namespaces.get(&ObjectRef::new(name)).is_some()
+    }
+
+    /// Whether there is a class of storage.
+    pub fn has_class(&self, name: &str) -> bool {
+        self.classes.get(&ObjectRef::new(name)).is_some()
+    }
+
+    /// Whether a node that takes guests has all these labels.
+    pub fn has_node(&self, labels: &BTreeMap<String, String>) -> bool {
+        let fits = |node: &Node| {
+            let own = node.labels();
+            let schedulable = own.get(keys::SCHEDULABLE).is_some_and(|is| is == "true");
+            schedulable && labels.iter().all(|(name, value)| own.get(name) == Some(value))
+        };
+        self.nodes.state().iter().any(|node| fits(node))
+    }
+
+    /// Who else has a hardware address.
+    pub fn has_address(&self, mac: &str, namespace: &str, name: &str) -> Option<String> {
+        let has = |vmi: &VirtualMachineInstance| {
+            let interfaces = vmi.spec.0["domain"]["devices"]["interfaces"].as_array();
+            interfaces.into_iter().flatten().any(|interface| {
+                interface["macAddress"].as_str().is_some_and(|own| own.eq_ignore_ascii_case(mac))
+            })
+        };
+        let all = self.vmis.state();
+        let other = all.iter().find(|vmi| {
+            (vmi.namespace().as_deref(), vmi.name_any().as_str()) != (Some(namespace), name)
+                && has(vmi)
+        })?;
+        Some(format!("{}/{}", other.namespace().unwrap_or_default(), other.name_any()))
+    }
+
     /// Whether a namespace has to do with a cluster.
-    fn allows(&self, namespace: &str, cluster: &str) -> bool {
+    pub fn allows(&self, namespace: &str, cluster: &str) -> bool {
         let found = self.namespaces.get(&ObjectRef::new(namespace));
         let said = found.as_ref().and_then(|namespace| namespace.annotations().get(PEERS));
         said.is_none_or(|said| said.split(',').any(|one| one.trim() == cluster))

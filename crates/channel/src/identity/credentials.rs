@@ -28,6 +28,11 @@ impl Credentials {
         Ok(Self { identity, trust, bundle: bundle.into() })
     }
 
+    /// The bundle of CA certificates, PEM.
+    pub fn bundle(&self) -> &str {
+        &self.bundle
+    }
+
     /// Writes `trust.pem`, `tls.key` and `tls.crt` into a folder.
     ///
     /// # Errors

@@ -82,6 +82,21 @@ impl Trust {
 /// The certificates in a text that other clusters than `own` have of their CAs, and that have not ended;
 /// each once, as it was. What else there is in it is left out: it is people's, or another program's.
 pub fn linked(pem: &str, own: &str, now: SystemTime) -> Vec<String> {
+    certificates(pem, now, |cluster| cluster != own)
+}
+
+/// Those that one cluster has of its CAs, in the same way.
+pub fn linked_of(pem: &str, cluster: &str, now: SystemTime) -> Vec<String> {
+    certificates(pem, now, |found| found == cluster)
+}
+
+/// When the first certificate of a text ends. None: there is none in it.
+pub fn soonest_end(pem: &str) -> Option<SystemTime> {
+    let all = CertificateDer::pem_slice_iter(pem.as_bytes()).filter_map(Result::ok);
+    all.filter_map(|der| Some(validity_of(&der).ok()?.1)).min()
+}
+
+fn certificates(pem: &str, now: SystemTime, wanted: impl Fn(&str) -> bool) -> Vec<String> {
     const BEGIN: &str = "-----BEGIN CERTIFICATE-----";
     const END: &str = "-----END CERTIFICATE-----";
     let mut found: Vec<String> = Vec::new();
@@ -89,9 +104,9 @@ pub fn linked(pem: &str, own: &str, now: SystemTime) -> Vec<String> {
         let Some((body, _)) = part.split_once(END) else { continue };
         let text = format!("{BEGIN}\n{}\n{END}\n", body.trim());
         let Ok(der) = CertificateDer::from_pem_slice(text.as_bytes()) else { continue };
-        let is_other = cluster_of_ca(&der).is_ok_and(|cluster| cluster != own);
+        let is_wanted = cluster_of_ca(&der).is_ok_and(|cluster| wanted(&cluster));
         let lasts = validity_of(&der).is_ok_and(|(_, until)| now < until);
-        if is_other && lasts && !found.contains(&text) {
+        if is_wanted && lasts && !found.contains(&text) {
             found.push(text);
         }
     }

@@ -394,7 +394,9 @@ impl Look<'_> {
     fn migrate(&self, plan: &mut Plan) {
         let all = &self.snapshot.moves;
         // What a migration that has succeeded did is the owner record's to say.
-        let done = |m: &Migration| m.phase() == Moving::Succeeded && self.is_of_this_change(m);
+        let done = |m: &Migration| {
+            m.phase() == Moving::Succeeded && self.is_of_this_change(m) && self.has_come(m)
+        };
         if all.iter().any(|m| !m.is_over() || done(m)) {
             return;
         }
@@ -424,6 +426,24 @@ impl Look<'_> {
         });
         let since = migration.status.as_ref().and_then(|status| status.since());
         migration.labels().contains_key(keys::VOLUME_UPDATE) && since >= change
+    }
+
+    /// Whether the disks are where this change brings them; or whether that is not to be doubted, as for a
+    /// migration that was made after the change began.
+    ///
+    /// N.B. moments count whole seconds: one that was made in the same second may be of the change before.
+    fn has_come(&self, migration: &Migration) -> bool {
+        let conditions = self.vmi.status.iter().flat_map(|status| &status.conditions);
+        let change = conditions.into_iter().find(|c| c.kind == types::VOLUMES_CHANGE);
+        let change = change.and_then(Condition::since).map(|at| at.as_second());
+        let made = migration.creation_timestamp().map(|at| at.0.as_second());
+        let record = self.snapshot.owner.as_ref().and_then(|owner| owner.status.clone());
+        let record = record.unwrap_or_default();
+        let moves = self.vmi.status.iter().flat_map(|status| &status.migrated_volumes);
+        let come = |moved: &MigratedVolume| {
+            record.volumes.get(&moved.volume_name) == Some(&moved.destination.claim_name)
+        };
+        made > change || moves.into_iter().all(come)
     }
 
     /// When the next try may begin.

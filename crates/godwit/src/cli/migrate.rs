@@ -15,6 +15,12 @@ pub struct Migrate {
     /// The node to which it is to go; default: one that fits.
     #[arg(long)]
     pub to_node: Option<String>,
+    /// The cluster to which it is to go, with all that it needs: one that is linked.
+    #[arg(long, value_name = "CLUSTER", conflicts_with = "to_node")]
+    pub to: Option<String>,
+    /// The namespace there; default: the one that it is in.
+    #[arg(long, requires = "to")]
+    pub to_namespace: Option<String>,
     /// The class of storage to which its disks are to go, while it runs.
     #[arg(long, conflicts_with = "to_node")]
     pub storage_class: Option<String>,

@@ -7,8 +7,10 @@
 //! ```
 
 use anyhow::{Context, Result, anyhow};
+use api::keys;
 use api::kubevirt::KubeVirt;
-use channel::identity::{Ca, Credentials, SpiffeId, Validity, linked};
+use api::link::ClusterLink;
+use channel::identity::{Ca, Credentials, SpiffeId, Validity, linked, linked_of};
 use controllers::certificates::{Authority, Held, Leaf, Plan, Step, Terms, plan};
 use k8s_openapi::api::core::v1::ConfigMap;
 use kube::api::{Patch, PatchParams, PostParams};
@@ -17,7 +19,9 @@ use kube::{Api, Client, ResourceExt};
 use reconcile::kept::Keeper;
 use reconcile::why;
 use serde_json::json;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
@@ -26,6 +30,8 @@ const BUNDLE: &str = "kubevirt-ca";
 /// The ConfigMap of other clusters' CAs, as KubeVirt's: what people put there is taken.
 const EXTERNAL: &str = "kubevirt-external-ca";
 const KEY: &str = "ca-bundle";
+/// Annotation of the bundle: the clusters that are believed because they are linked.
+const LINKED: &str = "godwit.dev/linked";
 /// What could not be done is tried again after this.
 const AGAIN: Duration = Duration::from_secs(2);
 /// Nothing is looked at more often, or less often.
@@ -40,6 +46,8 @@ pub struct Certificates {
     terms: Terms,
     /// The certificates of other clusters' CAs.
     others: Vec<String>,
+    /// The clusters among them that are linked.
+    linked: BTreeSet<String>,
     /// The bundle that everybody can have.
     published: String,
 }
@@ -67,6 +75,7 @@ impl Certificates {
             parts: Vec::new(),
             terms,
             others: Vec::new(),
+            linked: BTreeSet::new(),
             published: String::new(),
         };
         for number in numbers(folder)? {
@@ -100,14 +109,17 @@ impl Certificates {
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
         let of_others = watcher::Config::default().fields(&format!("metadata.name={EXTERNAL}"));
         let of_others = keeper.keep(maps, of_others);
-        reconcile::ready!(settings, of_others);
-        self.recall(&client).await;
+        let links =
+            keeper.keep(Api::<ClusterLink>::all(client.clone()), watcher::Config::default());
+        reconcile::ready!(settings, of_others, links);
+        self.recall(&client, &links.state()).await;
         loop {
             let found =
                 settings.state().into_iter().min_by_key(|one| (one.namespace(), one.name_any()));
             let strategy = found.map(|one| one.spec.certificate_rotate_strategy.clone());
             self.terms = Terms::of(&strategy.unwrap_or_default());
             let text = of_others.state().first().map(|map| bundle_of(map)).unwrap_or_default();
+            self.believe(&links.state());
             let again = match self.take(&client, &text).await {
                 Ok(again) => again.duration_since(SystemTime::now()).unwrap_or_default(),
                 Err(error) => {
@@ -122,12 +134,28 @@ impl Certificates {
         }
     }
 
-    /// Believes again whom it believed before.
-    async fn recall(&mut self, client: &Client) {
+    /// Believes again whom it believed before; but those whose links have gone meanwhile.
+    async fn recall(&mut self, client: &Client, links: &[Arc<ClusterLink>]) {
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
-        let before = maps.get_opt(BUNDLE).await.ok().flatten();
-        let text = before.as_ref().map(bundle_of).unwrap_or_default();
-        self.others = linked(&text, &self.cluster, SystemTime::now());
+        let Some(before) = maps.get_opt(BUNDLE).await.ok().flatten() else { return };
+        self.others = linked(&bundle_of(&before), &self.cluster, SystemTime::now());
+        let were = before.annotations().get(LINKED).map(String::as_str).unwrap_or_default();
+        self.linked = were.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
+        self.believe(links);
+    }
+
+    /// Believes linked clusters by what their links say of them, and no longer than they are linked.
+    fn believe(&mut self, links: &[Arc<ClusterLink>]) {
+        let now = SystemTime::now();
+        let names: BTreeSet<String> = links.iter().map(|link| link.name_any()).collect();
+        for cluster in self.linked.union(&names) {
+            let theirs = linked_of(&self.others.concat(), cluster, now);
+            self.others.retain(|one| !theirs.contains(one));
+        }
+        for link in links.iter().filter(|link| link.name_any() != self.cluster) {
+            self.others.extend(linked_of(&link.spec.ca_bundle, &link.name_any(), now));
+        }
+        self.linked = names;
     }
 
     /// Believes those whom people have put among other clusters' CAs, as well; they are taken from there,
@@ -156,7 +184,8 @@ impl Certificates {
             let (plan, acted) = self.settle()?;
             let bundle = self.bundle();
             if bundle != self.published {
-                publish(client, &bundle).await?;
+                let linked = self.linked.iter().cloned().collect::<Vec<_>>().join(",");
+                publish(client, &self.cluster, &linked, &bundle).await?;
                 self.published = bundle;
                 let now = SystemTime::now();
                 for (_, authority) in &mut self.authorities {
@@ -259,7 +288,7 @@ fn numbers(folder: &Path) -> Result<Vec<u64>> {
 }
 
 /// Lets everybody have the bundle, and sees to it that there is a place for other clusters'.
-async fn publish(client: &Client, bundle: &str) -> Result<()> {
+async fn publish(client: &Client, cluster: &str, linked: &str, bundle: &str) -> Result<()> {
     let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
     let refused = |error| anyhow!("ConfigMap {}/{BUNDLE}: {}", api::NAMESPACE, why(&error));
     for (name, text) in [(EXTERNAL, ""), (BUNDLE, bundle)] {
@@ -273,7 +302,8 @@ async fn publish(client: &Client, bundle: &str) -> Result<()> {
             other => other.map(|_| ()).map_err(refused)?,
         }
     }
-    let patch = Patch::Merge(json!({"data": {KEY: bundle}}));
+    let notes = json!({keys::CLUSTER: cluster, LINKED: linked});
+    let patch = Patch::Merge(json!({"metadata": {"annotations": notes}, "data": {KEY: bundle}}));
     maps.patch(BUNDLE, &PatchParams::default(), &patch).await.map_err(refused)?;
     Ok(())
 }

@@ -1,0 +1,357 @@
+//! VMs that go to other clusters with all that they need: VirtualMachineMove.
+//!
+//! ```text
+//!  Checking --offer, to be judged--> the other synchronizer: what stands in its way there
+//!  Preparing --offer, to be made---> it makes the VM and what that names, and the receiving migration
+//!  Moving: the sending migration, as a person would make it
+//!  Settling: the other forgets the move; one that failed takes away what it made
+//! ```
+//!
+//! Whatever phase it is found in, it goes on from there: each step can be done twice.
+
+mod offer;
+mod receive;
+
+pub use offer::Offer;
+pub(crate) use receive::{offered, settle};
+
+use crate::wire::{self, Ask, Told};
+use crate::world::World;
+use api::conditions::{self, Condition};
+use api::keys;
+use api::migration::{
+    Phase as MigrationPhase, SendTo, Spec as MigrationSpec,
+    VirtualMachineInstanceMigration as Migration,
+};
+use api::relocation::{Phase, Status, VirtualMachineMove};
+use api::vm::VirtualMachine;
+use api::vmi::VirtualMachineInstance;
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::PersistentVolumeClaim;
+use kube::api::{ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::{Api, ResourceExt};
+use reconcile::Queue;
+use reconcile::events::why;
+use reconcile::queue::Next;
+use serde_json::{Value, json};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Moves that are looked at the same time.
+const AT_ONCE: usize = 8;
+/// What nobody rings for is looked at again after this.
+const AGAIN: Duration = Duration::from_millis(500);
+/// The other cluster answers, and has made what is needed, within this time.
+const PATIENCE: SignedDuration = SignedDuration::from_mins(10);
+/// Why a move waits.
+const WAITS: &str = "Waiting";
+
+/// Looks after all of them. Never ends by itself.
+pub async fn run(world: Arc<World>) {
+    let queue: Queue<(String, String)> = Queue::default();
+    let ring = {
+        let (queue, world) = (queue.clone(), Arc::clone(&world));
+        async move {
+            let mut changes = world.changes.clone();
+            loop {
+                for open in world.moves.state().iter().filter(|open| !is_over(open)) {
+                    queue.ring((open.namespace().unwrap_or_default(), open.name_any()));
+                }
+                // Its sender lives as long as the watches do.
+                if changes.changed().await.is_err() {
+                    return;
+                }
+            }
+        }
+    };
+    let look = queue.run(AT_ONCE, move |key| {
+        let world = Arc::clone(&world);
+        async move { reconcile(&world, &key).await }
+    });
+    tokio::join!(ring, look);
+}
+
+fn is_over(one: &VirtualMachineMove) -> bool {
+    one.status.as_ref().is_some_and(|status| status.phase.is_final())
+}
+
+/// What became of a step.
+enum Step {
+    /// To this phase.
+    To(Phase),
+    /// It waits, for this.
+    Wait(String),
+    /// It fails: all that is wrong.
+    Fail(Vec<String>),
+}
+
+async fn reconcile(world: &World, (namespace, name): &(String, String)) -> Next {
+    let moves: Api<VirtualMachineMove> = Api::namespaced(world.client.clone(), namespace);
+    // N.B. as it is: a step that was taken must not be taken for one that was not.
+    let one = match moves.get_opt(name).await {
+        Ok(Some(one)) if !is_over(&one) => one,
+        Ok(_) => return Next::Rest,
+        Err(error) => {
+            tracing::warn!("move {namespace}/{name} cannot be read: {}", why(&error));
+            return Next::Failed;
+        }
+    };
+    let mut status = one.status.clone().unwrap_or_default();
+    let before = status.clone();
+    let now = Timestamp::now();
+    match step(world, &one, &mut status).await {
+        Step::To(phase) => {
+            status.conditions = conditions::merge(&status.conditions, vec![], &[WAITS], now);
+            status.enter(phase, now);
+        }
+        Step::Wait(reason) => {
+            let since = status.since().unwrap_or(now);
+            if status.phase != Phase::Moving && now.duration_since(since) > PATIENCE {
+                status.faults = vec![format!("it took too long: {reason}")];
+                status.enter(after_failure(status.phase), now);
+            } else {
+                let waits = Condition::new(WAITS, true, "Waiting", &reason);
+                status.conditions = conditions::merge(&status.conditions, vec![waits], &[], now);
+            }
+        }
+        Step::Fail(faults) => {
+            status.faults = faults;
+            status.enter(after_failure(status.phase), now);
+        }
+    }
+    if status != before {
+        let version = one.resource_version();
+        let patch = json!({"metadata": {"resourceVersion": version}, "status": status});
+        let patch = Patch::Merge(&patch);
+        if let Err(error) = moves.patch_status(name, &PatchParams::default(), &patch).await {
+            tracing::debug!("move {namespace}/{name}: {}", why(&error));
+        }
+    }
+    match status.phase.is_final() {
+        true => Next::Rest,
+        false => Next::After(AGAIN),
+    }
+}
+
+/// One that failed before anything was made is over; else what was made goes first.
+fn after_failure(phase: Phase) -> Phase {
+    match phase {
+        Phase::Unset | Phase::Checking => Phase::Failed,
+        _ => Phase::Settling,
+    }
+}
+
+async fn step(world: &World, one: &VirtualMachineMove, status: &mut Status) -> Step {
+    match status.phase {
+        Phase::Unset => Step::To(Phase::Checking),
+        Phase::Checking => check(world, one, status).await,
+        Phase::Preparing => prepare(world, one).await,
+        Phase::Moving => follow(world, one, status).await,
+        Phase::Settling => end(world, one, status).await,
+        Phase::Succeeded | Phase::Failed => Step::To(status.phase),
+    }
+}
+
+fn id(one: &VirtualMachineMove) -> String {
+    one.uid().unwrap_or_default()
+}
+
+/// Asks both sides for all that would make it fail.
+async fn check(world: &World, one: &VirtualMachineMove, status: &mut Status) -> Step {
+    let cluster = &one.spec.cluster;
+    let mut faults = Vec::new();
+    if world.link(cluster).is_none() {
+        faults.push(format!(
+            "this cluster has no link to a cluster {cluster}: `godwit cluster link` makes one"
+        ));
+    }
+    let offered = match gather(world, one).await {
+        Ok(offered) => Some(offered),
+        Err(more) => {
+            faults.extend(more);
+            None
+        }
+    };
+    let (Some(offer), true) = (offered, faults.is_empty()) else { return Step::Fail(faults) };
+    let ask = Ask::Offer { id: id(one), offer: Box::new(offer), check: true };
+    match ask_there(world, cluster, &ask).await {
+        Ok(Told::Offered { faults, warnings, .. }) if faults.is_empty() => {
+            status.warnings = warnings;
+            let next = if one.spec.check_only { Phase::Succeeded } else { Phase::Preparing };
+            Step::To(next)
+        }
+        Ok(Told::Offered { faults, warnings, .. }) => {
+            status.warnings = warnings;
+            Step::Fail(faults)
+        }
+        Ok(Told::Refused { why }) => Step::Fail(vec![why]),
+        Ok(_) => Step::Fail(vec!["the other cluster answers what was not asked".into()]),
+        Err(why) => Step::Wait(why),
+    }
+}
+
+/// Has the other cluster make what the guest needs there, and sends it off.
+async fn prepare(world: &World, one: &VirtualMachineMove) -> Step {
+    let migrations: Api<Migration> =
+        Api::namespaced(world.client.clone(), &one.namespace().unwrap_or_default());
+    let name = migration_name(one);
+    match migrations.get_opt(&name).await {
+        Ok(Some(_)) => return Step::To(Phase::Moving),
+        Ok(None) => {}
+        Err(error) => return Step::Wait(why(&error)),
+    }
+    let offer = match gather(world, one).await {
+        Ok(offer) => offer,
+        Err(faults) => return Step::Fail(faults),
+    };
+    let ask = Ask::Offer { id: id(one), offer: Box::new(offer), check: false };
+    let address = match ask_there(world, &one.spec.cluster, &ask).await {
+        Ok(Told::Offered { faults, .. }) if !faults.is_empty() => return Step::Fail(faults),
+        Ok(Told::Offered { address: Some(address), .. }) => address,
+        Ok(Told::Offered { waits, .. }) => {
+            return Step::Wait(waits.unwrap_or_else(|| "it is made".into()));
+        }
+        Ok(Told::Refused { why }) => return Step::Fail(vec![why]),
+        Ok(_) => return Step::Fail(vec!["the other cluster answers what was not asked".into()]),
+        Err(why) => return Step::Wait(why),
+    };
+    let spec = MigrationSpec {
+        vmi_name: one.spec.vm.clone(),
+        send_to: Some(SendTo { migration_id: id(one), connect_url: address }),
+        ..MigrationSpec::default()
+    };
+    let mut migration = Migration::new(&name, spec);
+    migration.labels_mut().insert(offer::MOVE.into(), id(one));
+    match migrations.create(&PostParams::default(), &migration).await {
+        Ok(_) => Step::To(Phase::Moving),
+        Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
+            Step::To(Phase::Moving)
+        }
+        Err(kube::Error::Api(status)) if status.code == 422 || status.code == 403 => {
+            Step::Fail(vec![status.message.clone()])
+        }
+        Err(error) => Step::Wait(why(&error)),
+    }
+}
+
+fn migration_name(one: &VirtualMachineMove) -> String {
+    let id: String = id(one).chars().filter(|c| *c != '-').take(8).collect();
+    format!("move-{id}")
+}
+
+/// Waits for the guest's migration.
+async fn follow(world: &World, one: &VirtualMachineMove, status: &mut Status) -> Step {
+    let name = migration_name(one);
+    status.migration = Some(name.clone());
+    let migrations: Api<Migration> =
+        Api::namespaced(world.client.clone(), &one.namespace().unwrap_or_default());
+    let migration = match migrations.get_opt(&name).await {
+        Ok(Some(migration)) => migration,
+        Ok(None) => return Step::Fail(vec![format!("its migration {name} was deleted")]),
+        Err(error) => return Step::Wait(why(&error)),
+    };
+    match migration.phase() {
+        MigrationPhase::Succeeded => Step::To(Phase::Settling),
+        MigrationPhase::Failed => {
+            let state = migration.status.and_then(|status| status.migration_state);
+            let reason = state.and_then(|state| state.failure_reason);
+            Step::Fail(vec![reason.unwrap_or_else(|| "its migration failed".into())])
+        }
+        phase if one.metadata.deletion_timestamp.is_some() => {
+            Step::Wait(format!("its migration is {phase}, and is cancelled"))
+        }
+        phase => Step::Wait(format!("its migration is {phase}")),
+    }
+}
+
+/// Has the other cluster forget the move; one that failed takes away there what was made for it, if
+/// the guest is not there.
+async fn end(world: &World, one: &VirtualMachineMove, status: &Status) -> Step {
+    let succeeded = status.faults.is_empty();
+    let ask = Ask::Settle {
+        id: id(one),
+        namespace: one.spec.namespace.clone().or_else(|| one.namespace()).unwrap_or_default(),
+        name: one.spec.name.clone().unwrap_or_else(|| one.spec.vm.clone()),
+        succeeded,
+    };
+    match ask_there(world, &one.spec.cluster, &ask).await {
+        Ok(Told::Settled { waits: None }) if succeeded => Step::To(Phase::Succeeded),
+        Ok(Told::Settled { waits: None }) => Step::To(Phase::Failed),
+        Ok(Told::Settled { waits: Some(why) } | Told::Refused { why }) | Err(why) => {
+            Step::Wait(why)
+        }
+        Ok(_) => Step::Wait("the other cluster answers what was not asked".into()),
+    }
+}
+
+async fn ask_there(world: &World, cluster: &str, ask: &Ask) -> Result<Told, String> {
+    let Some(link) = world.link(cluster) else {
+        return Err(format!("there is no link to cluster {cluster} any more"));
+    };
+    let credentials = world.credentials.borrow().clone();
+    let mut last = format!("the link to cluster {cluster} does not say where that is");
+    for address in &link.spec.addresses {
+        match wire::ask(&credentials, address, Some(cluster), ask).await {
+            Ok((_, told)) => return Ok(told),
+            Err(why) => last = why,
+        }
+    }
+    Err(last)
+}
+
+/// The VM as the other cluster is to make it, and what it brings.
+async fn gather(world: &World, one: &VirtualMachineMove) -> Result<Offer, Vec<String>> {
+    let namespace = one.namespace().unwrap_or_default();
+    let client = &world.client;
+    let failed = |error: kube::Error| vec![why(&error)];
+    let vms: Api<VirtualMachine> = Api::namespaced(client.clone(), &namespace);
+    let name = &one.spec.vm;
+    let vm = vms.get_opt(name).await.map_err(failed)?;
+    let vm = vm.ok_or_else(|| vec![format!("there is no VM {name} in namespace {namespace}")])?;
+    let vmis: Api<VirtualMachineInstance> = Api::namespaced(client.clone(), &namespace);
+    let vmi = vmis.get_opt(name).await.map_err(failed)?;
+    let vmi = vmi.ok_or_else(|| vec![format!("VM {name} does not run")])?;
+    let claims: Api<PersistentVolumeClaim> = Api::namespaced(client.clone(), &namespace);
+    let claims = claims.list(&ListParams::default()).await.map_err(failed)?.items;
+    let migrations: Api<Migration> = Api::namespaced(client.clone(), &namespace);
+    let of_vmi = ListParams::default().labels(&format!("{}={name}", keys::MIGRATES));
+    let mut migrations = migrations.list(&of_vmi).await.map_err(failed)?.items;
+    let own = id(one);
+    migrations.retain(|migration| migration.labels().get(offer::MOVE) != Some(&own));
+    let facts = offer::Facts {
+        id: &own,
+        wanted: &one.spec,
+        vm: &vm,
+        vmi: &vmi,
+        claims: &claims,
+        migrations: &migrations,
+    };
+    let mut offer = offer::offer(&facts)?;
+    offer.selectors = world.selectors(&vmi);
+    let mut faults = Vec::new();
+    for (kind, name) in offer::named(&vmi.spec.0) {
+        match read(world, kind, &namespace, &name).await {
+            Ok(object) => offer.brings.push(offer::brought(&object, kind, &offer.namespace, &own)),
+            Err(why) => faults.push(format!("{kind} {name}, which the VM names: {why}")),
+        }
+    }
+    if faults.is_empty() { Ok(offer) } else { Err(faults) }
+}
+
+/// The API of Secrets or ConfigMaps of a namespace.
+pub(super) fn core(world: &World, kind: &str, namespace: &str) -> Api<DynamicObject> {
+    let plural = if kind == "Secret" { "secrets" } else { "configmaps" };
+    let resource = ApiResource {
+        group: String::new(),
+        version: "v1".into(),
+        api_version: "v1".into(),
+        kind: kind.into(),
+        plural: plural.into(),
+    };
+    Api::namespaced_with(world.client.clone(), namespace, &resource)
+}
+
+async fn read(world: &World, kind: &str, namespace: &str, name: &str) -> Result<Value, String> {
+    let found = core(world, kind, namespace).get(name).await.map_err(|error| why(&error))?;
+    serde_json::to_value(found).map_err(|error| error.to_string())
+}

@@ -1,0 +1,287 @@
+//! The other cluster's part of a VM that comes with all that it needs.
+
+use super::offer::{MOVE, Offer};
+use crate::wire::Told;
+use crate::world::World;
+use api::keys;
+use api::migration::{
+    Receive, Spec as MigrationSpec, VirtualMachineInstanceMigration as Migration,
+};
+use api::owner::{Ledger, OwnerRecord};
+use api::vm::VirtualMachine;
+use api::vmi::{Phase, VirtualMachineInstance};
+use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
+use kube::{Api, ResourceExt};
+use reconcile::events::why;
+use serde_json::{Value, json};
+
+/// Answers an offer: with all that stands in its way here; or makes it so.
+pub async fn offered(world: &World, cluster: &str, id: &str, offer: &Offer, check: bool) -> Told {
+    let told = |faults: Vec<String>, warnings| Told::Offered {
+        faults,
+        warnings,
+        address: None,
+        waits: None,
+    };
+    let came_from = Ledger {
+        cluster: cluster.into(),
+        namespace: offer.from_namespace.clone(),
+        name: offer.from_name.clone(),
+    };
+    let there = match Place::look(world, offer, &came_from).await {
+        Ok(there) => there,
+        Err(why) => return told(vec![why], Vec::new()),
+    };
+    let mut faults = there.faults(world, cluster, id, offer);
+    let mut warnings = Vec::new();
+    for brought in &offer.brings {
+        match bring(world, brought, id, check).await {
+            Ok(warning) => warnings.extend(warning),
+            Err(why) => faults.push(why),
+        }
+    }
+    if let Err(why) = there.make(world, id, offer, true).await {
+        faults.push(why);
+    }
+    if check || !faults.is_empty() {
+        return told(faults, warnings);
+    }
+    match make(world, &there, id, offer).await {
+        Ok(()) => Told::Offered { faults, warnings, address: Some(world.address()), waits: None },
+        Err(waits) => Told::Offered { faults, warnings, address: None, waits: Some(waits) },
+    }
+}
+
+fn vms(world: &World, namespace: &str) -> Api<DynamicObject> {
+    // N.B. as it is sent: with what the types here do not have.
+    let kind = ApiResource::erase::<VirtualMachine>(&());
+    Api::namespaced_with(world.client.clone(), namespace, &kind)
+}
+
+/// What there is of the VM here.
+struct Place {
+    vm: Option<VirtualMachine>,
+    /// It is the VM that has left for where it comes from.
+    returns: bool,
+    /// Whether a namespace of that name is there.
+    namespace: bool,
+}
+
+impl Place {
+    async fn look(world: &World, offer: &Offer, from: &Ledger) -> Result<Self, String> {
+        let (namespace, name) = (&offer.namespace, &offer.name);
+        let found: Api<VirtualMachine> = Api::namespaced(world.client.clone(), namespace);
+        let vm = found.get_opt(name).await.map_err(|error| why(&error))?;
+        let records: Api<OwnerRecord> = Api::namespaced(world.client.clone(), namespace);
+        let record = records.get_opt(name).await.map_err(|error| why(&error))?;
+        let left = record.and_then(|record| record.status?.has_left());
+        let returns = vm.is_some() && left.as_ref() == Some(from);
+        Ok(Self { vm, returns, namespace: world.has_namespace(namespace) })
+    }
+
+    /// Whether it is the VM that was made for this move.
+    fn is_made(&self, id: &str) -> bool {
+        self.vm.as_ref().is_some_and(|vm| vm.labels().get(MOVE).is_some_and(|of| of == id))
+    }
+
+    /// All that stands in the way of the VM here, as far as objects tell.
+    fn faults(&self, world: &World, cluster: &str, id: &str, offer: &Offer) -> Vec<String> {
+        let Offer { namespace, name, .. } = offer;
+        let own = world.cluster();
+        let mut faults = Vec::new();
+        if !self.namespace {
+            faults.push(format!("cluster {own} has no namespace {namespace}"));
+        } else if !world.allows(namespace, cluster) {
+            faults.push(format!(
+                "namespace {namespace} of cluster {own} takes nothing from cluster {cluster}"
+            ));
+        }
+        if self.vm.is_some() && !self.returns && !self.is_made(id) {
+            faults.push(format!("cluster {own} has another VM {namespace}/{name}"));
+        }
+        let spec = &offer.vm["spec"]["template"]["spec"];
+        for interface in spec["domain"]["devices"]["interfaces"].as_array().into_iter().flatten() {
+            let Some(mac) = interface["macAddress"].as_str() else { continue };
+            if let Some(other) = world.has_address(mac, namespace, name) {
+                faults.push(format!("hardware address {mac} is that of {other} in cluster {own}"));
+            }
+        }
+        for template in offer.vm["spec"]["dataVolumeTemplates"].as_array().into_iter().flatten() {
+            let class = template["spec"]["pvc"]["storageClassName"].as_str();
+            if let Some(class) = class.filter(|class| !world.has_class(class)) {
+                faults.push(format!("cluster {own} has no storage class {class}"));
+            }
+        }
+        if !world.has_node(&offer.selectors) {
+            faults.push(format!("no node of cluster {own} has all that the guest's processor has"));
+        }
+        faults
+    }
+
+    /// Makes the VM, or lets the one that has left wait for its guest; or tries only whether the API
+    /// would take it.
+    async fn make(
+        &self,
+        world: &World,
+        id: &str,
+        offer: &Offer,
+        try_only: bool,
+    ) -> Result<(), String> {
+        if !self.namespace || self.is_made(id) {
+            return Ok(());
+        }
+        let api = vms(world, &offer.namespace);
+        let failed = |error: kube::Error| why(&error);
+        if self.returns {
+            let metadata = &offer.vm["metadata"];
+            let restore = &metadata["annotations"][keys::RESTORE_STRATEGY];
+            let patch = json!({
+                "metadata": {
+                    "labels": {MOVE: id}, "annotations": {keys::RESTORE_STRATEGY: restore},
+                },
+                "spec": {"runStrategy": "WaitAsReceiver", "running": null},
+            });
+            let params = PatchParams { dry_run: try_only, ..PatchParams::default() };
+            let patched = api.patch(&offer.name, &params, &Patch::Merge(&patch)).await;
+            return patched.map(|_| ()).map_err(failed);
+        }
+        if self.vm.is_some() {
+            // Another one, which is told of.
+            return Ok(());
+        }
+        let object: DynamicObject =
+            serde_json::from_value(offer.vm.clone()).map_err(|error| error.to_string())?;
+        let params = PostParams { dry_run: try_only, ..PostParams::default() };
+        match api.create(&params, &object).await {
+            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" && !try_only => {
+                Ok(())
+            }
+            other => other.map(|_| ()).map_err(failed),
+        }
+    }
+}
+
+/// Makes what the guest needs.
+///
+/// # Errors
+/// What is waited for.
+async fn make(world: &World, there: &Place, id: &str, offer: &Offer) -> Result<(), String> {
+    there.make(world, id, offer, false).await?;
+    let Offer { namespace, name, .. } = offer;
+    let vmis: Api<VirtualMachineInstance> = Api::namespaced(world.client.clone(), namespace);
+    let vmi = vmis.get_opt(name).await.map_err(|error| why(&error))?;
+    let phase = vmi.and_then(|vmi| vmi.status).map(|status| status.phase);
+    if phase != Some(Phase::WaitingForSync) {
+        return Err(format!("VM {namespace}/{name} is made ready to take its guest"));
+    }
+    let spec = MigrationSpec {
+        vmi_name: name.clone(),
+        receive: Some(Receive { migration_id: id.into() }),
+        ..MigrationSpec::default()
+    };
+    let mut migration = Migration::new(&migration_name(id), spec);
+    migration.labels_mut().insert(MOVE.into(), id.into());
+    let migrations: Api<Migration> = Api::namespaced(world.client.clone(), namespace);
+    match migrations.create(&PostParams::default(), &migration).await {
+        Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(()),
+        other => other.map(|_| ()).map_err(|error| why(&error)),
+    }
+}
+
+fn migration_name(id: &str) -> String {
+    let id: String = id.chars().filter(|c| *c != '-').take(8).collect();
+    format!("receive-{id}")
+}
+
+/// Makes a Secret or a ConfigMap that a VM names; or tries only whether it could. What is there already
+/// is let be, and told of where it is another. Returns what is worth knowing.
+async fn bring(
+    world: &World,
+    object: &Value,
+    id: &str,
+    try_only: bool,
+) -> Result<Option<String>, String> {
+    let kind = object["kind"].as_str().filter(|kind| ["Secret", "ConfigMap"].contains(kind));
+    let kind = kind.ok_or("only Secrets and ConfigMaps come along")?;
+    let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default();
+    let (namespace, name) = (text("namespace"), text("name"));
+    let api = super::core(world, kind, namespace);
+    if let Some(there) = api.get_opt(name).await.map_err(|error| why(&error))? {
+        let same = ["data", "binaryData"].iter().all(|field| {
+            object.get(*field).unwrap_or(&Value::Null)
+                == there.data.get(*field).unwrap_or(&Value::Null)
+        });
+        let own = there.labels().get(MOVE).is_some_and(|of| of == id);
+        let other =
+            format!("{kind} {namespace}/{name} is there already, and is another: it is kept");
+        return Ok((!same && !own).then_some(other));
+    }
+    let made: DynamicObject =
+        serde_json::from_value(object.clone()).map_err(|error| error.to_string())?;
+    let params = PostParams { dry_run: try_only, ..PostParams::default() };
+    match api.create(&params, &made).await {
+        Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(None),
+        other => other.map(|_| None).map_err(|error| format!("{kind} {name}: {}", why(&error))),
+    }
+}
+
+/// Forgets a move. One that failed takes away what it made: if the guest is not here for certain.
+pub async fn settle(world: &World, id: &str, namespace: &str, name: &str, succeeded: bool) -> Told {
+    match undo(world, id, namespace, name, succeeded).await {
+        Ok(()) => Told::Settled { waits: None },
+        Err(why) => Told::Settled { waits: Some(why) },
+    }
+}
+
+async fn undo(
+    world: &World,
+    id: &str,
+    namespace: &str,
+    name: &str,
+    succeeded: bool,
+) -> Result<(), String> {
+    let failed = |error: kube::Error| why(&error);
+    let vms = vms(world, namespace);
+    let Some(vm) = vms.get_opt(name).await.map_err(failed)? else { return Ok(()) };
+    if vm.labels().get(MOVE).is_none_or(|of| of != id) {
+        return Ok(());
+    }
+    if succeeded {
+        let forget = Patch::Merge(json!({"metadata": {"labels": {MOVE: null}}}));
+        return vms.patch(name, &PatchParams::default(), &forget).await.map(|_| ()).map_err(failed);
+    }
+    let migrations: Api<Migration> = Api::namespaced(world.client.clone(), namespace);
+    let receiving = migration_name(id);
+    if let Some(migration) = migrations.get_opt(&receiving).await.map_err(failed)?
+        && !migration.is_over()
+    {
+        migrations.delete(&receiving, &DeleteParams::default()).await.map_err(failed)?;
+        return Err(format!("migration {namespace}/{receiving} ends"));
+    }
+    // N.B. the owner record is asked, not how the move went: what has the guest stays.
+    let records: Api<OwnerRecord> = Api::namespaced(world.client.clone(), namespace);
+    let record = records.get_opt(name).await.map_err(failed)?;
+    let status = record.and_then(|record| record.status).unwrap_or_default();
+    if status.state == "idle" && !status.owner.is_empty() && !status.is_over() {
+        return Ok(());
+    }
+    if !status.is_over() {
+        return Err(format!("who has the guest of {namespace}/{name} is not decided"));
+    }
+    if status.has_left().is_some() {
+        // It was here before: it goes back to what it was.
+        let back = Patch::Merge(json!({
+            "metadata": {"labels": {MOVE: null}, "annotations": {keys::RESTORE_STRATEGY: null}},
+            "spec": {"runStrategy": "Halted"},
+        }));
+        return vms.patch(name, &PatchParams::default(), &back).await.map(|_| ()).map_err(failed);
+    }
+    for kind in ["Secret", "ConfigMap"] {
+        let made = kube::api::ListParams::default().labels(&format!("{MOVE}={id}"));
+        let api = super::core(world, kind, namespace);
+        for object in api.list(&made).await.map_err(failed)? {
+            let _ = api.delete(&object.name_any(), &DeleteParams::default()).await;
+        }
+    }
+    vms.delete(name, &DeleteParams::default()).await.map(|_| ()).map_err(failed)
+}
