@@ -3,7 +3,7 @@
 MINUTES ?= 10
 SEED ?= 1
 
-.PHONY: help setup build guest demo test conformance bench soak check clean
+.PHONY: help setup build guest demo hosts test conformance bench soak check clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -17,9 +17,13 @@ build: setup ## build the binary: target/release/godwit
 guest: setup ## build the test guest: target/guest/
 	@guest/build
 
-demo: guest ## watch a VM move
+demo: guest ## watch a VM go from one cluster to another and back; KEEP=1 leaves them up
 	cargo build -q --release -p godwit -p e2e --bins
-	target/release/demo $(if $(INJECT),--inject $(INJECT))
+	target/release/demo
+
+hosts: guest ## the same between two hosts without Kubernetes; INJECT=FAULT puts a fault into it
+	cargo build -q --release -p godwit -p e2e --bins
+	target/release/demo-hosts $(if $(INJECT),--inject $(INJECT))
 
 test: guest ## run all tests, with real QEMU
 	cargo test --workspace

@@ -1,148 +1,244 @@
-//! `make demo`: a VM with its disk moves from host A to host B and back, while
-//! an oracle inside it looks for lost writes and lost memory.
+//! `make demo`: a VM goes from one cluster to another and back while an oracle in it looks for lost
+//! writes and lost memory: there by KubeVirt's manifests and kubectl, back by one command.
 //!
-//! With `--inject FAULT` a fault is put into the first move; then the demo must fail.
-//! N.B. a dropped write is found only if the oracle does not write that block again
-//! before the check: it wrote the one at 40570880 with its write 71, and comes by again
-//! with its write 8264, 40 seconds later.
+//! `KEEP=1` leaves both clusters up.
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use e2e::cluster::Cluster;
 use e2e::guest;
-use e2e::witness::Witness;
-use e2e::world::{Host, World};
-use std::process::ExitCode;
+use e2e::registry::Registry;
+use e2e::vms::{MOVES, Oracle, VMIS, VMS, import, is_running, shows, vm};
+use godwit::view::bytes;
+use serde_json::{Value, json};
+use std::path::PathBuf;
+use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
-const VM: &str = "web";
-const SOON: Duration = Duration::from_secs(60);
+const UP: [&str; 4] = ["--nodes", "2", "--storage", "2Gi"];
 
 fn main() -> ExitCode {
-    match demo() {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("\ndemo FAILED: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    e2e::exit("demo", demo())
 }
 
 fn demo() -> Result<()> {
-    let inject = inject()?;
-    let program = std::env::current_exe()?.with_file_name("godwit");
-    let world = World::new(&program)?;
-    let (a, b) = (world.host("a", 2)?, world.host("b", 3)?);
-    println!("two hosts: a at {}, b at {}", a.address(), b.address());
-
-    let disk = world.path("a/root.raw");
-    guest::disk(&disk, 64)?;
-    let _on_a = a.launch(VM, &guest::spec(VM, &disk, 64)?, &[])?;
-    let faults: Vec<&str> = inject.iter().flat_map(|f| ["--inject", f.as_str()]).collect();
-    let _on_b = b.receive(VM, &faults)?;
-    let witness = Witness::new();
-    let mut oracle = witness.listen(&a.folder(VM).join("oracle.sock"))?;
-    witness.wait_ready(SOON)?;
-    println!("the guest runs on a; its oracle writes its disk and counts in its memory");
-    oracle.command("write start dev=/dev/vda offset=32M len=8M rate=200 seed=7", SOON)?;
-    oracle.command("memory start mib=4 rate=2000", SOON)?;
-    oracle.command("tick start us=1000", SOON)?;
-    witness.wait_written(300, SOON)?;
-
-    let there = hop(&world, &witness, &a, &b)?;
-    println!("{}", there.line("a to b"));
-    let to = world.path("a/root.raw").display().to_string();
-    let back_to = format!("root={to}");
-    let back = hop_with(&world, &witness, &b, &a, &["--disk", &back_to])?;
-    println!("{}", back.line("b to a"));
-
-    let mut oracle = witness.listen(&a.folder(VM).join("oracle.sock"))?;
-    let sums = oracle.check()?;
-    let lost = sums.lost + witness.losses().len() as u64;
-    println!(
-        "\n{} acknowledged writes, {} memory pages: {lost} lost writes, {} lost pages, disks verified",
-        witness.written(),
-        sums.pages,
-        sums.stale,
-    );
-    if lost + sums.stale > 0 {
-        bail!("the oracle found losses: {:?}", witness.losses());
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let began = Instant::now();
+    let stage = runtime.block_on(Stage::new())?;
+    let done = runtime.block_on(stage.play());
+    println!("\n{:.0} s in all", began.elapsed().as_secs_f64());
+    if std::env::var_os("KEEP").is_some_and(|keep| keep == "1") {
+        stage.keep();
     }
-    Ok(())
+    done
 }
 
-fn inject() -> Result<Option<String>> {
-    let mut arguments = std::env::args().skip(1);
-    match (arguments.next().as_deref(), arguments.next()) {
-        (None, _) => Ok(None),
-        (Some("--inject"), Some(fault)) => Ok(Some(fault)),
-        _ => bail!("usage: demo [--inject drop-writes@OFFSET|flip-byte@OFFSET|stale-page@NUMBER]"),
-    }
+/// Two clusters, an image, and a person.
+struct Stage {
+    program: PathBuf,
+    east: Cluster,
+    west: Cluster,
+    registry: Registry,
+    /// The kubeconfig with a context for each.
+    kubeconfig: PathBuf,
 }
 
-struct Hop {
-    pause: Duration,
-    took: Duration,
-    sent: u64,
+/// Says what happens.
+fn say(text: &str) {
+    println!("\n{text}");
 }
 
-impl Hop {
-    fn line(&self, way: &str) -> String {
-        format!(
-            "{way}: {:.1} s in all, the guest saw a pause of {} ms, {} left the gateway's socket\n",
-            self.took.as_secs_f64(),
-            self.pause.as_millis(),
-            godwit::view::bytes(self.sent),
-        )
-    }
-}
-
-fn hop(world: &World, witness: &Witness, from: &Host, to: &Host) -> Result<Hop> {
-    hop_with(world, witness, from, to, &[])
-}
-
-fn hop_with(
-    world: &World,
-    witness: &Witness,
-    from: &Host,
-    to: &Host,
-    more: &[&str],
-) -> Result<Hop> {
-    let before = world.bytes(from)?.0;
-    let begun = Instant::now();
-    println!("\n$ godwit move {VM} --from {} --to {} {}", name(from), name(to), more.join(" "));
-    let mut command = world.move_command(VM, from, to, more);
-    let mut moving = command.spawn()?;
-    // The target's serial port is there once it is prepared; the guest speaks there when it runs.
-    let socket = to.folder(VM).join("oracle.sock");
-    let line = listen(witness, &socket);
-    let moved = moving.wait()?;
-    let took = begun.elapsed();
-    if !moved.success() {
-        bail!("the move failed");
-    }
-    let _line = line?;
-    witness.wait_alive(SOON).context("the guest does not tick after the move")?;
-    let sent = world.bytes(from)?.0 - before;
-    let pause = witness.longest_pause_since(begun);
-    println!("$ godwit verify {VM} --from {} --to {}", name(from), name(to));
-    let verified = world.verify(VM, from, to)?;
-    print!("{}", verified.out);
-    if !verified.status.success() {
-        bail!("the disks differ: {}{}", verified.out, verified.err);
-    }
-    Ok(Hop { pause, took, sent })
-}
-
-fn listen(witness: &Witness, socket: &std::path::Path) -> Result<e2e::witness::Line> {
-    let until = Instant::now() + SOON;
-    loop {
-        match witness.listen(socket) {
-            Ok(line) => return Ok(line),
-            Err(error) if Instant::now() > until => return Err(error),
-            Err(_) => std::thread::sleep(Duration::from_millis(5)),
+impl Stage {
+    async fn new() -> Result<Self> {
+        let program = std::env::current_exe()?.with_file_name("godwit");
+        let text = program.to_str().context("a path")?;
+        say("Two clusters, each with its own API, CA, nodes and storage:");
+        let mut clusters = Vec::new();
+        for name in ["east", "west"] {
+            println!("$ godwit up --detach --name {name} {}", UP.join(" "));
+            clusters.push(Cluster::named(name, text, &UP, &[]).await?);
         }
+        let (Some(west), Some(east)) = (clusters.pop(), clusters.pop()) else {
+            bail!("two clusters were made");
+        };
+        let kubeconfig = east.dir().join("kubeconfig");
+        for (name, cluster) in [("east", &east), ("west", &west)] {
+            let into = kubeconfig.to_str().context("a path")?;
+            let merged =
+                cluster.godwit(&["kubeconfig", "--name", name, "--merge", "--into", into])?;
+            ensure!(merged.status.success(), "{}", String::from_utf8_lossy(&merged.stderr));
+        }
+        Ok(Self { program, east, west, registry: Registry::start()?, kubeconfig })
+    }
+
+    /// Runs what a person would type, and shows it.
+    fn run(&self, program: &str, arguments: &[&str]) -> Result<String> {
+        println!("$ {program} {}", arguments.join(" "));
+        let path = if program == "godwit" { self.program.clone() } else { program.into() };
+        let mut command = Command::new(path);
+        command.args(arguments).env("KUBECONFIG", &self.kubeconfig);
+        command.env("HOME", self.east.dir());
+        let output = command.output().with_context(|| format!("cannot run {program}"))?;
+        let (out, err) = (
+            String::from_utf8_lossy(&output.stdout).into_owned(),
+            String::from_utf8_lossy(&output.stderr).into_owned(),
+        );
+        for line in out.lines().chain(err.lines()) {
+            println!("  {line}");
+        }
+        ensure!(output.status.success(), "{program} {arguments:?} failed");
+        Ok(out)
+    }
+
+    /// Applies a manifest, and shows it.
+    fn apply(&self, context: &str, file: &str, object: &Value) -> Result<()> {
+        let path = self.east.dir().join(file);
+        std::fs::write(&path, serde_json::to_string_pretty(object)?)?;
+        let text = path.to_str().context("a path")?;
+        self.run("kubectl", &["--context", context, "apply", "-f", text]).map(|_| ())
+    }
+
+    async fn play(&self) -> Result<()> {
+        say("They are linked: each believes the other's CA from now on, through every rotation.");
+        self.run("godwit", &["cluster", "link", "godwit-east", "godwit-west"])?;
+        let pause = self.begin().await?;
+        let there = self.to_west().await?;
+        self.see(&self.west, pause)?;
+        let back = self.to_east().await?;
+        self.see(&self.east, pause)?;
+        say("In figures, as the migrations' status has them:");
+        for (way, of) in [("east to west", &there), ("west to east", &back)] {
+            println!(
+                "  {way}: {} of disks and {} of memory sent in {:.1} s, the guest stood still for {:.0} ms",
+                bytes(of["progress"]["bytes_sent"].as_u64().unwrap_or_default()),
+                bytes(of["progress"]["memory"]["sent"].as_u64().unwrap_or_default()),
+                of["took_seconds"].as_f64().unwrap_or_default(),
+                of["paused_ms"].as_f64().unwrap_or_default(),
+            );
+        }
+        Ok(())
+    }
+
+    /// A VM in east, from an image in a registry; a file is written on its console.
+    async fn begin(&self) -> Result<u64> {
+        let image = self.registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+        say(&format!("A VM in east, from the image {image}:"));
+        let root = json!({"name": "root", "dataVolume": {"name": "web-root"}});
+        let template = import("web-root", &image, storage());
+        self.apply("godwit-east", "web.json", &vm("web", "Always", vec![root], vec![template]))?;
+        self.east.until(&format!("{VMS}/web"), is_running).await?;
+        say(
+            "On its console a file is written, and an oracle begins to write its disk and its memory:",
+        );
+        println!("$ godwit console web --context godwit-east");
+        let mut console = self.east.terminal("web")?;
+        console.run("echo 'written in east' > /data/letter; sync")?;
+        println!("  guest# echo 'written in east' > /data/letter; sync");
+        Oracle::begin(&mut console)?;
+        uptime(&console.run("cat /proc/uptime")?)
+    }
+
+    /// KubeVirt's way, by its manifests.
+    async fn to_west(&self) -> Result<Value> {
+        say("To west by KubeVirt's manifests: a VM that waits for its guest, on a blank disk;");
+        let blank = json!({
+            "apiVersion": "cdi.kubevirt.io/v1beta1", "kind": "DataVolume",
+            "metadata": {"name": "web-root"},
+            "spec": {"source": {"blank": {}}, "storage": storage()},
+        });
+        let root = json!({"name": "root", "dataVolume": {"name": "web-root"}});
+        let mut waits = vm("web", "WaitAsReceiver", vec![root], vec![blank]);
+        waits["metadata"]["annotations"] = json!({"kubevirt.io/restore-run-strategy": "Always"});
+        self.apply("godwit-west", "waits.json", &waits)?;
+        let sync = |vmi: &Value| vmi["status"]["phase"] == "WaitingForSync";
+        self.west.until(&format!("{VMIS}/web"), sync).await?;
+        let half = |part: Value| {
+            let mut spec = json!({"vmiName": "web"});
+            for (field, value) in part.as_object().into_iter().flatten() {
+                spec[field] = value.clone();
+            }
+            json!({
+                "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration",
+                "metadata": {"name": "to-west"}, "spec": spec,
+            })
+        };
+        say("a migration that receives, and one that sends to where west's KubeVirt object says:");
+        let receive = half(json!({"receive": {"migrationID": "to-west"}}));
+        self.apply("godwit-west", "receive.json", &receive)?;
+        let path = "jsonpath={.status.synchronizationAddresses[0]}";
+        let place = ["--context", "godwit-west", "-n", "kubevirt", "get", "kubevirt", "kubevirt"];
+        let address = self.run("kubectl", &[&place[..], &["-o", path]].concat())?;
+        let send =
+            half(json!({"sendTo": {"migrationID": "to-west", "connectURL": address.trim()}}));
+        self.apply("godwit-east", "send.json", &send)?;
+        println!("$ godwit watch vm/web --context godwit-east");
+        let mut watch = Command::new(&self.program);
+        watch.args(["watch", "vm/web", "--context", "godwit-east"]);
+        let mut watch = watch.env("KUBECONFIG", &self.kubeconfig).spawn()?;
+        let moved = self.east.until_moved("to-west", "Succeeded").await;
+        // It has seen the end by now, or has come too late for the beginning.
+        tokio::time::sleep(Duration::from_millis(500)).await;
+        let _ = watch.kill();
+        watch.wait()?;
+        let moved = moved?;
+        self.west.until(&format!("{VMS}/web"), is_running).await?;
+        self.east.until(&format!("{VMS}/web"), shows("Stopped")).await?;
+        Ok(moved["status"]["progress"].clone())
+    }
+
+    /// Godwit's way, by one command.
+    async fn to_east(&self) -> Result<Value> {
+        say("And back, by one command:");
+        self.run("godwit", &["migrate", "vm/web", "--to", "east", "--context", "godwit-west"])?;
+        self.east.until(&format!("{VMS}/web"), is_running).await?;
+        let moves = self.west.send("GET", MOVES, None).await?;
+        let all = moves["items"].as_array().cloned().unwrap_or_default();
+        let sent = all.into_iter().find(|m| !m["spec"]["sendTo"].is_null());
+        Ok(sent.context("west has sent it")?["status"]["progress"].clone())
+    }
+
+    /// The same session, the same file, the same guest; and nothing lost.
+    fn see(&self, cluster: &Cluster, since: u64) -> Result<()> {
+        let name = if std::ptr::eq(cluster, &self.east) { "east" } else { "west" };
+        say(&format!("The same guest, now in {name}:"));
+        println!("$ godwit console web --context godwit-{name}");
+        let mut console = cluster.console("web")?;
+        let letter = console.run("cat /data/letter")?;
+        let up = uptime(&console.run("cat /proc/uptime")?)?;
+        println!("  guest# cat /data/letter\n  {}", letter.trim());
+        println!("  guest# cat /proc/uptime\n  {up} s: it has not booted again");
+        ensure!(letter.trim() == "written in east" && up >= since, "it is another guest");
+        let writes = Oracle::again(&mut console).check()?;
+        println!("  oracle: {writes} acknowledged writes: 0 lost writes, 0 lost pages");
+        Ok(())
+    }
+
+    /// Leaves both clusters up.
+    fn keep(self) {
+        let dirs = [("east", self.east.dir()), ("west", self.west.dir())];
+        println!(
+            "\nBoth clusters stay. To go on:\n  export KUBECONFIG={}",
+            self.kubeconfig.display()
+        );
+        println!("  godwit migrate vm/web --to west --context godwit-east");
+        println!(
+            "  kubectl --context godwit-west get vm,vmi,vmim,clusterlinks,virtualmachinemoves"
+        );
+        for (name, dir) in dirs {
+            println!("  godwit down --name {name} --dir {}   # ends it", dir.display());
+        }
+        std::mem::forget((self.east, self.west, self.registry));
     }
 }
 
-fn name(host: &Host) -> String {
-    host.dir.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
+fn storage() -> Value {
+    json!({
+        "accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "100Mi"}},
+        "storageClassName": "local",
+    })
+}
+
+/// Whole seconds.
+fn uptime(text: &str) -> Result<u64> {
+    let first = text.split('.').next().unwrap_or_default();
+    first.trim().parse().with_context(|| format!("no uptime: {text}"))
 }
