@@ -40,7 +40,7 @@ use volumes::HostPaths;
 use worker::{Shared, Wish};
 
 /// Annotation of a pod that only tells of something that runs elsewhere, as static pods have it.
-const MIRROR: &str = "kubernetes.io/config.mirror";
+pub const MIRROR: &str = "kubernetes.io/config.mirror";
 /// What has not ended this long after it was killed is stuck in the kernel, and is left.
 const STUCK: Duration = Duration::from_secs(10);
 

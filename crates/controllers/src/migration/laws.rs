@@ -1,5 +1,7 @@
 //! What holds of every plan for a migration.
 
+mod halves;
+
 use super::plan::{Action, Snapshot, plan};
 use api::keys;
 use api::migration::{Options, Phase};

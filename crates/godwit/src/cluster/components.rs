@@ -16,6 +16,7 @@ use http::Method;
 use jiff::Timestamp;
 use k8s_openapi::api::coordination::v1::Lease;
 use k8s_openapi::api::core::v1::Pod;
+use node::agent::MIRROR;
 use reconcile::lease::{Seen, is_held};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
@@ -24,8 +25,6 @@ use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
 use tokio::net::TcpStream;
 
-/// What a node's agent knows a record by.
-pub const MIRROR: &str = "kubernetes.io/config.mirror";
 /// How often each role is looked at.
 const LOOK: Duration = Duration::from_secs(2);
 /// The API may need a moment at first.

@@ -1,8 +1,10 @@
 //! What pods ask for and nodes have.
 
+use crate::agent::MIRROR;
 use apiserver::quantity::Quantity;
 use k8s_openapi::api::core::v1::{Container, Node, Pod};
 use k8s_openapi::apimachinery::pkg::api::resource::Quantity as Text;
+use kube::ResourceExt;
 use std::collections::BTreeMap;
 
 /// Amounts by name: of `cpu` in thousandths, of all else in whole units.
@@ -67,11 +69,14 @@ impl Resources {
     }
 
     /// What a pod is likely to take: one that asks for nothing takes something all the same, and
-    /// such pods are to be spread too.
+    /// such pods are to be spread too; but for records of what runs elsewhere.
     ///
     /// Source: kube-scheduler's `DefaultMilliCPURequest` and `DefaultMemoryRequest`.
     pub fn guess(pod: &Pod) -> Self {
         let mut all = Self::of_pod(pod);
+        if pod.annotations().contains_key(MIRROR) {
+            return all;
+        }
         for (name, least) in [("cpu", 100), ("memory", 200 << 20)] {
             let amount = all.0.entry(name.into()).or_default();
             if *amount == 0 {
