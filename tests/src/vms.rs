@@ -3,6 +3,7 @@
 use crate::cluster::{Cluster, SOON};
 use crate::terminal::Terminal;
 use anyhow::{Context, Result, bail, ensure};
+use launcher::client::Client as Launcher;
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use std::process::Command;
@@ -120,6 +121,36 @@ pub fn signal(pid: i32, signal: Signal) -> Result<()> {
 /// When there is none.
 pub fn kill(pid: i32) -> Result<()> {
     signal(pid, Signal::KILL)
+}
+
+/// Whatever was killed in a move, it is settled by then.
+pub const SETTLED: Duration = Duration::from_secs(120);
+
+/// Kills the launcher of a QEMU, which goes with it.
+///
+/// # Errors
+/// When there is none.
+pub fn kill_launcher(qemu: i32) -> Result<()> {
+    let stat = std::fs::read_to_string(format!("/proc/{qemu}/stat"))?;
+    let rest = stat.rsplit_once(") ").context("no stat")?.1;
+    kill(rest.split(' ').nth(1).context("no parent")?.parse()?)
+}
+
+/// Waits until a move stands at a failpoint of a launcher.
+///
+/// # Errors
+/// When it never does.
+pub async fn until_at(launcher: &Launcher, point: &str) -> Result<()> {
+    let began = Instant::now();
+    loop {
+        let status = launcher.status().await?;
+        let of = status.migration.as_ref();
+        if of.is_some_and(|of| of.failpoint.as_deref() == Some(point)) {
+            return Ok(());
+        }
+        ensure!(began.elapsed() < SETTLED, "{point} is never come to: {of:?}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
 }
 
 /// Whether a process lives.

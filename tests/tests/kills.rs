@@ -7,15 +7,16 @@ use anyhow::{Context, Result, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
 use e2e::registry::Registry;
-use e2e::vms::{MOVES, OWNERS, Oracle, VMIS, VMS, import, is_running, kill, migration, vm};
+use e2e::vms::{
+    MOVES, OWNERS, Oracle, SETTLED, VMIS, VMS, import, is_running, kill, kill_launcher, migration,
+    until_at, vm,
+};
 use launcher::client::Client as Launcher;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const UP: [&str; 5] = ["--nodes", "2", "--storage", "2Gi", "--separate"];
-/// Whatever was killed, it is settled by then.
-const SETTLED: Duration = Duration::from_secs(120);
 
 /// What is killed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -249,27 +250,6 @@ impl World {
 
 fn other(node: &str) -> String {
     if node == "local-1" { "local-2" } else { "local-1" }.into()
-}
-
-/// Waits until a move stands at a failpoint of a launcher.
-async fn until_at(launcher: &Launcher, point: &str) -> Result<()> {
-    let began = Instant::now();
-    loop {
-        let status = launcher.status().await?;
-        let of = status.migration.as_ref();
-        if of.is_some_and(|of| of.failpoint.as_deref() == Some(point)) {
-            return Ok(());
-        }
-        ensure!(began.elapsed() < SETTLED, "{point} is never come to: {of:?}");
-        tokio::time::sleep(Duration::from_millis(20)).await;
-    }
-}
-
-/// Kills the launcher of a QEMU, which goes with it.
-fn kill_launcher(qemu: i32) -> Result<()> {
-    let stat = std::fs::read_to_string(format!("/proc/{qemu}/stat"))?;
-    let rest = stat.rsplit_once(") ").context("no stat")?.1;
-    kill(rest.split(' ').nth(1).context("no parent")?.parse()?)
 }
 
 async fn all_of(trials: impl IntoIterator<Item = (Step, Part)>) -> Result<()> {

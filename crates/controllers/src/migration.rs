@@ -10,6 +10,7 @@
 
 mod backoff;
 mod disks;
+mod ending;
 mod halves;
 #[cfg(test)]
 mod laws;

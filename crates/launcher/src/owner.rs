@@ -78,8 +78,14 @@ impl Owner {
         let request = Request::Swap { vm: self.vm.clone(), change };
         let Ok(value) = serde_json::to_value(&request) else { return Answer::Unknown };
         match self.gateway.ask(&peer.address, &peer.id, value).await {
-            Ok(value) => serde_json::from_value::<Response>(value)
-                .map_or(Answer::Unknown, Response::into_answer),
+            Ok(value) => {
+                let response = serde_json::from_value::<Response>(value)
+                    .unwrap_or_else(|error| Response::Failed { why: error.to_string() });
+                if let Response::Failed { why } = &response {
+                    tracing::warn!(why, "the other host's ledger could not answer");
+                }
+                response.into_answer()
+            }
             Err(error) => {
                 tracing::warn!(%error, "the other host's ledger did not answer");
                 Answer::Unknown

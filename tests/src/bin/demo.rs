@@ -123,7 +123,7 @@ impl Stage {
         let image = self.registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
         say(&format!("A VM in east, from the image {image}:"));
         let root = json!({"name": "root", "dataVolume": {"name": "web-root"}});
-        let template = import("web-root", &image, storage());
+        let template = as_template(import("web-root", &image, storage()));
         self.apply("godwit-east", "web.json", &vm("web", "Always", vec![root], vec![template]))?;
         self.east.until(&format!("{VMS}/web"), is_running).await?;
         say(
@@ -146,7 +146,7 @@ impl Stage {
             "spec": {"source": {"blank": {}}, "storage": storage()},
         });
         let root = json!({"name": "root", "dataVolume": {"name": "web-root"}});
-        let mut waits = vm("web", "WaitAsReceiver", vec![root], vec![blank]);
+        let mut waits = vm("web", "WaitAsReceiver", vec![root], vec![as_template(blank)]);
         waits["metadata"]["annotations"] = json!({"kubevirt.io/restore-run-strategy": "Always"});
         self.apply("godwit-west", "waits.json", &waits)?;
         let sync = |vmi: &Value| vmi["status"]["phase"] == "WaitingForSync";
@@ -228,6 +228,14 @@ impl Stage {
         }
         std::mem::forget((self.east, self.west, self.registry));
     }
+}
+
+/// A DataVolume as a VM's template.
+fn as_template(mut volume: Value) -> Value {
+    for field in ["apiVersion", "kind"] {
+        volume.as_object_mut().map(|fields| fields.remove(field));
+    }
+    volume
 }
 
 fn storage() -> Value {

@@ -57,6 +57,11 @@ pub(super) fn follow_other(
     let blocked: Vec<_> = blocked.into_iter().collect();
     status.conditions = conditions::merge(&status.conditions, blocked, &[BLOCKED], now);
     let Some(other) = snapshot.other() else { return true };
+    if may_have_come(snapshot, side) {
+        // A guest survives its source: whose it is, the record says.
+        plan.again = Some(AGAIN);
+        return true;
+    }
     if let Some(why) = &other.failed {
         let why = format!("it failed at the other side, cluster {}: {why}", other.cluster);
         fail(snapshot, status, &why, plan);
@@ -68,6 +73,29 @@ pub(super) fn follow_other(
         return false;
     }
     true
+}
+
+/// Whether a target has the guest, or may come to have it, whatever became of the source.
+fn may_have_come(snapshot: &Snapshot, side: Side) -> bool {
+    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.as_ref());
+    let (Some(record), Some(pod)) = (record, snapshot.target()) else { return false };
+    let uid = snapshot.migration.uid().unwrap_or_default();
+    let has = record.state == "idle" && record.pod == pod.metadata.name && !record.is_over();
+    side == Side::Target && (has || record.may_come_by(&uid))
+}
+
+/// What a source's record says of a guest whose VMI has ended: it has left by this migration (true), or
+/// may yet be found to have (false). None: neither.
+pub(super) fn has_left(snapshot: &Snapshot) -> Option<bool> {
+    let record = snapshot.owner.as_ref()?.status.as_ref()?;
+    let other = snapshot.other().filter(|_| snapshot.side() == Some(Side::Source))?;
+    record.of.as_ref().filter(|of| of.attempt == other.migration)?;
+    record.other_ledger()?;
+    match &*record.state {
+        "committed" => Some(true),
+        "armed" => Some(false),
+        _ => None,
+    }
 }
 
 /// One that waits for its other side to say that it is there.

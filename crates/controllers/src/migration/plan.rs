@@ -1,6 +1,6 @@
 //! What is to be done about a migration. Pure.
 
-use super::{disks, halves, preflight};
+use super::{disks, ending, halves, preflight};
 use crate::vmi::pod::{Target, Wanted};
 use crate::vmi::{is_ready, is_terminal, launches, trouble};
 use api::conditions::{self, Condition, moment};
@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 /// What nobody rings for is looked at again after this.
-const AGAIN: Duration = Duration::from_secs(1);
+pub(super) const AGAIN: Duration = Duration::from_secs(1);
 /// A pod that was just made may not be seen yet.
 const UNSEEN: SignedDuration = SignedDuration::from_secs(10);
 /// A pod that finds no node is given up after this; as KubeVirt.
@@ -32,8 +32,6 @@ const SILENT: SignedDuration = SignedDuration::from_mins(1);
 /// A source's handler that is silent for so long does not tell any more how its move ends: five
 /// heartbeats.
 const GONE: SignedDuration = SignedDuration::from_mins(5);
-/// Migrations of a VMI that are kept when they are over; as KubeVirt.
-const KEPT: usize = 5;
 /// The quota lets no pod in.
 pub const QUOTA: &str = "migrationRejectedByResourceQuota";
 /// It waits, and for what.
@@ -144,21 +142,21 @@ impl fmt::Display for Action {
 }
 
 impl Snapshot {
-    fn uid(&self) -> String {
+    pub(super) fn uid(&self) -> String {
         self.migration.uid().unwrap_or_default()
     }
 
     /// The target's pod.
-    fn target(&self) -> Option<&Arc<Pod>> {
+    pub(super) fn target(&self) -> Option<&Arc<Pod>> {
         self.of_migration().find(|pod| launches(pod))
     }
 
     /// The pod that has the target's claims bound.
-    fn binder(&self) -> Option<&Arc<Pod>> {
+    pub(super) fn binder(&self) -> Option<&Arc<Pod>> {
         self.of_migration().find(|pod| !launches(pod))
     }
 
-    fn of_migration(&self) -> impl Iterator<Item = &Arc<Pod>> {
+    pub(super) fn of_migration(&self) -> impl Iterator<Item = &Arc<Pod>> {
         let uid = self.migration.uid();
         self.pods.iter().filter(move |pod| pod.labels().get(keys::MIGRATION) == uid.as_ref())
     }
@@ -208,12 +206,12 @@ impl Snapshot {
     }
 
     /// The node to which the VMI is said to go.
-    fn label(&self) -> Option<&str> {
+    pub(super) fn label(&self) -> Option<&str> {
         self.vmi.as_ref()?.labels().get(keys::TARGET_NODE).map(String::as_str)
     }
 
     /// Whether the guest may be that pod's now, or may become so: then the pod stays.
-    fn may_own(&self, pod: &str) -> bool {
+    pub(super) fn may_own(&self, pod: &str) -> bool {
         let record = self.owner.as_ref().and_then(|owner| owner.status.as_ref());
         record.is_some_and(|record| record.may_be_in(pod, Some(&self.uid())))
     }
@@ -244,7 +242,7 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
     let before = snapshot.migration.status.clone().unwrap_or_default();
     let mut status = before.clone();
     match status.phase.is_final() {
-        true => clear_away(snapshot, &status, &mut plan),
+        true => ending::clear_away(snapshot, &status, &mut plan),
         false => advance(snapshot, &mut status, &mut plan),
     }
     if let Some(state) = snapshot.state() {
@@ -280,6 +278,17 @@ fn advance(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
     }
     let found = snapshot.vmi.as_ref().and_then(|vmi| Some((vmi, vmi.status.as_ref()?)));
     let Some((vmi, of_vmi)) = found.filter(|(_, status)| !status.phase.is_final()) else {
+        match halves::has_left(snapshot) {
+            // The guest has survived its source.
+            Some(true) => return status.enter(Phase::Succeeded, snapshot.now),
+            Some(false)
+                if status.since().is_some_and(|at| snapshot.now.duration_since(at) < GONE) =>
+            {
+                plan.again = Some(AGAIN);
+                return;
+            }
+            _ => {}
+        }
         let why = "its virtual machine instance has ended or is gone";
         return fail(snapshot, status, why, plan);
     };
@@ -562,88 +571,4 @@ pub(super) fn fail(snapshot: &Snapshot, status: &mut Status, why: &str, plan: &m
         reason: "FailedMigration",
         message: format!("Migration failed: {why}"),
     });
-}
-
-/// One that is over: what it has made goes, and then what holds it.
-fn clear_away(snapshot: &Snapshot, status: &Status, plan: &mut Plan) {
-    let target = snapshot.target().filter(|_| status.phase == Phase::Failed);
-    if let Some(pod) = target.map(|pod| pod.name_any()) {
-        if snapshot.may_own(&pod) {
-            // The owner record rings when that is decided.
-            return;
-        }
-        if snapshot.target().is_some_and(|pod| pod.metadata.deletion_timestamp.is_none()) {
-            plan.actions.push(Action::DeletePod(pod));
-        }
-    }
-    match status.phase {
-        Phase::Failed if !forget_disks(snapshot, plan) => return,
-        Phase::Failed => {}
-        _ => forget_copies(snapshot, plan),
-    }
-    if let Some(binder) = snapshot.binder().filter(|p| p.metadata.deletion_timestamp.is_none()) {
-        plan.actions.push(Action::DeletePod(binder.name_any()));
-    }
-    let label = snapshot.label();
-    if label.is_some() && snapshot.state().is_some_and(|s| s.target_node.as_deref() == label) {
-        plan.actions.push(Action::Label(json!({keys::TARGET_NODE: null})));
-    }
-    let finalizers = snapshot.migration.finalizers();
-    if finalizers.iter().any(|f| f == keys::MIGRATION_FINALIZER) {
-        let kept: Vec<_> = finalizers.iter().filter(|f| *f != keys::MIGRATION_FINALIZER).collect();
-        let version = snapshot.migration.resource_version();
-        plan.actions.push(Action::Patch(
-            json!({"metadata": {"finalizers": kept, "resourceVersion": version}}),
-        ));
-    } else if snapshot.later >= KEPT && !snapshot.leaves() {
-        plan.actions.push(Action::Delete);
-    }
-}
-
-/// Half copies that earlier migrations left go: the disks have come elsewhere.
-fn forget_copies(snapshot: &Snapshot, plan: &mut Plan) {
-    // N.B. right after its end: a later migration may go on from what is there then.
-    let holds = snapshot.migration.finalizers().iter().any(|f| f == keys::MIGRATION_FINALIZER);
-    let moves = snapshot.vmi.as_ref().and_then(|vmi| Some(&vmi.status.as_ref()?.migrated_volumes));
-    let goes = |name: &str| moves.into_iter().flatten().any(|m| m.destination.claim_name == name);
-    let stale = snapshot.left.iter().filter(|claim| {
-        is_half_copy(claim)
-            && claim.labels().contains_key(keys::MIGRATION)
-            && holds
-            && !goes(&claim.name_any())
-    });
-    plan.actions.extend(stale.map(|claim| Action::DeleteClaim(claim.name_any())));
-}
-
-fn is_half_copy(claim: &PersistentVolumeClaim) -> bool {
-    claim.annotations().contains_key(keys::INCOMPLETE)
-        && claim.metadata.deletion_timestamp.is_none()
-}
-
-/// Disks that were to follow stay: whether nothing is left of that. What was copied of them is kept
-/// for the next migration, unless this one was not wanted any more.
-fn forget_disks(snapshot: &Snapshot, plan: &mut Plan) -> bool {
-    let found = snapshot.vmi.as_ref().and_then(|vmi| vmi.status.as_ref());
-    let moves = found.is_some_and(|status| !status.migrated_volumes.is_empty());
-    if moves && !snapshot.is_volume_update() {
-        plan.actions.push(Action::PatchVmi(json!({"migratedVolumes": null})));
-    }
-    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.clone()).unwrap_or_default();
-    let own = snapshot.left.iter().filter(|claim| {
-        claim.labels().get(keys::MIGRATION) == snapshot.migration.uid().as_ref()
-            && claim.metadata.deletion_timestamp.is_none()
-            && (snapshot.leaves() || !is_half_copy(claim) || !disks::is_found_again(claim))
-            && !record.volumes.values().any(|volume| *volume == claim.name_any())
-    });
-    let own: Vec<String> = own.map(|claim| claim.name_any()).collect();
-    if own.is_empty() {
-        return true;
-    }
-    // The pod that has them goes first.
-    if snapshot.of_migration().next().is_none() {
-        plan.actions.extend(own.into_iter().map(Action::DeleteClaim));
-        return true;
-    }
-    plan.again = Some(AGAIN);
-    false
 }

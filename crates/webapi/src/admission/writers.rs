@@ -8,10 +8,11 @@ use apiserver::request::Verb;
 use serde_json::Value;
 
 /// Users that are parts of Godwit.
-pub const OWN: [&str; 3] = [
+pub const OWN: [&str; 4] = [
     "system:serviceaccount:kubevirt:godwit-controller",
     "system:serviceaccount:kubevirt:godwit-handler",
     "system:serviceaccount:kubevirt:godwit-api",
+    "system:serviceaccount:kubevirt:godwit-synchronizer",
 ];
 /// Handlers, by their nodes.
 const HANDLER: &str = "system:godwit:handler:";
@@ -107,7 +108,10 @@ fn is_on(vmi: &Value, node: &str) -> bool {
     let (labels, status) = (&vmi["metadata"]["labels"], &vmi["status"]);
     let moves = &status["migrationState"];
     let over = moves["completed"] == true || moves["failed"] == true;
-    let takes_part = !over && (moves["sourceNode"] == node || moves["targetNode"] == node);
+    // N.B. nodes of two clusters may have one name: those at the other end are none of ours.
+    let leaves = moves["sourceNode"] == node && moves["sourceState"].is_null();
+    let comes = moves["targetNode"] == node && moves["targetState"].is_null();
+    let takes_part = !over && (leaves || comes);
     labels[keys::NODE] == node || status["nodeName"] == node || takes_part
 }
 
