@@ -34,7 +34,7 @@ pub enum Ask {
         side: Side,
         /// What it has to say.
         half: Box<Half>,
-        /// The [fingerprint](fingerprint) of what it has heard last; 0: nothing.
+        /// The [`fingerprint`] of what it has heard last; 0: nothing.
         seen: u64,
     },
     /// Change an owner record, as far as the one at a move's other end may.
