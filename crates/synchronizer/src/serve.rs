@@ -105,7 +105,8 @@ async fn answer(world: &World, peer: &SpiffeId, ask: Ask) -> Told {
             relocation::offered(world, peer.cluster(), &id, &offer, check).await
         }
         (Role::Synchronizer, Ask::Settle { id, namespace, name, succeeded }) => {
-            relocation::settle(world, &id, &namespace, &name, succeeded).await
+            let place = (&*namespace, &*name);
+            relocation::settle(world, peer.cluster(), &id, place, succeeded).await
         }
         (Role::Synchronizer, Ask::Owner { asker, namespace, name, change }) => {
             owner(world, peer, &asker, namespace, name, &change).await

@@ -217,6 +217,10 @@ impl World {
 
     /// Whether a namespace has to do with a cluster.
     pub fn allows(&self, namespace: &str, cluster: &str) -> bool {
+        if namespace.starts_with("kube-") || namespace == api::NAMESPACE {
+            // What runs the cluster is no other cluster's business.
+            return false;
+        }
         let found = self.namespaces.get(&ObjectRef::new(namespace));
         let said = found.as_ref().and_then(|namespace| namespace.annotations().get(PEERS));
         said.is_none_or(|said| said.split(',').any(|one| one.trim() == cluster))

@@ -15,6 +15,9 @@ use kube::{Api, ResourceExt};
 use reconcile::events::why;
 use serde_json::{Value, json};
 
+/// Annotation of a VM that is made for a move: the cluster that it comes from.
+const FROM: &str = "godwit.dev/moved-from";
+
 /// Answers an offer: with all that stands in its way here; or makes it so.
 pub async fn offered(world: &World, cluster: &str, id: &str, offer: &Offer, check: bool) -> Told {
     let told = |faults: Vec<String>, warnings| Told::Offered {
@@ -34,19 +37,22 @@ pub async fn offered(world: &World, cluster: &str, id: &str, offer: &Offer, chec
     };
     let mut faults = there.faults(world, cluster, id, offer);
     let mut warnings = Vec::new();
-    for brought in &offer.brings {
-        match bring(world, brought, id, check).await {
-            Ok(warning) => warnings.extend(warning),
-            Err(why) => faults.push(why),
+    // N.B. nothing is made before all of it could be.
+    if there.namespace && world.allows(&offer.namespace, cluster) {
+        for brought in &offer.brings {
+            match bring(world, brought, offer, id, true).await {
+                Ok(warning) => warnings.extend(warning),
+                Err(why) => faults.push(why),
+            }
         }
-    }
-    if let Err(why) = there.make(world, id, offer, true).await {
-        faults.push(why);
+        if let Err(why) = there.make(world, cluster, id, offer, true).await {
+            faults.push(why);
+        }
     }
     if check || !faults.is_empty() {
         return told(faults, warnings);
     }
-    match make(world, &there, id, offer).await {
+    match make(world, &there, cluster, id, offer).await {
         Ok(()) => Told::Offered { faults, warnings, address: Some(world.address()), waits: None },
         Err(waits) => Told::Offered { faults, warnings, address: None, waits: Some(waits) },
     }
@@ -123,6 +129,7 @@ impl Place {
     async fn make(
         &self,
         world: &World,
+        cluster: &str,
         id: &str,
         offer: &Offer,
         try_only: bool,
@@ -137,7 +144,8 @@ impl Place {
             let restore = &metadata["annotations"][keys::RESTORE_STRATEGY];
             let patch = json!({
                 "metadata": {
-                    "labels": {MOVE: id}, "annotations": {keys::RESTORE_STRATEGY: restore},
+                    "labels": {MOVE: id},
+                    "annotations": {keys::RESTORE_STRATEGY: restore, FROM: cluster},
                 },
                 "spec": {"runStrategy": "WaitAsReceiver", "running": null},
             });
@@ -149,8 +157,12 @@ impl Place {
             // Another one, which is told of.
             return Ok(());
         }
-        let object: DynamicObject =
+        let mut object: DynamicObject =
             serde_json::from_value(offer.vm.clone()).map_err(|error| error.to_string())?;
+        object.metadata.name = Some(offer.name.clone());
+        object.metadata.namespace = Some(offer.namespace.clone());
+        object.labels_mut().insert(MOVE.into(), id.into());
+        object.annotations_mut().insert(FROM.into(), cluster.into());
         let params = PostParams { dry_run: try_only, ..PostParams::default() };
         match api.create(&params, &object).await {
             Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" && !try_only => {
@@ -165,8 +177,17 @@ impl Place {
 ///
 /// # Errors
 /// What is waited for.
-async fn make(world: &World, there: &Place, id: &str, offer: &Offer) -> Result<(), String> {
-    there.make(world, id, offer, false).await?;
+async fn make(
+    world: &World,
+    there: &Place,
+    cluster: &str,
+    id: &str,
+    offer: &Offer,
+) -> Result<(), String> {
+    for brought in &offer.brings {
+        bring(world, brought, offer, id, false).await?;
+    }
+    there.make(world, cluster, id, offer, false).await?;
     let Offer { namespace, name, .. } = offer;
     let vmis: Api<VirtualMachineInstance> = Api::namespaced(world.client.clone(), namespace);
     let vmi = vmis.get_opt(name).await.map_err(|error| why(&error))?;
@@ -198,6 +219,7 @@ fn migration_name(id: &str) -> String {
 async fn bring(
     world: &World,
     object: &Value,
+    offer: &Offer,
     id: &str,
     try_only: bool,
 ) -> Result<Option<String>, String> {
@@ -205,6 +227,9 @@ async fn bring(
     let kind = kind.ok_or("only Secrets and ConfigMaps come along")?;
     let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default();
     let (namespace, name) = (text("namespace"), text("name"));
+    if namespace != offer.namespace {
+        return Err(format!("{kind} {namespace}/{name} is not of the VM's namespace"));
+    }
     let api = super::core(world, kind, namespace);
     if let Some(there) = api.get_opt(name).await.map_err(|error| why(&error))? {
         let same = ["data", "binaryData"].iter().all(|field| {
@@ -226,8 +251,14 @@ async fn bring(
 }
 
 /// Forgets a move. One that failed takes away what it made: if the guest is not here for certain.
-pub async fn settle(world: &World, id: &str, namespace: &str, name: &str, succeeded: bool) -> Told {
-    match undo(world, id, namespace, name, succeeded).await {
+pub async fn settle(
+    world: &World,
+    cluster: &str,
+    id: &str,
+    (namespace, name): (&str, &str),
+    succeeded: bool,
+) -> Told {
+    match undo(world, cluster, id, (namespace, name), succeeded).await {
         Ok(()) => Told::Settled { waits: None },
         Err(why) => Told::Settled { waits: Some(why) },
     }
@@ -235,19 +266,23 @@ pub async fn settle(world: &World, id: &str, namespace: &str, name: &str, succee
 
 async fn undo(
     world: &World,
+    cluster: &str,
     id: &str,
-    namespace: &str,
-    name: &str,
+    (namespace, name): (&str, &str),
     succeeded: bool,
 ) -> Result<(), String> {
     let failed = |error: kube::Error| why(&error);
     let vms = vms(world, namespace);
     let Some(vm) = vms.get_opt(name).await.map_err(failed)? else { return Ok(()) };
-    if vm.labels().get(MOVE).is_none_or(|of| of != id) {
+    let own = vm.labels().get(MOVE).is_some_and(|of| of == id)
+        && vm.annotations().get(FROM).is_some_and(|from| from == cluster);
+    if !own {
         return Ok(());
     }
     if succeeded {
-        let forget = Patch::Merge(json!({"metadata": {"labels": {MOVE: null}}}));
+        let forget = Patch::Merge(json!({
+            "metadata": {"labels": {MOVE: null}, "annotations": {FROM: null}},
+        }));
         return vms.patch(name, &PatchParams::default(), &forget).await.map(|_| ()).map_err(failed);
     }
     let migrations: Api<Migration> = Api::namespaced(world.client.clone(), namespace);
@@ -271,7 +306,9 @@ async fn undo(
     if status.has_left().is_some() {
         // It was here before: it goes back to what it was.
         let back = Patch::Merge(json!({
-            "metadata": {"labels": {MOVE: null}, "annotations": {keys::RESTORE_STRATEGY: null}},
+            "metadata": {"labels": {MOVE: null}, "annotations": {
+                keys::RESTORE_STRATEGY: null, FROM: null,
+            }},
             "spec": {"runStrategy": "Halted"},
         }));
         return vms.patch(name, &PatchParams::default(), &back).await.map(|_| ()).map_err(failed);
