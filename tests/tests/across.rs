@@ -1,13 +1,17 @@
 //! Guests go from one cluster to another and back, by KubeVirt's manifests: see docs/parity.md.
 
 use anyhow::{Context, Result, ensure};
+use api::migration::{Half, Side};
+use channel::identity::Credentials;
 use e2e::cluster::Cluster;
 use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{
     MOVES, Oracle, PODS, SETTINGS, VMIS, VMS, holds, import, is_running, kill, migration, shows, vm,
 };
+use handover::record::Swap;
 use serde_json::{Value, json};
+use synchronizer::wire::{self, Ask, Told};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const UP: [&str; 4] = ["--nodes", "1", "--storage", "2Gi"];
@@ -414,5 +418,88 @@ async fn one_command_links_clusters_and_another_takes_a_vm_there_with_all_that_i
     east.until(&format!("{MAPS}/kubevirt-ca"), forgotten).await?;
     let told = east.refuses(&["migrate", "vm/web", "--to", "west", "--dry-run"])?;
     ensure!(told.contains("no link"), "{told}");
+    Ok(())
+}
+
+/// A cluster speaks for itself alone: whatever else it asks of another is refused, and changes nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cluster_that_is_believed_may_not_speak_for_another_nor_reach_beyond_its_own()
+-> Result<()> {
+    let separate = [&UP[..], &["--separate"]].concat();
+    let east = Cluster::named("east", PROGRAM, &separate, &[]).await?;
+    let west = Cluster::named("west", PROGRAM, &separate, &[]).await?;
+    let (of_east, of_west) = (bundle(&east).await?, bundle(&west).await?);
+    believe(&east, &of_west).await?;
+    believe(&west, &of_east).await?;
+    let has = |s: &Value| s["status"]["synchronizationAddresses"][0].is_string();
+    let settings = east.until(SETTINGS, has).await?;
+    let address = settings["status"]["synchronizationAddresses"][0].as_str().context("a text")?;
+    let of_role = |role: &str| -> Result<Credentials> {
+        Ok(Credentials::load(&west.path(&format!("roles/{role}/identity")))?)
+    };
+    let ask = async |role: &str, ask: Ask| -> Result<Told> {
+        let told = wire::ask(&of_role(role)?, address, Some("east"), &ask).await;
+        told.map(|(_, told)| told).map_err(anyhow::Error::msg)
+    };
+    let refused = |told: &Told| matches!(told, Told::Refused { .. } | Told::Unknown { .. });
+    let abort = || Swap::Abort { epoch: 1, attempt: "a".into() };
+    let owner = |asker: &str| Ask::Owner {
+        asker: asker.into(),
+        namespace: "default".into(),
+        name: "web".into(),
+        change: abort(),
+    };
+    // In another's name, and in none.
+    for asker in ["spiffe://east/default/web", "spiffe://north/default/web", "spiffe://west"] {
+        let told = ask("synchronizer", owner(asker)).await?;
+        ensure!(refused(&told), "{asker}: {told:?}");
+    }
+    let half = Half { cluster: "east".into(), migration: "m".into(), ..Half::default() };
+    let tell = |half: &Half| Ask::Tell {
+        migration: "known".into(),
+        side: Side::Source,
+        half: Box::new(half.clone()),
+        seen: 0,
+    };
+    let told = ask("synchronizer", tell(&half)).await?;
+    ensure!(refused(&told), "of a migration that nobody has: {told:?}");
+    // One that waits is not bound to who is not what he says.
+    let blank = json!({"metadata": {"name": "web-root"},
+        "spec": {"source": {"blank": {}}, "storage": storage()}});
+    let root = json!({"name": "root", "dataVolume": {"name": "web-root"}});
+    east.create(VMS, vm("web", "WaitAsReceiver", vec![root], vec![blank])).await?;
+    let waits = |vmi: &Value| vmi["status"]["phase"] == "WaitingForSync";
+    east.until(&format!("{VMIS}/web"), waits).await?;
+    let mut receive = migration("known", "web");
+    receive["spec"]["receive"] = json!({"migrationID": "known"});
+    east.create(MOVES, receive).await?;
+    let path = format!("{MOVES}/known");
+    east.until(&path, |m| m["status"]["phase"] == "WaitingForSync").await?;
+    let told = ask("synchronizer", tell(&half)).await?;
+    ensure!(refused(&told), "in another's name: {told:?}");
+    // A namespace that has nothing to do with it.
+    let apart = json!({"metadata": {"annotations": {"godwit.dev/peers": "north, south"}}});
+    let default = "/api/v1/namespaces/default";
+    east.send("PATCH", default, Some(apart)).await?;
+    let own = Half { cluster: "west".into(), ..half.clone() };
+    let began = std::time::Instant::now();
+    loop {
+        let told = ask("synchronizer", tell(&own)).await?;
+        if refused(&told) {
+            break;
+        }
+        ensure!(began.elapsed().as_secs() < 30, "{told:?}");
+    }
+    let found = east.send("GET", &path, None).await?;
+    ensure!(found["status"]["phase"] == "WaitingForSync", "{found}");
+    // Those who are believed, and not linked, bring nothing; and a handler asks only its own cluster.
+    let offer = Ask::Offer { id: "i".into(), offer: Box::default(), check: false };
+    ensure!(refused(&ask("synchronizer", offer).await?));
+    let trust = Ask::Trust { bundle: of_west.clone(), address: address.into() };
+    ensure!(refused(&ask("synchronizer", trust).await?));
+    let question = Box::new(owner("spiffe://west/default/web"));
+    let forward = Ask::Forward { cluster: "west".into(), question };
+    ensure!(refused(&ask("handler-west-1", forward.clone()).await?));
+    ensure!(refused(&ask("synchronizer", forward).await?));
     Ok(())
 }

@@ -29,7 +29,7 @@ mod traffic;
 pub mod wire;
 
 /// An error and its causes on one line, for a log or a peer.
-pub(crate) fn with_source(error: &dyn std::error::Error) -> String {
+pub fn with_source(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {

@@ -3,12 +3,12 @@
 use crate::links;
 use crate::records::OfVm;
 use crate::relocation;
-use crate::wire::{self, Ask, NEWS, Told, chain, fingerprint};
+use crate::wire::{self, Ask, NEWS, Told, fingerprint};
 use crate::world::World;
 use api::migration::{Half, Side, VirtualMachineInstanceMigration as Migration};
 use api::owner::Ledger;
 use channel::identity::{Role, SpiffeId};
-use channel::tls;
+use channel::{tls, with_source};
 use handover::handler::Qemu;
 use handover::record::{HostId, Swap};
 use kube::ResourceExt;
@@ -57,7 +57,7 @@ async fn serve(world: &World, tcp: TcpStream) -> Result<(), String> {
     let credentials = world.credentials.borrow().clone();
     let roles = [Role::Synchronizer, Role::Handler];
     let server = tls::Server::new(&credentials.identity, credentials.trust, &roles);
-    let server = server.map_err(|error| chain(&error))?;
+    let server = server.map_err(|error| with_source(&error))?;
     let accepted = timeout(PATIENCE, server.accept(tcp)).await;
     let accepted = accepted.map_err(|_| "the TLS handshake took too long".to_owned())?;
     let (mut stream, peer) = match accepted {
@@ -66,7 +66,7 @@ async fn serve(world: &World, tcp: TcpStream) -> Result<(), String> {
         Err(tls::Error::Handshake(error)) if error.kind() == ErrorKind::UnexpectedEof => {
             return Ok(());
         }
-        Err(error) => return Err(chain(&error)),
+        Err(error) => return Err(with_source(&error)),
     };
     let asked = timeout(PATIENCE, channel::wire::read(&mut stream)).await;
     let asked = asked.map_err(|_| format!("{peer}: its question did not come in time"))?;

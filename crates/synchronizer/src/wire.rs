@@ -6,7 +6,7 @@
 use crate::relocation::Offer;
 use api::migration::{Half, Side};
 use channel::identity::{Credentials, Role, SpiffeId};
-use channel::{tls, wire};
+use channel::{tls, wire, with_source};
 use handover::ledger::Response;
 use handover::record::{HostId, Swap};
 use serde::{Deserialize, Serialize};
@@ -170,8 +170,9 @@ pub async fn ask(
         let tcp = TcpStream::connect(address).await.map_err(|e| failed("no connection", &e))?;
         tcp.set_nodelay(true).map_err(|e| failed("no connection", &e))?;
         let connected = client.connect_to(Role::Synchronizer, cluster, tcp).await;
-        connected
-            .map_err(|error| failed("it is not believed, or does not believe us", &chain(&error)))
+        connected.map_err(|error| {
+            failed("it is not believed, or does not believe us", &with_source(&error))
+        })
     });
     let (mut stream, peer) =
         connected.await.map_err(|_| format!("{address}: no connection in {CONNECT:?}"))??;
@@ -181,17 +182,7 @@ pub async fn ask(
     };
     let told = timeout(NEWS + ANSWER, asked).await;
     let told = told.map_err(|_| format!("{address}: no answer in {:?}", NEWS + ANSWER))?;
-    let told = told.map_err(|error| failed("no answer", &chain(&tls::Error::from_io(error))))?;
+    let told =
+        told.map_err(|error| failed("no answer", &with_source(&tls::Error::from_io(error))))?;
     Ok((peer, told))
-}
-
-/// An error and its causes, on one line.
-pub(crate) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text += &format!(": {cause}");
-        source = cause.source();
-    }
-    text
 }
