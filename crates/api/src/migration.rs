@@ -204,6 +204,8 @@ pub struct Peer {
     pub half: Option<Half>,
     /// Why it is not heard of, where it is not.
     pub trouble: Option<String>,
+    /// Its cluster is not believed any more.
+    pub revoked: bool,
 }
 
 /// One side of a migration between two VMIs, as it tells the other.

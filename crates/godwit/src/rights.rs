@@ -99,7 +99,7 @@ pub fn synchronizer() -> Value {
             rule(&[""], &["secrets", "configmaps"], &["get", "list", "create", "delete"]),
             rule(&[""], &["persistentvolumeclaims"], &["list"]),
             rule(&["storage.k8s.io"], &["storageclasses"], &READ),
-            rule(&["godwit.dev"], &["virtualmachinemoves"], &READ),
+            rule(&["godwit.dev"], &["virtualmachinemoves"], &["get", "list", "watch", "patch"]),
             rule(&["godwit.dev"], &["virtualmachinemoves/status"], &["patch"]),
             rule(&["godwit.dev"], &["clusterlinks"], &["get", "list", "watch", "patch"]),
             rule(&["godwit.dev"], &["clusterlinks/status"], &["patch"]),

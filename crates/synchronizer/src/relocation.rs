@@ -23,12 +23,15 @@ use api::migration::{
     Phase as MigrationPhase, SendTo, Spec as MigrationSpec,
     VirtualMachineInstanceMigration as Migration,
 };
+use api::owner::OwnerRecord;
 use api::relocation::{Phase, Status, VirtualMachineMove};
 use api::vm::VirtualMachine;
 use api::vmi::VirtualMachineInstance;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
-use kube::api::{ApiResource, DynamicObject, ListParams, Patch, PatchParams, PostParams};
+use kube::api::{
+    ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams,
+};
 use kube::{Api, ResourceExt};
 use reconcile::Queue;
 use reconcile::events::why;
@@ -43,6 +46,10 @@ const AT_ONCE: usize = 8;
 const AGAIN: Duration = Duration::from_millis(500);
 /// The other cluster answers, and has made what is needed, within this time.
 const PATIENCE: SignedDuration = SignedDuration::from_mins(10);
+/// What keeps a move from going before it is over.
+const FINALIZER: &str = "godwit.dev/move";
+/// Why one ended that was deleted.
+const CANCELLED: &str = "it was cancelled";
 /// Why a move waits.
 const WAITS: &str = "Waiting";
 
@@ -54,7 +61,7 @@ pub async fn run(world: Arc<World>) {
         async move {
             let mut changes = world.changes.clone();
             loop {
-                for open in world.moves.state().iter().filter(|open| !is_over(open)) {
+                for open in world.moves.state().iter().filter(|open| is_open(open)) {
                     queue.ring((open.namespace().unwrap_or_default(), open.name_any()));
                 }
                 // Its sender lives as long as the watches do.
@@ -71,6 +78,16 @@ pub async fn run(world: Arc<World>) {
     tokio::join!(ring, look);
 }
 
+/// Whether there is something to be done about it.
+fn is_open(one: &VirtualMachineMove) -> bool {
+    !is_over(one) || one.finalizers().iter().any(|finalizer| finalizer == FINALIZER)
+}
+
+/// Whether it is not wanted any more.
+fn leaves(one: &VirtualMachineMove) -> bool {
+    one.metadata.deletion_timestamp.is_some()
+}
+
 fn is_over(one: &VirtualMachineMove) -> bool {
     one.status.as_ref().is_some_and(|status| status.phase.is_final())
 }
@@ -83,19 +100,31 @@ enum Step {
     Wait(String),
     /// It fails: all that is wrong.
     Fail(Vec<String>),
+    /// It is over, though the other cluster cannot be told.
+    GiveUp(String),
 }
 
 async fn reconcile(world: &World, (namespace, name): &(String, String)) -> Next {
     let moves: Api<VirtualMachineMove> = Api::namespaced(world.client.clone(), namespace);
     // N.B. as it is: a step that was taken must not be taken for one that was not.
     let one = match moves.get_opt(name).await {
-        Ok(Some(one)) if !is_over(&one) => one,
-        Ok(_) => return Next::Rest,
+        Ok(Some(one)) => one,
+        Ok(None) => return Next::Rest,
         Err(error) => {
             tracing::warn!("move {namespace}/{name} cannot be read: {}", why(&error));
             return Next::Failed;
         }
     };
+    // N.B. one that is deleted half-way is cancelled, and what was made for it goes, before it does.
+    let held = one.finalizers().iter().any(|finalizer| finalizer == FINALIZER);
+    match (is_over(&one), leaves(&one)) {
+        (true, _) if held => return hold(&moves, &one, false).await,
+        (false, false) if !held => return hold(&moves, &one, true).await,
+        (true, _) => return Next::Rest,
+        // It goes before it could be taken up.
+        (false, true) if !held => return Next::Rest,
+        (false, _) => {}
+    }
     let mut status = one.status.clone().unwrap_or_default();
     let before = status.clone();
     let now = Timestamp::now();
@@ -106,14 +135,19 @@ async fn reconcile(world: &World, (namespace, name): &(String, String)) -> Next 
         }
         Step::Wait(reason) => {
             let since = status.since().unwrap_or(now);
-            if status.phase != Phase::Moving && now.duration_since(since) > PATIENCE {
-                status.faults = vec![format!("it took too long: {reason}")];
-                status.enter(after_failure(status.phase), now);
-            } else {
-                let waits = Condition::new(WAITS, true, "Waiting", &reason);
-                status.conditions = conditions::merge(&status.conditions, vec![waits], &[], now);
+            let late = now.duration_since(since) > PATIENCE;
+            match status.phase {
+                // Its migration has deadlines of its own.
+                Phase::Moving => status.conditions = waiting(&status, &reason, now),
+                _ if !late => status.conditions = waiting(&status, &reason, now),
+                Phase::Settling => give_up(&mut status, &reason, now),
+                phase => {
+                    status.faults = vec![format!("it took too long: {reason}")];
+                    status.enter(after_failure(phase), now);
+                }
             }
         }
+        Step::GiveUp(reason) => give_up(&mut status, &reason, now),
         Step::Fail(faults) => {
             status.faults = faults;
             status.enter(after_failure(status.phase), now);
@@ -133,6 +167,39 @@ async fn reconcile(world: &World, (namespace, name): &(String, String)) -> Next 
     }
 }
 
+/// The conditions of a move that waits.
+fn waiting(status: &Status, reason: &str, now: Timestamp) -> Vec<Condition> {
+    let waits = Condition::new(WAITS, true, "Waiting", reason);
+    conditions::merge(&status.conditions, vec![waits], &[], now)
+}
+
+/// A move that is over, and of which the other cluster could not be told.
+fn give_up(status: &mut Status, reason: &str, now: Timestamp) {
+    if status.faults.is_empty() {
+        status.warnings.push(format!("the other cluster does not know that it is over: {reason}"));
+        return status.enter(Phase::Succeeded, now);
+    }
+    status.faults.push(format!("what was made for it there may be there still: {reason}"));
+    status.enter(Phase::Failed, now);
+}
+
+/// Keeps a move from going before it is over, or lets it go.
+async fn hold(moves: &Api<VirtualMachineMove>, one: &VirtualMachineMove, held: bool) -> Next {
+    let mut finalizers = one.finalizers().to_vec();
+    finalizers.retain(|finalizer| finalizer != FINALIZER);
+    if held {
+        finalizers.push(FINALIZER.into());
+    }
+    let version = one.resource_version();
+    let patch = json!({"metadata": {"resourceVersion": version, "finalizers": finalizers}});
+    let patched =
+        moves.patch(&one.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await;
+    if let Err(error) = patched {
+        tracing::debug!("move {}: {}", one.name_any(), why(&error));
+    }
+    Next::After(AGAIN)
+}
+
 /// One that failed before anything was made is over; else what was made goes first.
 fn after_failure(phase: Phase) -> Phase {
     match phase {
@@ -143,6 +210,7 @@ fn after_failure(phase: Phase) -> Phase {
 
 async fn step(world: &World, one: &VirtualMachineMove, status: &mut Status) -> Step {
     match status.phase {
+        Phase::Unset | Phase::Checking if leaves(one) => Step::Fail(vec![CANCELLED.into()]),
         Phase::Unset => Step::To(Phase::Checking),
         Phase::Checking => check(world, one, status).await,
         Phase::Preparing => prepare(world, one).await,
@@ -197,6 +265,7 @@ async fn prepare(world: &World, one: &VirtualMachineMove) -> Step {
     let name = migration_name(one);
     match migrations.get_opt(&name).await {
         Ok(Some(_)) => return Step::To(Phase::Moving),
+        Ok(None) if leaves(one) => return Step::Fail(vec![CANCELLED.into()]),
         Ok(None) => {}
         Err(error) => return Step::Wait(why(&error)),
     }
@@ -247,9 +316,14 @@ async fn follow(world: &World, one: &VirtualMachineMove, status: &mut Status) ->
         Api::namespaced(world.client.clone(), &one.namespace().unwrap_or_default());
     let migration = match migrations.get_opt(&name).await {
         Ok(Some(migration)) => migration,
+        // Those that are over are cleared away: whose the guest is, its record says.
+        Ok(None) if has_left(world, one).await => return Step::To(Phase::Settling),
         Ok(None) => return Step::Fail(vec![format!("its migration {name} was deleted")]),
         Err(error) => return Step::Wait(why(&error)),
     };
+    if leaves(one) && !migration.is_over() && migration.metadata.deletion_timestamp.is_none() {
+        let _ = migrations.delete(&name, &DeleteParams::default()).await;
+    }
     match migration.phase() {
         MigrationPhase::Succeeded => Step::To(Phase::Settling),
         MigrationPhase::Failed => {
@@ -257,17 +331,25 @@ async fn follow(world: &World, one: &VirtualMachineMove, status: &mut Status) ->
             let reason = state.and_then(|state| state.failure_reason);
             Step::Fail(vec![reason.unwrap_or_else(|| "its migration failed".into())])
         }
-        phase if one.metadata.deletion_timestamp.is_some() => {
-            Step::Wait(format!("its migration is {phase}, and is cancelled"))
-        }
         phase => Step::Wait(format!("its migration is {phase}")),
     }
+}
+
+/// Whether the VM's guest is another VM's by now.
+async fn has_left(world: &World, one: &VirtualMachineMove) -> bool {
+    let records: Api<OwnerRecord> =
+        Api::namespaced(world.client.clone(), &one.namespace().unwrap_or_default());
+    let record = records.get_opt(&one.spec.vm).await.ok().flatten();
+    record.and_then(|record| record.status?.has_left()).is_some()
 }
 
 /// Has the other cluster forget the move; one that failed takes away there what was made for it, if
 /// the guest is not there.
 async fn end(world: &World, one: &VirtualMachineMove, status: &Status) -> Step {
     let succeeded = status.faults.is_empty();
+    if world.link(&one.spec.cluster).is_none() {
+        return Step::GiveUp(format!("there is no link to cluster {} any more", one.spec.cluster));
+    }
     let ask = Ask::Settle {
         id: id(one),
         namespace: one.spec.namespace.clone().or_else(|| one.namespace()).unwrap_or_default(),

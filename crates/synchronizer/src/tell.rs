@@ -66,11 +66,21 @@ async fn teller(world: &World, uid: &str) {
         changes.borrow_and_update();
         let Some(migration) = world.migration(uid) else { return };
         let Some((side, half)) = world.half(&migration) else { return };
+        let other = migration.status.as_ref().and_then(|s| s.peer.as_ref()?.half.as_ref());
+        let is_revoked = other.is_some_and(|other| !world.believes(&other.cluster));
+        world.revoke(&migration, is_revoked).await;
         let is_called = side == Side::Target && world.silence(uid).is_some_and(|s| s < QUIET);
         let addresses = addresses(&migration, side);
         if addresses.is_empty() || is_called {
-            // Whoever waits for its other side has not been called yet.
-            drop(tokio::time::timeout(QUIET, changes.changed()).await);
+            // Whoever waits for its other side has not been called yet; and whom to believe may change.
+            let mut credentials = world.credentials.clone();
+            let changed = async {
+                tokio::select! {
+                    _ = changes.changed() => {}
+                    _ = credentials.changed() => {}
+                }
+            };
+            drop(tokio::time::timeout(QUIET, changed).await);
             continue;
         }
         let address = addresses[turn % addresses.len()].clone();
@@ -78,6 +88,8 @@ async fn teller(world: &World, uid: &str) {
             next = tell(world, &migration, side, &half, &address) => next,
             // What is told must be new.
             () = renewed(world, uid, &half) => Next::Again,
+            // Nor is anybody waited for who is not believed any more.
+            () = distrusted(world, other) => Next::Again,
         };
         match next {
             Next::Over => return,
@@ -88,6 +100,19 @@ async fn teller(world: &World, uid: &str) {
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(LAST_PAUSE);
             }
+        }
+    }
+}
+
+/// Returns once the other side's cluster is not believed any more.
+async fn distrusted(world: &World, other: Option<&Half>) {
+    let Some(other) = other.filter(|other| world.believes(&other.cluster)) else {
+        return std::future::pending().await;
+    };
+    let mut credentials = world.credentials.clone();
+    while world.believes(&other.cluster) {
+        if credentials.changed().await.is_err() {
+            return;
         }
     }
 }

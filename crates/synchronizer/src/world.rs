@@ -10,7 +10,7 @@ use api::migration::{Half, Phase, Side, VirtualMachineInstanceMigration as Migra
 use api::owner::OwnerRecord;
 use api::relocation::VirtualMachineMove;
 use api::vmi::VirtualMachineInstance;
-use channel::identity::Credentials;
+use channel::identity::{Credentials, linked_of};
 use k8s_openapi::api::core::v1::{Namespace, Node};
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::{Patch, PatchParams};
@@ -22,7 +22,7 @@ use reconcile::kept::Keeper;
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 use tokio::sync::watch;
 
 /// Which clusters a namespace takes guests from and sends them to, by their ids with commas between;
@@ -296,6 +296,23 @@ impl World {
             return Err(format!("migration {name} has heard something newer"));
         }
         Ok(())
+    }
+
+    /// Whether a cluster is believed: it is linked, or people have put its CA there.
+    pub fn believes(&self, cluster: &str) -> bool {
+        let credentials = self.credentials.borrow();
+        !linked_of(credentials.bundle(), cluster, SystemTime::now()).is_empty()
+    }
+
+    /// Writes down whether the other side's cluster is believed.
+    pub async fn revoke(&self, migration: &Migration, revoked: bool) {
+        let known = migration.status.as_ref().and_then(|status| status.peer.as_ref());
+        if migration.is_over() || known.is_some_and(|known| known.revoked) == revoked {
+            return;
+        }
+        if let Err(error) = self.patch(migration, &json!({"peer": {"revoked": revoked}})).await {
+            tracing::warn!("{error}");
+        }
     }
 
     /// Writes down why the other side is not heard of.

@@ -8,7 +8,7 @@
 //!
 //! From there on handlers and launchers have it, on both sides.
 
-use super::plan::{Action, Plan, Snapshot, fail};
+use super::plan::{Action, BEGIN, Plan, Snapshot, fail};
 use api::conditions::{self, Condition};
 use api::keys;
 use api::migration::{End, Half, Phase, Side, State, Status};
@@ -33,6 +33,12 @@ impl Snapshot {
     /// What the other side said last.
     pub(super) fn other(&self) -> Option<&Half> {
         self.migration.status.as_ref()?.peer.as_ref()?.half.as_ref()
+    }
+
+    /// Whether the other side's cluster is not believed any more.
+    fn is_revoked(&self) -> bool {
+        let peer = self.migration.status.as_ref().and_then(|status| status.peer.as_ref());
+        peer.is_some_and(|peer| peer.revoked)
     }
 
     fn trouble(&self) -> Option<&str> {
@@ -64,6 +70,11 @@ pub(super) fn follow_other(
     }
     if let Some(why) = &other.failed {
         let why = format!("it failed at the other side, cluster {}: {why}", other.cluster);
+        fail(snapshot, status, &why, plan);
+        return false;
+    }
+    if snapshot.is_revoked() && !status.phase.is_handed_off() {
+        let why = format!("cluster {} is not believed any more: was it unlinked?", other.cluster);
         fail(snapshot, status, &why, plan);
         return false;
     }
@@ -127,7 +138,12 @@ pub(super) fn synchronize(snapshot: &Snapshot, side: Side, status: &mut Status, 
 /// A source that has its turn: its handler is told once the target's pod is ready.
 pub(super) fn hand_off(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
     let now = snapshot.now;
-    let Some(other) = snapshot.other().filter(|other| other.phase >= Phase::PreparingTarget) else {
+    // N.B. a half is made of several objects, of which its synchronizer may have seen one before another.
+    let whole = |other: &&Half| {
+        other.phase >= Phase::PreparingTarget
+            && [&other.node, &other.pod, &other.gateway].iter().all(|part| part.is_some())
+    };
+    let Some(other) = snapshot.other().filter(whole) else {
         let patience = snapshot.patience(keys::PENDING_TIMEOUT, super::plan::PENDING);
         if status.since().is_some_and(|since| now.duration_since(since) > patience) {
             let seconds = patience.as_secs();
@@ -162,11 +178,36 @@ pub(super) fn from_other(snapshot: &Snapshot, state: &mut State) {
     }
 }
 
-/// What a side takes from the other's half, once handlers have it in hand.
-pub(super) fn hear(snapshot: &Snapshot, side: Side, state: &State, plan: &mut Plan) {
+/// What a side takes from the other's half, once handlers have it in hand. A target ends by itself if its
+/// launcher has given the guest up, or none has begun to come: its source may be gone for good.
+pub(super) fn hear(
+    snapshot: &Snapshot,
+    side: Side,
+    state: &State,
+    status: &mut Status,
+    plan: &mut Plan,
+) {
     let Some(other) = snapshot.other() else { return };
+    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.as_ref());
+    let uid = snapshot.migration.uid().unwrap_or_default();
+    let given_up = record.is_some_and(|record| {
+        record.state == "expected"
+            && record.of.as_ref().is_some_and(|of| of.attempt == uid)
+            && !record.may_come_by(&uid)
+    });
+    let waited = status.since().map(|since| snapshot.now.duration_since(since));
+    let late = state.target_node_address.is_none() && waited.is_some_and(|waited| waited > BEGIN);
+    if side == Side::Target && (given_up || late) {
+        let why = match given_up {
+            true => "the guest has not come: its launcher here has given it up",
+            false => "its source has not begun to send it",
+        };
+        return fail(snapshot, status, why, plan);
+    }
+    // N.B. a launcher that is past its commit does not stop any more.
+    let aborts = snapshot.is_revoked() || other.aborts && side == Side::Source;
     match side {
-        Side::Source if other.aborts && state.abort_requested != Some(true) => {
+        _ if aborts && state.abort_requested != Some(true) => {
             plan.actions
                 .push(Action::PatchVmi(json!({"migrationState": {"abortRequested": true}})));
         }

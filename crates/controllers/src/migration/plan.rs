@@ -26,7 +26,7 @@ const UNSCHEDULABLE: SignedDuration = SignedDuration::from_mins(5);
 /// A pod that does not become ready is given up after this; as KubeVirt.
 pub(super) const PENDING: SignedDuration = SignedDuration::from_mins(15);
 /// A source's handler begins within this time, or says why not: it has a deadline itself.
-const BEGIN: SignedDuration = SignedDuration::from_mins(6);
+pub(super) const BEGIN: SignedDuration = SignedDuration::from_mins(6);
 /// A source that is silent although its guest runs at the target.
 const SILENT: SignedDuration = SignedDuration::from_mins(1);
 /// A source's handler that is silent for so long does not tell any more how its move ends: five
@@ -523,7 +523,7 @@ fn follow(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
         plan.actions.push(Action::Label(json!({keys::TARGET_NODE: state.target_node})));
     }
     if let Some(side) = snapshot.side() {
-        halves::hear(snapshot, side, &state, plan);
+        halves::hear(snapshot, side, &state, status, plan);
         if side == Side::Target {
             // Its source ends it, and says so.
             return;

@@ -31,6 +31,7 @@ use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
 use launcher::migration::marks::Mark;
+use launcher::migration::status::Outcome;
 use launcher::spec::VmSpec;
 use launcher::status::{Phase as Does, Status as Found};
 use reconcile::events::Kind;
@@ -195,10 +196,47 @@ impl Guest<'_> {
     /// A pod of the VMI's that does not run its guest: the guest is on its way to it, or has left.
     pub(super) async fn move_along(&self, found: &Found) -> kube::Result<Next> {
         match found.phase {
-            Does::Empty if self.pod.labels().contains_key(keys::MIGRATION) => self.expect().await,
+            Does::Empty if self.pod.labels().contains_key(keys::MIGRATION) => {
+                match self.given_up(found) {
+                    Some((state, why)) => self.give_up(state, why).await,
+                    None => self.expect().await,
+                }
+            }
             Does::Left => self.has_left(found).await,
+            Does::Receiving if self.moves().is_some_and(|s| s.abort_requested == Some(true)) => {
+                // From another VMI: its source may not hear of it.
+                if self.moves().is_some_and(|state| state.source_state.is_some()) {
+                    let _ = self.launcher.cancel().await;
+                }
+                Ok(Next::Rest)
+            }
             _ => Ok(Next::Rest),
         }
+    }
+
+    /// Why the launcher here does not wait any more for a guest that was to come from another VMI, whose
+    /// source may not tell it here.
+    fn given_up(&self, found: &Found) -> Option<(State, String)> {
+        let state = self.moves().filter(|state| state.source_state.is_some())?;
+        let of = found.migration.as_ref()?;
+        let own = state.target_pod == self.pod.metadata.name
+            && state.migration_uid.as_ref() == Some(&of.migration);
+        let why = match of.outcome.as_ref().filter(|_| own)? {
+            Outcome::Failed { reason, .. } => reason.clone(),
+            Outcome::Cancelled => "it was cancelled".into(),
+            Outcome::Succeeded | Outcome::InDoubt { .. } => return None,
+        };
+        Some((state, why))
+    }
+
+    async fn give_up(&self, mut state: State, why: String) -> kube::Result<Next> {
+        (state.failed, state.completed) = (Some(true), Some(true));
+        state.end_timestamp = Some(moment(Timestamp::now()));
+        state.failure_reason = Some(why);
+        let mut status = self.status();
+        status.migration_state = Some(state);
+        self.write(status).await?;
+        Ok(Next::Rest)
     }
 
     /// Prepares what the guest needs here, before its source's handler asks for it.

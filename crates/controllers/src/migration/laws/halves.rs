@@ -15,8 +15,9 @@ struct Other {
 
 fn others() -> impl Strategy<Value = Other> {
     let phases = prop::sample::select(Phase::ALL.to_vec());
-    let half = (phases, any::<bool>(), any::<bool>(), any::<bool>());
-    let half = half.prop_map(|(phase, aborts, failed, started)| Half {
+    let half = (phases, any::<bool>(), any::<bool>(), any::<bool>(), any::<bool>());
+    let half = half.prop_map(|(phase, aborts, failed, started, whole)| Half {
+        gateway: whole.then(|| "there:1".into()),
         cluster: "west".into(),
         namespace: "default".into(),
         name: "web".into(),
@@ -74,7 +75,8 @@ proptest! {
                     matches!(action, Action::PatchVmi(patch)
                         if patch["migrationState"]["targetState"]["cluster"] == "west")
                 });
-                prop_assert!(!told || is_at(Phase::PreparingTarget));
+                let whole = other.half.as_ref().is_some_and(|half| half.gateway.is_some());
+                prop_assert!(!told || is_at(Phase::PreparingTarget) && whole);
             }
             Side::Target => prop_assert!(!begins || is_at(Phase::Scheduling)),
         }
