@@ -15,6 +15,7 @@ mod receive;
 pub use offer::Offer;
 pub(crate) use receive::{offered, settle};
 
+use crate::records::OfVm;
 use crate::wire::{self, Ask, Told};
 use crate::world::World;
 use api::conditions::{self, Condition};
@@ -23,7 +24,7 @@ use api::migration::{
     Phase as MigrationPhase, SendTo, Spec as MigrationSpec,
     VirtualMachineInstanceMigration as Migration,
 };
-use api::owner::OwnerRecord;
+use api::owner::Status as Owned;
 use api::relocation::{Phase, Status, VirtualMachineMove};
 use api::vm::VirtualMachine;
 use api::vmi::VirtualMachineInstance;
@@ -42,8 +43,10 @@ use std::time::Duration;
 
 /// Moves that are looked at the same time.
 const AT_ONCE: usize = 8;
-/// What nobody rings for is looked at again after this.
+/// What nobody rings for is looked at again after this: the other cluster's objects.
 const AGAIN: Duration = Duration::from_millis(500);
+/// What rings is looked at all the same after this.
+const RARELY: Duration = Duration::from_secs(10);
 /// The other cluster answers, and has made what is needed, within this time.
 const PATIENCE: SignedDuration = SignedDuration::from_mins(10);
 /// What keeps a move from going before it is over.
@@ -161,9 +164,11 @@ async fn reconcile(world: &World, (namespace, name): &(String, String)) -> Next 
             tracing::debug!("move {namespace}/{name}: {}", why(&error));
         }
     }
-    match status.phase.is_final() {
-        true => Next::Rest,
-        false => Next::After(AGAIN),
+    match status.phase {
+        phase if phase.is_final() => Next::Rest,
+        // Its migration rings.
+        Phase::Moving => Next::After(RARELY),
+        _ => Next::After(AGAIN),
     }
 }
 
@@ -317,8 +322,13 @@ async fn follow(world: &World, one: &VirtualMachineMove, status: &mut Status) ->
     let migration = match migrations.get_opt(&name).await {
         Ok(Some(migration)) => migration,
         // Those that are over are cleared away: whose the guest is, its record says.
-        Ok(None) if has_left(world, one).await => return Step::To(Phase::Settling),
-        Ok(None) => return Step::Fail(vec![format!("its migration {name} was deleted")]),
+        Ok(None) => {
+            return match record_of(world, one).await {
+                Ok(record) if record.has_left().is_some() => Step::To(Phase::Settling),
+                Ok(_) => Step::Fail(vec![format!("its migration {name} was deleted")]),
+                Err(why) => Step::Wait(why),
+            };
+        }
         Err(error) => return Step::Wait(why(&error)),
     };
     if leaves(one) && !migration.is_over() && migration.metadata.deletion_timestamp.is_none() {
@@ -335,17 +345,32 @@ async fn follow(world: &World, one: &VirtualMachineMove, status: &mut Status) ->
     }
 }
 
-/// Whether the VM's guest is another VM's by now.
-async fn has_left(world: &World, one: &VirtualMachineMove) -> bool {
-    let records: Api<OwnerRecord> =
-        Api::namespaced(world.client.clone(), &one.namespace().unwrap_or_default());
-    let record = records.get_opt(&one.spec.vm).await.ok().flatten();
-    record.and_then(|record| record.status?.has_left()).is_some()
+/// Who may run the VM's guest.
+///
+/// # Errors
+/// Why that is not known: then nothing may be concluded.
+async fn record_of(world: &World, one: &VirtualMachineMove) -> Result<Owned, String> {
+    let namespace = one.namespace().unwrap_or_default();
+    let name = one.spec.vm.clone();
+    let record = OfVm { client: world.client.clone(), namespace, name };
+    Ok(record.read().await?.0.status.unwrap_or_default())
 }
 
 /// Has the other cluster forget the move; one that failed takes away there what was made for it, if
 /// the guest is not there.
-async fn end(world: &World, one: &VirtualMachineMove, status: &Status) -> Step {
+async fn end(world: &World, one: &VirtualMachineMove, status: &mut Status) -> Step {
+    // N.B. the owner record here is asked first: a guest that has left, or may yet be found to have, has
+    // nothing but what was made for it there.
+    let record = match record_of(world, one).await {
+        Ok(record) => record,
+        Err(why) => return Step::Wait(why),
+    };
+    if record.state == "armed" && record.other_ledger().is_some() && !record.is_over() {
+        return Step::Wait("whose the guest is is not decided yet".into());
+    }
+    if record.has_left().is_some() {
+        status.warnings.append(&mut status.faults);
+    }
     let succeeded = status.faults.is_empty();
     if world.link(&one.spec.cluster).is_none() {
         return Step::GiveUp(format!("there is no link to cluster {} any more", one.spec.cluster));
