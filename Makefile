@@ -43,7 +43,7 @@ soak: guest ## move with random faults: MINUTES=10 SEED=1; the larger model; kil
 	cargo build -q --release -p godwit -p e2e --bins
 	target/release/soak --minutes $(MINUTES) --seed $(SEED)
 	GODWIT_SOAK=1 cargo test -q --release -p handover --test model -- --nocapture
-	GODWIT_SOAK=1 cargo test -q --workspace --test kills --test kills_across -- --nocapture
+	GODWIT_SOAK=1 cargo test -q --workspace --test guests -- kills:: kills_across:: --nocapture
 
 check: setup ## format, lints, documentation, licences
 	cargo fmt --all --check

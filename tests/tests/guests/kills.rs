@@ -3,6 +3,7 @@
 //!
 //! All pairs of steps and parts with `GODWIT_SOAK=1` (`make soak`); else each step and each part in some.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
@@ -15,7 +16,6 @@ use launcher::client::Client as Launcher;
 use serde_json::{Value, json};
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const UP: [&str; 5] = ["--nodes", "2", "--storage", "2Gi", "--separate"];
 
 /// What is killed.

@@ -1,5 +1,6 @@
 //! Guests that are to leave their nodes or their launchers, as KubeVirt's users have it.
 
+use crate::PROGRAM;
 use anyhow::{Result, bail, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
@@ -9,7 +10,6 @@ use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const STORAGE: [&str; 2] = ["--storage", "2Gi"];
 const IN_PROGRESS: &str = "descheduler.alpha.kubernetes.io/eviction-in-progress";
 

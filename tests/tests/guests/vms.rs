@@ -1,5 +1,6 @@
 //! VMs as their users have them: a manifest, a real guest, and what becomes of it.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
@@ -8,8 +9,6 @@ use e2e::vms::{OWNERS, PODS, VMIS, VMS, holds, is_running, kill, vm};
 use serde_json::{Value, json};
 use std::process::Command;
 use std::time::Duration;
-
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_vm_boots_from_an_imported_disk_and_what_its_guest_writes_survives() -> Result<()> {

@@ -1,6 +1,7 @@
 //! Disks that go to other storage while their guest runs, and what may come in between: see
 //! docs/parity.md.
 
+use crate::PROGRAM;
 use anyhow::{Result, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
@@ -10,7 +11,6 @@ use e2e::vms::{
 };
 use serde_json::{Value, json};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const NODES: [&str; 4] = ["--nodes", "2", "--storage", "2Gi"];
 
 /// A claim of a class.

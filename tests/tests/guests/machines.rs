@@ -1,5 +1,6 @@
 //! A move to a QEMU that differs from the source's.
 
+use crate::PROGRAM;
 use anyhow::Result;
 use e2e::guest;
 use e2e::scene::VM;
@@ -19,7 +20,7 @@ fn qemu(world: &World, script: &str) -> Result<PathBuf> {
 
 #[test]
 fn a_target_that_does_not_know_the_machine_refuses_before_it_touches_a_disk() -> Result<()> {
-    let mut world = World::new(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")))?;
+    let mut world = World::new(Path::new(PROGRAM))?;
     let old = world.path("old");
     // It knows no machine type while that file is there.
     let refuse = "echo 'qemu: unsupported machine type' >&2; exit 1";
@@ -68,7 +69,7 @@ fn a_target_that_does_not_know_the_machine_refuses_before_it_touches_a_disk() ->
 
 #[test]
 fn a_target_that_cannot_load_the_guest_says_why_and_the_guest_goes_on() -> Result<()> {
-    let mut world = World::new(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")))?;
+    let mut world = World::new(Path::new(PROGRAM))?;
     let a = world.host("a", 2)?;
     // A target has more memory than the guest that comes.
     let more = "case \"$*\" in *-incoming*) set -- \"$@\" -m 72M;; esac";

@@ -1,5 +1,6 @@
 //! Guests go from one cluster to another and back, by KubeVirt's manifests: see docs/parity.md.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
 use api::migration::{Half, Side};
 use channel::identity::Credentials;
@@ -13,7 +14,6 @@ use handover::record::Swap;
 use serde_json::{Value, json};
 use synchronizer::wire::{self, Ask, Told};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const UP: [&str; 4] = ["--nodes", "1", "--storage", "2Gi"];
 const MAPS: &str = "/api/v1/namespaces/kubevirt/configmaps";
 

@@ -1,5 +1,6 @@
 //! A guest with UEFI firmware, whose variables move as a small disk.
 
+use crate::PROGRAM;
 use anyhow::Result;
 use e2e::world::{Host, World};
 use std::io::{Read, Write};
@@ -67,7 +68,7 @@ const GUID: &str = "11111111-2222-3333-4444-555555555555";
 #[test]
 fn what_the_firmware_keeps_is_there_after_a_move_and_a_restart() -> Result<()> {
     assert!(Path::new(CODE).exists(), "there is no {CODE}; run `make setup`");
-    let world = World::new(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")))?;
+    let world = World::new(Path::new(PROGRAM))?;
     let (a, b) = (world.host("a", 2)?, world.host("b", 3)?);
     let variables = world.path("a/vars.fd");
     std::fs::copy(VARIABLES, &variables)?;

@@ -1,6 +1,7 @@
 //! Live migration inside a cluster, as KubeVirt's users ask for it, with guests that find their own
 //! lost writes.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
@@ -11,7 +12,6 @@ use e2e::vms::{
 };
 use serde_json::{Value, json};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const NODES: [&str; 4] = ["--nodes", "2", "--storage", "2Gi"];
 
 /// Parity 54, 57: shared disks, again and again; 48: a guest that stands still moves, and stands still;

@@ -1,6 +1,7 @@
 //! Every fault at every point of a move, with the stub of QEMU; and those that
 //! matter most with real guests.
 
+use crate::PROGRAM;
 use anyhow::Result;
 use e2e::chaos::{By, FAULTS, POINTS, Point, Programs, Trial, run_all};
 use std::path::Path;
@@ -11,7 +12,7 @@ const GUESTS: usize = 2;
 
 fn programs(stub: bool) -> Programs {
     Programs {
-        godwit: Path::new(env!("CARGO_BIN_EXE_godwit-under-test")).to_owned(),
+        godwit: Path::new(PROGRAM).to_owned(),
         stub: stub.then(|| Path::new(env!("CARGO_BIN_EXE_stub-qemu")).to_owned()),
     }
 }

@@ -1,12 +1,12 @@
 //! Embedded clusters as their users have them: `godwit up`, and pods that are processes.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result, bail, ensure};
 use e2e::cluster::{self, Cluster, SOON};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const PODS: &str = "/api/v1/namespaces/default/pods";
 const CLAIMS: &str = "/api/v1/namespaces/default/persistentvolumeclaims";
 const IMAGE: &str = "example.org/shell";

@@ -3,6 +3,7 @@
 //!
 //! All pairs of steps and parts with `GODWIT_SOAK=1` (`make soak`); else each step and each part in some.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
@@ -17,7 +18,6 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const UP: [&str; 5] = ["--nodes", "1", "--storage", "2Gi", "--separate"];
 const NAMES: [&str; 2] = ["east", "west"];
 
@@ -29,6 +29,8 @@ enum Part {
     /// The process with the API, and all roles with it.
     Cluster(End),
     Launcher(End),
+    /// Both launchers at once, and both QEMUs with them.
+    Launchers,
     /// Both synchronizers at once.
     Link,
 }
@@ -46,7 +48,7 @@ enum Step {
     Target(&'static str),
 }
 
-const PARTS: [Part; 11] = [
+const PARTS: [Part; 12] = [
     Part::Role(End::Source, "synchronizer"),
     Part::Role(End::Target, "synchronizer"),
     Part::Role(End::Source, "controller"),
@@ -57,6 +59,7 @@ const PARTS: [Part; 11] = [
     Part::Cluster(End::Target),
     Part::Launcher(End::Source),
     Part::Launcher(End::Target),
+    Part::Launchers,
     Part::Link,
 ];
 
@@ -72,7 +75,7 @@ const STEPS: [Step; 8] = [
 ];
 
 /// Each step and each part at least once.
-const SOME: [(Step, Part); 11] = [
+const SOME: [(Step, Part); 13] = [
     (Step::Source("Seeding"), Part::Role(End::Source, "synchronizer")),
     (Step::Source("Seeding"), Part::Role(End::Target, "synchronizer")),
     (Step::Source("Converging"), Part::Handler(End::Source)),
@@ -81,8 +84,10 @@ const SOME: [(Step, Part); 11] = [
     (Step::Target("Loaded"), Part::Launcher(End::Source)),
     (Step::Source("Committing"), Part::Link),
     (Step::Source("Committed"), Part::Launcher(End::Target)),
+    (Step::Source("Committed"), Part::Launchers),
     (Step::Source("Committed"), Part::Cluster(End::Source)),
     (Step::Target("Adopting"), Part::Handler(End::Target)),
+    (Step::Target("Adopting"), Part::Launchers),
     (Step::Target("Activating"), Part::Cluster(End::Target)),
 ];
 
@@ -240,6 +245,7 @@ impl World {
                 cluster.up(&UP)
             }
             Part::Launcher(end) => kill_launcher(self.clusters[at(end)].until_qemus(1)?[0]),
+            Part::Launchers => self.qemus()?.into_iter().try_for_each(kill_launcher),
         }
     }
 
@@ -276,7 +282,7 @@ impl World {
         self.clusters[at].until(&format!("{OWNERS}/web"), owned).await?;
         ensure!(self.qemus()? == qemu, "another guest came");
         let after = self.clusters[at].send("GET", &format!("{VMIS}/web"), None).await?;
-        let uptime = self.clusters[at].console("web")?.run("cat /proc/uptime")?;
+        let uptime = self.clusters[at].terminal("web")?.run("cat /proc/uptime")?;
         let moved = before["metadata"]["uid"] != after["metadata"]["uid"];
         let up: f64 = uptime.split(' ').next().unwrap_or_default().parse()?;
         let made = before["metadata"]["creationTimestamp"].as_str().context("a time")?;

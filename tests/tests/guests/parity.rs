@@ -1,5 +1,6 @@
 //! What KubeVirt's tests of migration show of guests and their devices: see docs/parity.md.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
 use e2e::cluster::{Cluster, memory};
 use e2e::guest;
@@ -13,7 +14,6 @@ use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const NODES: [&str; 4] = ["--nodes", "2", "--storage", "2Gi"];
 const OBJECTS: &str = "/api/v1/namespaces/default";
 /// The disks that the guest's kernel has drivers for, in their order, and whether it writes to them.

@@ -1,6 +1,7 @@
 //! What must not pass, does not: one clear error, the guest runs on where it
 //! was, nothing is lost, and once the cause is gone the same move succeeds.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result};
 use channel::client::GatewayClient;
 use channel::identity::{Ca, Role as Part, SpiffeId, Trust};
@@ -27,7 +28,6 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const MIB: u64 = 1 << 20;
 
 fn scene() -> Result<Scene> {

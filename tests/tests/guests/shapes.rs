@@ -1,6 +1,7 @@
 //! Moves of every shape: ways, disks, sizes and guests. Each ends with the
 //! guest's own word that nothing was lost, and with disks that are equal.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result};
 use e2e::guest;
 use e2e::media::Loop;
@@ -13,7 +14,6 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const MIB: u64 = 1 << 20;
 const GIB: u64 = 1 << 30;
 

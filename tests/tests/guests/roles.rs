@@ -1,6 +1,7 @@
 //! Roles as processes of their own: whichever dies, guests go on; and certificates are renewed
 //! while they are in use.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
 use e2e::cluster::{Cluster, SOON};
 use e2e::guest;
@@ -11,7 +12,6 @@ use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const OWNER: &str = "/apis/godwit.dev/v1alpha1/namespaces/default/ownerrecords/web";
 const BUNDLE: &str = "/api/v1/namespaces/kubevirt/configmaps/kubevirt-ca";
 const EXTERNAL: &str = "/api/v1/namespaces/kubevirt/configmaps/kubevirt-external-ca";

@@ -1,5 +1,6 @@
 //! Moves of real guests, which find their own lost writes and lost pages.
 
+use crate::PROGRAM;
 use anyhow::Result;
 use e2e::guest;
 use e2e::scene::{self, SOON, Scene, VM};
@@ -10,7 +11,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 fn scene(target: &[&str]) -> Result<Scene> {
-    scene::scene(Path::new(env!("CARGO_BIN_EXE_godwit-under-test")), target)
+    scene::scene(Path::new(PROGRAM), target)
 }
 
 #[test]

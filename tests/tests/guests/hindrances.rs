@@ -1,5 +1,6 @@
 //! What stands in a migration's way, and what becomes of the guest meanwhile: see docs/parity.md.
 
+use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
 use e2e::cluster::Cluster;
 use e2e::guest;
@@ -10,7 +11,6 @@ use e2e::vms::{
 };
 use serde_json::{Value, json};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
 const NODES: [&str; 4] = ["--nodes", "3", "--storage", "2Gi"];
 const SUBRESOURCES: &str = "/apis/subresources.kubevirt.io/v1/namespaces/default";
 const QUOTAS: &str = "/api/v1/namespaces/default/resourcequotas";

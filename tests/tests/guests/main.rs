@@ -1,0 +1,23 @@
+//! All that is shown with real guests, hosts and clusters. One program, so that the machine is never idle while
+//! a long test waits: `cargo test --workspace --test guests -- kills::` runs the tests of one file.
+
+mod across;
+mod clusters;
+mod evictions;
+mod faults;
+mod hindrances;
+mod kills;
+mod kills_across;
+mod machines;
+mod migrations;
+mod moves;
+mod parity;
+mod refusals;
+mod roles;
+mod shapes;
+mod uefi;
+mod vms;
+mod volumes;
+
+/// Godwit, as these tests run it.
+const PROGRAM: &str = env!("CARGO_BIN_EXE_godwit-under-test");
