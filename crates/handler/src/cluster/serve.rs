@@ -7,9 +7,11 @@
 use super::measure::{self, Sample};
 use super::moves::{self, Outlook, Plan};
 use super::{Error, Shared, doors, guests};
+use api::conditions::{self, types};
 use channel::identity::{Credentials, Role, SpiffeId};
 use channel::tls;
 use kube::ResourceExt;
+use kube::runtime::reflector::ObjectRef;
 use launcher::client::Client as Launcher;
 use serde::{Deserialize, Serialize};
 use std::net::SocketAddr;
@@ -30,6 +32,8 @@ const SAMPLES: u64 = 16 << 20;
 const MEASURED: Duration = Duration::from_secs(6);
 /// A guest and a link are watched for a second each; a slow link takes longer.
 const FORECAST: Duration = Duration::from_secs(25);
+/// What was done to a guest is shown by its VMI; it is answered then at the latest.
+const SHOWN: Duration = Duration::from_secs(5);
 /// Connections at once: more wait.
 const CONNECTIONS: usize = 256;
 
@@ -218,6 +222,29 @@ async fn find(shared: &Shared, ask: &Ask) -> Result<(PathBuf, Launcher), Told> {
     Err(none())
 }
 
+/// Lets a guest stand still or go on. Its VMI says so when this is answered, so that whoever was answered
+/// can ask for the opposite at once.
+async fn stand(
+    shared: &Shared,
+    ask: &Ask,
+    launcher: &Launcher,
+) -> Result<launcher::status::Status, launcher::client::Error> {
+    let paused = ask.act == Act::Pause;
+    let done = if paused { launcher.pause().await? } else { launcher.resume().await? };
+    let key = ObjectRef::new(&ask.name).within(&ask.namespace);
+    let is_shown = || {
+        let vmi = shared.vmis.get(&key);
+        let status = vmi.as_ref().and_then(|vmi| vmi.status.as_ref());
+        status.is_none_or(|s| conditions::is(&s.conditions, types::PAUSED) == paused)
+    };
+    let began = tokio::time::Instant::now();
+    // The guest does as it was told in any case: that the API is slow is no failure.
+    while !is_shown() && began.elapsed() < SHOWN {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+    Ok(done)
+}
+
 async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::UnixStream>, Told> {
     let (folder, launcher) = find(shared, ask).await?;
     let done = match ask.act {
@@ -228,8 +255,7 @@ async fn carry_out(shared: &Shared, ask: &Ask) -> Result<Option<tokio::net::Unix
             let stream = socket.await.map_err(|error| told(500, launcher::chain(&error)))?;
             return Ok(Some(stream));
         }
-        Act::Pause => launcher.pause().await,
-        Act::Unpause => launcher.resume().await,
+        Act::Pause | Act::Unpause => stand(shared, ask, &launcher).await,
         Act::Reset => launcher.reset().await,
         Act::Measure | Act::Answer => return Err(told(400, "this is asked of the handler")),
         Act::Forecast => return Err(told(400, "a forecast is that of a plan")),
