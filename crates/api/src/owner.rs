@@ -47,6 +47,9 @@ pub struct Status {
     /// The claims that are the owner's disks, by the VM's volumes.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub volumes: BTreeMap<String, String>,
+    /// Of a guest that has left for another VMI: the attempt whose heir is known to have it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub arrived: Option<String>,
     /// The last owner whose QEMU was seen to end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
@@ -152,6 +155,20 @@ impl Status {
     /// Whether the guest has left for another VMI, which runs it or is about to.
     pub fn has_left(&self) -> Option<Ledger> {
         self.other_ledger().filter(|_| self.state == "committed")
+    }
+
+    /// Whether the guest is known to have come to the VMI for which it has left. Until then it may yet be
+    /// called back: both launchers may have died between the commit and the adoption.
+    pub fn has_arrived(&self) -> Option<Ledger> {
+        let of = self.of.as_ref().map(|of| &of.attempt);
+        self.has_left().filter(|_| self.arrived.as_ref() == of)
+    }
+
+    /// Where a guest was to go that has left, that is not known to have come there, and that does not
+    /// run here any more.
+    pub fn is_astray(&self) -> Option<Ledger> {
+        let gone = self.has_arrived().is_none() && self.has_ended(&self.owner);
+        self.has_left().filter(|_| gone)
     }
 
     /// Whether the guest may still come to the heir of an attempt, which nobody has decided yet.

@@ -18,6 +18,7 @@ pub mod halves;
 pub mod link;
 mod links;
 mod place;
+mod recall;
 pub mod records;
 mod relocation;
 mod serve;
@@ -90,6 +91,7 @@ pub async fn run(client: Client, config: Config) {
         tasks.spawn(tell::run(Arc::clone(&world)));
         tasks.spawn(links::run(Arc::clone(&world)));
         tasks.spawn(relocation::run(Arc::clone(&world)));
+        tasks.spawn(recall::run(Arc::clone(&world)));
         loop {
             changes.borrow_and_update();
             if world.wanted() != Some(wanted) {

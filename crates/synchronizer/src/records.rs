@@ -3,7 +3,7 @@
 use api::owner::{OwnerRecord, Status};
 use handover::handler::{Qemu, peer};
 use handover::ledger::Response;
-use handover::record::{HostId, InstanceId, Record, Refused, Swap, VmId};
+use handover::record::{HostId, InstanceId, Record, Refused, Swap, VmId, apply};
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client, ResourceExt};
 use reconcile::events::why;
@@ -79,6 +79,25 @@ impl OfVm {
             }
         }
         failed("others change the record all the time".into())
+    }
+
+    /// Writes down that the heir of an attempt is known to have the guest.
+    pub async fn arrived(&self, attempt: &str) -> Response {
+        let judge = |_: &Status, current: Option<&Record>| {
+            current.cloned().ok_or(Refused { current: None, why: "nobody owned it".into() })
+        };
+        let settle = |status: &mut Status| {
+            if status.of.as_ref().is_some_and(|of| of.attempt == attempt) {
+                status.arrived = Some(attempt.to_owned());
+            }
+        };
+        self.exchange(judge, settle).await
+    }
+
+    /// Takes a guest back that has left, after the record at the other end has let it go.
+    pub async fn take_back(&self, change: &Swap) -> Response {
+        let vm = self.vm();
+        self.exchange(|_, current| apply(&vm, current, change), |_| {}).await
     }
 
     /// Answers who speaks for the record `asker`, at a move's other end. `qemu_of` is what is known here

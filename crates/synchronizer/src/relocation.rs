@@ -53,6 +53,8 @@ const PATIENCE: SignedDuration = SignedDuration::from_mins(10);
 const FINALIZER: &str = "godwit.dev/move";
 /// Why one ended that was deleted.
 const CANCELLED: &str = "it was cancelled";
+/// Why one cannot end yet.
+const UNDECIDED: &str = "whose the guest is is not decided yet";
 /// Why a move waits.
 const WAITS: &str = "Waiting";
 
@@ -324,7 +326,8 @@ async fn follow(world: &World, one: &VirtualMachineMove, status: &mut Status) ->
         // Those that are over are cleared away: whose the guest is, its record says.
         Ok(None) => {
             return match record_of(world, one).await {
-                Ok(record) if record.has_left().is_some() => Step::To(Phase::Settling),
+                Ok(record) if record.has_arrived().is_some() => Step::To(Phase::Settling),
+                Ok(record) if record.has_left().is_some() => Step::Wait(UNDECIDED.into()),
                 Ok(_) => Step::Fail(vec![format!("its migration {name} was deleted")]),
                 Err(why) => Step::Wait(why),
             };
@@ -365,8 +368,9 @@ async fn end(world: &World, one: &VirtualMachineMove, status: &mut Status) -> St
         Ok(record) => record,
         Err(why) => return Step::Wait(why),
     };
-    if record.state == "armed" && record.other_ledger().is_some() && !record.is_over() {
-        return Step::Wait("whose the guest is is not decided yet".into());
+    let armed = record.state == "armed" && record.other_ledger().is_some() && !record.is_over();
+    if armed || record.has_left().is_some() && record.has_arrived().is_none() {
+        return Step::Wait(UNDECIDED.into());
     }
     if record.has_left().is_some() {
         status.warnings.append(&mut status.faults);

@@ -202,7 +202,7 @@ async fn owner(
 }
 
 /// Asks another cluster's synchronizer, where its link or migrations say that it is.
-async fn forward(world: &World, cluster: &str, ask: &Ask) -> Told {
+pub async fn forward(world: &World, cluster: &str, ask: &Ask) -> Told {
     if !matches!(ask, Ask::Owner { .. }) {
         return Told::Refused { why: "handlers ask about owner records, and nothing else".into() };
     }

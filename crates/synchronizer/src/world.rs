@@ -39,7 +39,7 @@ pub struct World {
     pub credentials: watch::Receiver<Credentials>,
     pub migrations: Store<Migration>,
     vmis: Store<VirtualMachineInstance>,
-    owners: Store<OwnerRecord>,
+    pub owners: Store<OwnerRecord>,
     nodes: Store<Node>,
     namespaces: Store<Namespace>,
     settings: Store<KubeVirt>,

@@ -95,16 +95,27 @@ fn may_have_come(snapshot: &Snapshot, side: Side) -> bool {
     side == Side::Target && (has || record.may_come_by(&uid))
 }
 
-/// What a source's record says of a guest whose VMI has ended: it has left by this migration (true), or
-/// may yet be found to have (false). None: neither.
-pub(super) fn has_left(snapshot: &Snapshot) -> Option<bool> {
+/// What a source's record says of a guest that does not run at its VMI any more.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Gone {
+    /// It may yet be found to have left by this migration.
+    Armed,
+    /// It has left by it, and is not known to have come.
+    Astray,
+    /// It has come.
+    Arrived,
+}
+
+/// What became of a source's guest whose VMI has ended. None: it has not left by this migration.
+pub(super) fn gone(snapshot: &Snapshot) -> Option<Gone> {
     let record = snapshot.owner.as_ref()?.status.as_ref()?;
     let other = snapshot.other().filter(|_| snapshot.side() == Some(Side::Source))?;
     record.of.as_ref().filter(|of| of.attempt == other.migration)?;
     record.other_ledger()?;
     match &*record.state {
-        "committed" => Some(true),
-        "armed" => Some(false),
+        "committed" if record.has_arrived().is_some() => Some(Gone::Arrived),
+        "committed" => Some(Gone::Astray),
+        "armed" => Some(Gone::Armed),
         _ => None,
     }
 }

@@ -1,5 +1,6 @@
 //! What is to be done about a migration. Pure.
 
+use super::halves::Gone;
 use super::{disks, ending, halves, preflight};
 use crate::vmi::pod::{Target, Wanted};
 use crate::vmi::{is_ready, is_terminal, launches, trouble};
@@ -278,10 +279,12 @@ fn advance(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
     }
     let found = snapshot.vmi.as_ref().and_then(|vmi| Some((vmi, vmi.status.as_ref()?)));
     let Some((vmi, of_vmi)) = found.filter(|(_, status)| !status.phase.is_final()) else {
-        match halves::has_left(snapshot) {
+        match halves::gone(snapshot) {
             // The guest has survived its source.
-            Some(true) => return status.enter(Phase::Succeeded, snapshot.now),
-            Some(false)
+            Some(Gone::Arrived) => return status.enter(Phase::Succeeded, snapshot.now),
+            // The record rings when that is known.
+            Some(Gone::Astray) => return,
+            Some(Gone::Armed)
                 if status.since().is_some_and(|at| snapshot.now.duration_since(at) < GONE) =>
             {
                 plan.again = Some(AGAIN);

@@ -13,6 +13,12 @@ pub(super) fn has_left(snapshot: &Snapshot) -> bool {
     record.is_some_and(|record| record.has_left().is_some())
 }
 
+/// Whether the guest is known to have come to another VM.
+pub(super) fn has_arrived(snapshot: &Snapshot) -> bool {
+    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.as_ref());
+    record.is_some_and(|record| record.has_arrived().is_some())
+}
+
 /// What becomes of a VM's strategy once a guest has come or gone. None: it stays as it is.
 pub(super) fn settle(snapshot: &Snapshot) -> Option<Value> {
     let vm = &snapshot.vm;
@@ -34,7 +40,7 @@ pub(super) fn settle(snapshot: &Snapshot) -> Option<Value> {
     }
     // The migration is told of first: it looks at the VMI.
     let over = snapshot.moves.iter().all(|migration| migration.is_over());
-    (has_left(snapshot) && over && strategy != RunStrategy::Halted).then(|| {
+    (has_arrived(snapshot) && over && strategy != RunStrategy::Halted).then(|| {
         json!({
             "metadata": {"resourceVersion": version},
             "spec": {"runStrategy": "Halted", "running": null},

@@ -301,7 +301,7 @@ fn wish(snapshot: &Snapshot, status: &Status) -> Wish {
         let runs =
             snapshot.vmi.as_ref().is_some_and(|vmi| vmi.metadata.deletion_timestamp.is_none());
         let over = snapshot.moves.iter().all(|migration| migration.is_over());
-        return match runs && over {
+        return match runs && over && elsewhere::has_arrived(snapshot) {
             true => Wish::Stop("its guest has left for another virtual machine"),
             false => Wish::Nothing,
         };

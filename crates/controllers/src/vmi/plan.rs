@@ -122,7 +122,12 @@ impl Snapshot {
     /// Whether the guest is another VMI's, and its QEMU here has ended.
     fn has_left(&self) -> bool {
         let status = self.owner.as_ref().and_then(|owner| owner.status.as_ref());
-        status.is_some_and(|status| status.has_left().is_some() && status.is_over())
+        status.is_some_and(|status| status.has_arrived().is_some() && status.is_over())
+    }
+
+    /// Where the guest was to go, that has ended here and may not have come there.
+    fn is_astray(&self) -> Option<api::owner::Ledger> {
+        self.owner.as_ref()?.status.as_ref()?.is_astray()
     }
 
     /// The pods of a VMI that has ended, but for those to which a move that is not decided may still

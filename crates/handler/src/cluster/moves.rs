@@ -26,6 +26,7 @@ use api::keys;
 use api::migration::{End, State};
 use api::vmi::{Phase, VirtualMachineInstance};
 use channel::gateway::Gateway;
+use handover::ledger::Response;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
 use kube::api::{Patch, PatchParams};
@@ -40,6 +41,7 @@ use serde_json::json;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
+use synchronizer::records::OfVm as Object;
 
 /// What a handler remembers of moves: it can do without.
 #[derive(Default)]
@@ -283,6 +285,7 @@ impl Guest<'_> {
         let migration = state.attempt().unwrap_or_default().to_owned();
         if let Some(end) = there {
             self.supersede(&end).await?;
+            self.tell_arrival(&migration).await;
             status.enter(Phase::Succeeded, Timestamp::now());
             let to = place(&end);
             let message = format!("The VirtualMachineInstance has left for {to}.");
@@ -292,6 +295,16 @@ impl Guest<'_> {
         self.write(status).await?;
         self.shared.moves.forget(&migration);
         Ok(Next::Rest)
+    }
+
+    /// Writes down that the guest is where it has left for. What cannot be written here is found out by
+    /// asking the record there.
+    async fn tell_arrival(&self, attempt: &str) {
+        let (namespace, name) = self.key.clone();
+        let record = Object { client: self.shared.client.clone(), namespace, name };
+        if let Response::Failed { why } = record.arrived(attempt).await {
+            tracing::warn!("that {} has arrived is not written down: {why}", self.vm);
+        }
     }
 
     /// Marks the claims of a guest that has left for another VMI: what they hold is old from now on.

@@ -98,6 +98,31 @@ proptest! {
     }
 
     #[test]
+    fn a_source_that_has_ended_succeeds_once_its_guest_is_known_to_be_there(
+        mut case in cases(), other in others(), arrived: bool,
+    ) {
+        (case.vmi, case.state) = (Some("Failed"), None);
+        let mut other = Other { side: Side::Source, ..other };
+        let Some(half) = &mut other.half else { return Ok(()) };
+        half.failed = None;
+        let aborts = half.aborts && !case.phase.is_handed_off();
+        let mut snapshot = with(&case, &other);
+        snapshot.owner = Some(made(json!({
+            "apiVersion": "godwit.dev/v1alpha1", "kind": "OwnerRecord",
+            "metadata": {"name": "web", "namespace": "default"}, "spec": {"vm": "default.web"},
+            "status": {
+                "epoch": 1, "owner": "a", "state": "committed", "ended": {"instance": "a"},
+                "arrived": arrived.then_some("theirs"),
+                "move": {"attempt": "theirs", "heir": "b", "peer": "spiffe://west/default/web"},
+            },
+        })));
+        let after = next(&plan(&snapshot).actions, case.phase);
+        let ends = arrived && !aborts && !case.phase.is_final();
+        prop_assert_eq!(ends, after == Phase::Succeeded && case.phase != Phase::Succeeded);
+        prop_assert!(aborts || case.phase == Phase::Failed || after != Phase::Failed);
+    }
+
+    #[test]
     fn nobody_waits_for_ever_for_a_side_that_does_not_come(case in cases(), other in others()) {
         let mut alone = other;
         alone.half = None;

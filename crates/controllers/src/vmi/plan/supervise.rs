@@ -5,6 +5,7 @@ use crate::versioned;
 use crate::world::label;
 use api::conditions::{self, Condition, types};
 use api::keys;
+use api::owner::Ledger;
 use api::vmi::{Phase, Status};
 use k8s_openapi::api::core::v1::Pod;
 use kube::ResourceExt;
@@ -38,6 +39,10 @@ pub(super) fn supervise(
         status.launcher_container_image_version = pod.and_then(|pod| image_of(pod));
         return Some(status);
     }
+    if let Some(to) = snapshot.is_astray() {
+        stray(snapshot, &mut status, &to, plan);
+        return Some(status);
+    }
     if !snapshot.is_over() {
         doubt(snapshot, &mut status, plan);
         return Some(status);
@@ -47,6 +52,17 @@ pub(super) fn supervise(
         None => "its pod is gone".into(),
     };
     Some(fail(snapshot, status, "PodFailed", &message, plan))
+}
+
+/// A VMI whose guest has left for another VMI and ended here before it was known to be there: the record
+/// there is asked (by the synchronizer), and says that it came, or lets it go.
+fn stray(snapshot: &Snapshot, status: &mut Status, to: &Ledger, plan: &mut Plan) {
+    let Ledger { cluster, namespace, name } = to;
+    let message = format!(
+        "the guest has left for {namespace}/{name} of cluster {cluster}, and ended here before that said \
+         that it runs there: its owner record is asked, and until it answers nothing is started"
+    );
+    be_in_doubt(snapshot, status, "HeirNotHeardOf", &message, plan);
 }
 
 /// A VMI whose guest is another VMI's now. Its handler says how it left, as long as there is its pod.
@@ -98,15 +114,26 @@ pub(super) fn doubt(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) {
          started. If that node is off for certain, taint it with {}=nodeshutdown:NoExecute",
         keys::OUT_OF_SERVICE
     );
+    be_in_doubt(snapshot, status, "OwnerNotHeardOf", &message, plan);
+}
+
+/// Shows that nobody knows whether the guest runs, and why.
+fn be_in_doubt(
+    snapshot: &Snapshot,
+    status: &mut Status,
+    reason: &str,
+    message: &str,
+    plan: &mut Plan,
+) {
     if !conditions::is(&status.conditions, types::IN_DOUBT) {
         plan.actions.push(Action::Say {
             warning: true,
             reason: "InDoubt",
-            message: message.clone(),
+            message: message.to_owned(),
         });
     }
-    let doubt = Condition::new(types::IN_DOUBT, true, "OwnerNotHeardOf", &message);
-    let ready = Condition::new(types::READY, false, "OwnerNotHeardOf", &message);
+    let doubt = Condition::new(types::IN_DOUBT, true, reason, message);
+    let ready = Condition::new(types::READY, false, reason, message);
     status.conditions =
         conditions::merge(&status.conditions, vec![doubt, ready], &[], snapshot.now);
     plan.again = Some(AGAIN);
