@@ -126,6 +126,24 @@ pub fn peer(
     }
 }
 
+/// The heir of which a peer learns by asking this that it has adopted the VM. The peer may end its own QEMU
+/// then, for good: so that heir may not give the VM back any more, see [`is_too_late`].
+///
+/// N.B. to be written down before the peer is answered, and only if the record is still as it was judged.
+pub fn told_of<'a>(current: Option<&'a Record>, swap: &Swap) -> Option<&'a InstanceId> {
+    let (Some(now), Swap::Relinquish { epoch, source, adopted: None, .. }) = (current, swap) else {
+        return None;
+    };
+    let adopted = now.state == State::Idle && now.epoch.checked_sub(1) == Some(*epoch);
+    (adopted && now.owner != *source).then_some(&now.owner)
+}
+
+/// Whether an heir wants to give a VM back of which a peer was `told` that it is that heir's. Refused, it is
+/// this host's to start again, from a disk that was complete before the memory was.
+pub fn is_too_late(told: Option<&InstanceId>, swap: &Swap) -> bool {
+    matches!(swap, Swap::Relinquish { adopted: Some(heir), .. } if told == Some(heir))
+}
+
 /// The epoch alone, and whether the owner is the one that was named.
 fn veiled(now: &Record, named: Option<&InstanceId>) -> Record {
     let owner = named.filter(|named| **named == now.owner).cloned();

@@ -234,6 +234,33 @@ proptest! {
     }
 
     #[test]
+    fn an_heir_gives_nothing_back_of_which_another_host_was_told(
+        current in records(),
+        asker in hosts(),
+        qemu in qemus(),
+        attempt in attempts(),
+        has_guest in any::<bool>(),
+    ) {
+        let source: InstanceId = "another".into();
+        let epoch = current.epoch.saturating_sub(1);
+        let relinquish = |adopted| Swap::Relinquish {
+            epoch,
+            source: source.clone(),
+            attempt: attempt.clone(),
+            peer: asker.clone(),
+            adopted,
+            has_guest,
+        };
+        let (asks, back) = (relinquish(None), relinquish(Some(current.owner.clone())));
+        if let Err(Refused { current: Some(_), .. }) =
+            asked(Some(&current), Some(&asker), qemu, &asks)
+            && apply(&vm(), Some(&current), &back).is_ok_and(|next| next != current)
+        {
+            prop_assert!(handler::is_too_late(handler::told_of(Some(&current), &asks), &back));
+        }
+    }
+
+    #[test]
     fn no_start_beside_a_qemu_that_lives(
         current in records(),
         instance in instances(),
