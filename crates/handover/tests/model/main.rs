@@ -14,24 +14,33 @@
 //! - besides: a half of the move is cancelled, fails or waits too long (all of
 //!   which is one event to it), a retry, a start
 //!
+//! Or two clusters, each with an API server that keeps its record and a
+//! synchronizer, through which alone the other's record is asked, and which calls
+//! back guests that have not come (see `clusters`). Then these fail too:
+//! - an API server is down for a time, or for ever
+//! - a synchronizer is, or dies with a question or an answer
+//! - trust is revoked, for a time or for ever: no question is answered, streams
+//!   are cut, and both halves are told to end
+//!
 //! What is left out, because it cannot matter here: the contents of disks and
 //! memory (only "complete and newest" is kept), the reasons of failures (no
 //! function may depend on them: they are made equal after every step), time
 //! (a deadline is a failure that may happen at any moment), and an answer that
 //! tells the asker nothing, after which the same is asked again.
 
+mod clusters;
+mod ends;
 mod step;
 mod twist;
 mod world;
 
-use handover::record::State as RecordState;
 use handover::source::Answer;
 use handover::target;
 use stateright::{Checker, HasDiscoveries, Model, Property};
 use std::sync::Arc;
 use step::Rules;
 use twist::Twist;
-use world::{Budget, Guest, Harm, Host, Role, World};
+use world::{Budget, Guest, Harm, Host, Layout, Role, World};
 
 /// What can happen next.
 #[derive(Debug, Clone, PartialEq)]
@@ -58,6 +67,8 @@ enum Step {
     GivesUp(usize),
     Repeats(usize),
     ActivationFails(usize),
+    /// What is there besides, between two clusters.
+    Between(clusters::Step),
 }
 
 /// One move of one VM from host A to host B.
@@ -89,28 +100,27 @@ impl Handover {
             for (i, ask) in launcher.asks.iter().enumerate() {
                 if ask.answer.is_some() {
                     steps.push(Step::Answer(at, i));
-                } else if !self.rules.tells_nothing(world, ask) {
+                } else if !world.parts.stop(ask) && !self.rules.tells_nothing(world, ask) {
                     steps.push(Step::CarryOut(at, i));
                 }
             }
         }
+        let mut between = vec![];
+        self.rules.between(world, &mut between);
+        steps.extend(between.into_iter().map(Step::Between));
     }
 
     fn choices(&self, world: &World, steps: &mut Vec<Step>) {
         let budget = &world.budget;
-        steps.extend((0..world.late.len()).map(Step::LateCarriedOut));
+        let arrives = |at: &usize| !world.parts.is_mute(world.late[*at].host);
+        steps.extend((0..world.late.len()).filter(arrives).map(Step::LateCarriedOut));
         for (at, launcher) in world.launchers.iter().enumerate() {
             match &launcher.role {
                 Role::Source(_) | Role::Target(_) if budget.cancels > 0 && launcher.undecided() => {
                     steps.push(Step::Fails(at));
                 }
-                Role::Owner if launcher.host == Host::A && launcher.guest == Guest::Running => {
-                    let idle = world.ledgers[0].as_ref().is_some_and(|r| {
-                        r.owner == launcher.instance && r.state == RecordState::Idle
-                    });
-                    if budget.retries > 0 && idle {
-                        steps.push(Step::Retry(at));
-                    }
+                Role::Owner if budget.retries > 0 && self.rules.may_move(world, launcher) => {
+                    steps.push(Step::Retry(at));
                 }
                 _ => {}
             }
@@ -119,7 +129,8 @@ impl Handover {
             let nobody = !world.launchers.iter().any(|l| l.host == host && l.alive());
             // N.B. without a record it is another VM of that name; and the record of one
             // ledger does not say which disk is meant: see R7's marks.
-            let known = world.ledgers[host as usize].is_some() && !self.rules.one_ledger;
+            let known = world.ledgers[host as usize].is_some() && !self.rules.one_ledger();
+            let known = known && !world.parts.is_mute(host);
             if budget.starts > 0 && nobody && known {
                 steps.push(Step::StartVm(host));
             }
@@ -159,7 +170,9 @@ impl Handover {
                 steps.push(Step::ActivationFails(at));
             }
         }
-        for ledger in 0..2 {
+        // Of clusters there are more parts: see `clusters`.
+        let ledgers = if self.rules.layout == Layout::TwoClusters { 0..0 } else { 0..2 };
+        for ledger in ledgers {
             let asked = world.launchers.iter().flat_map(|l| &l.asks);
             if asked.into_iter().any(|ask| self.rules.ledger(ask.host) == ledger) {
                 steps.push(Step::HandlerCrashes(ledger));
@@ -199,13 +212,15 @@ impl Handover {
             }
             Step::Retry(at) => {
                 world.budget.retries -= 1;
-                let epoch = world.ledgers[0].as_ref().map_or(1, |r| r.epoch);
+                let own = self.rules.ledger(world.launchers[at].host);
+                let epoch = world.ledgers[own].as_ref().map_or(1, |r| r.epoch);
                 rules.begin_move(world, at, epoch);
             }
             Step::StartVm(host) => {
                 world.budget.starts -= 1;
                 rules.begin_start(world, host);
             }
+            Step::Between(step) => rules.step_between(world, step),
             fault => {
                 world.budget.faults -= 1;
                 self.go_wrong(world, fault);
@@ -265,59 +280,6 @@ impl Handover {
             _ => {}
         }
     }
-
-    /// Whether nothing goes on by itself any more.
-    fn is_quiet(&self, world: &World) -> bool {
-        let mut steps = vec![];
-        self.steps(world, &mut steps);
-        steps.is_empty()
-    }
-
-    /// Whether a start on this host would succeed now.
-    fn would_start(&self, world: &World, host: Host) -> bool {
-        let record = world.ledgers[self.rules.ledger(host)].clone();
-        if record.is_none() {
-            // N.B. another VM of that name, as far as this host knows.
-            return false;
-        }
-        let mut world = world.clone();
-        self.rules.begin_start(&mut world, host);
-        let at = world.launchers.len() - 1;
-        // A start asks three times at most.
-        for _ in 0..4 {
-            let Some(ask) = world.launchers[at].asks.first().cloned() else { break };
-            if self.rules.tells_nothing(&world, &ask) {
-                break;
-            }
-            let answer = self.rules.carry_out(&mut world, &ask);
-            world.launcher(at).asks.clear();
-            self.rules.answered(&mut world, at, &ask, answer);
-        }
-        world.launchers[at].guest == Guest::Running
-    }
-
-    /// Exactly one runnable owner, and nobody in doubt.
-    fn ended_well(&self, world: &World) -> bool {
-        let decided = world.launchers.iter().all(|l| !l.undecided());
-        let runnable = |host: &Host| {
-            world.launchers.iter().any(|l| l.host == *host && l.guest == Guest::Running)
-                || self.would_start(world, *host)
-        };
-        let hosts = match self.rules.one_ledger {
-            // One record, one owner: see `choices`.
-            true if world.running() == 0 => &Host::ALL[..1],
-            _ => &Host::ALL[..],
-        };
-        decided && hosts.iter().filter(|h| runnable(h)).count() == 1
-    }
-
-    fn owner_runs(&self, world: &World) -> bool {
-        world
-            .launchers
-            .iter()
-            .filter(|l| l.guest == Guest::Running)
-            .all(|l| world.may_run(l, self.rules.ledger(l.host)))
-    }
 }
 
 const ONE_RUNS: &str = "at most one instance runs";
@@ -325,7 +287,10 @@ const OWNER_RUNS: &str = "before the commit only the source runs, after it only 
 const NOTHING_STALE: &str = "a guest runs only on the newest memory and disk";
 const CLAIMANTS_LIVE: &str = "a complete guest is ended only on a ledger's word";
 const DISK_EXISTS: &str = "one complete disk always exists";
+const KEEPS_MEMORY: &str = "no guest is called back from an heir that lives";
+const ARRIVED: &str = "what is known to have come has come";
 const ENDS_WELL: &str = "every run ends with exactly one runnable owner";
+const DOUBTS: &str = "nobody is in doubt who could ask, and nobody else is stuck";
 
 impl Model for Handover {
     type State = World;
@@ -337,6 +302,7 @@ impl Model for Handover {
             disks: [true, false],
             launchers: vec![],
             late: vec![],
+            parts: Arc::default(),
             born: 0,
             budget: self.budget.clone(),
             harm: None,
@@ -355,6 +321,9 @@ impl Model for Handover {
         if world.budget.faults > 0 {
             self.faults(world, steps);
         }
+        let mut between = vec![];
+        self.rules.may_fail_between(world, &mut between);
+        steps.extend(between.into_iter().map(Step::Between));
     }
 
     fn next_state(&self, world: &World, step: Step) -> Option<World> {
@@ -362,6 +331,7 @@ impl Model for Handover {
         let fails = matches!(step, Step::Fails(_));
         self.apply(&mut next, step);
         next.tidy(|host| self.rules.ledger(host));
+        next.tidy_parts();
         // What nobody minds has not happened.
         (!fails || next.launchers != world.launchers).then_some(next)
     }
@@ -373,16 +343,24 @@ impl Model for Handover {
             Property::always(NOTHING_STALE, |_, w: &World| w.harm != Some(Harm::RanStale)),
             Property::always(CLAIMANTS_LIVE, |_, w: &World| w.harm != Some(Harm::EndedClaimant)),
             Property::always(DISK_EXISTS, |_, w: &World| w.disks.contains(&true)),
-            Property::always(ENDS_WELL, |m: &Self, w: &World| !m.is_quiet(w) || m.ended_well(w)),
+            Property::always(KEEPS_MEMORY, |_, w: &World| {
+                w.harm != Some(Harm::CalledBackFromLiving)
+            }),
+            Property::always(ARRIVED, |_, w: &World| w.arrivals_are_true()),
+            Property::always(ENDS_WELL, |m: &Self, w: &World| m.ends_well(w)),
+            Property::always(DOUBTS, |m: &Self, w: &World| m.doubts_rightly(w)),
         ]
     }
 }
 
-/// Two faults, one cancel, one retry, one start: what the other budgets are cut from.
-const BUDGET: Budget = Budget { faults: 2, cancels: 1, retries: 1, starts: 1 };
+/// Two faults, one cancel, one retry, one start: what most other budgets are cut from.
+const BUDGET: Budget = Budget { faults: 2, cancels: 1, retries: 1, starts: 1, revocations: 0 };
 
-fn handover(one_ledger: bool, twist: Twist, budget: Budget) -> Handover {
-    Handover { rules: Rules { one_ledger, twist, seen: Arc::default() }, budget }
+/// What clusters that go apart are shown with.
+const APART: Budget = Budget { faults: 1, cancels: 0, retries: 0, starts: 1, revocations: 1 };
+
+fn handover(layout: Layout, twist: Twist, budget: Budget) -> Handover {
+    Handover { rules: Rules { layout, twist, seen: Arc::default() }, budget }
 }
 
 /// The first property that does not hold; prints how many states were visited.
@@ -430,33 +408,47 @@ fn show(world: &World) {
 }
 
 fn proves(name: &str, model: Handover) {
-    let seen = Arc::clone(&model.rules.seen);
+    let Handover { rules: Rules { layout, seen, .. }, budget } = model.clone();
     let violated = explore(name, model.clone());
     if violated.is_some() {
         explain(model);
     }
     assert_eq!(violated, None);
     // The model is not vacuous.
-    assert!(seen.all(), "{name}: something never happened: {seen:?}");
+    assert!(seen.all(layout, &budget), "{name}: something never happened: {seen:?}");
+}
+
+fn soak() -> bool {
+    std::env::var_os("GODWIT_SOAK").is_some()
 }
 
 #[test]
 fn a_move_with_two_faults_ends_with_exactly_one_owner() {
-    let retries = if std::env::var_os("GODWIT_SOAK").is_some() { 2 } else { 1 };
-    proves("two hosts", handover(false, Twist::Nothing, Budget { retries, ..BUDGET }));
+    let retries = if soak() { 2 } else { 1 };
+    proves("two hosts", handover(Layout::TwoHosts, Twist::Nothing, Budget { retries, ..BUDGET }));
 }
 
 #[test]
 fn two_launchers_of_one_ledger_end_with_exactly_one_owner() {
-    let retries = if std::env::var_os("GODWIT_SOAK").is_some() { 1 } else { 0 };
-    proves("one host", handover(true, Twist::Nothing, Budget { retries, ..BUDGET }));
+    let retries = if soak() { 1 } else { 0 };
+    proves("one host", handover(Layout::OneLedger, Twist::Nothing, Budget { retries, ..BUDGET }));
 }
 
-/// Then "nothing goes on by itself" is where every run ends, and the model's
-/// last property holds for all of them.
 #[test]
-fn no_run_goes_in_circles() {
-    let model = handover(false, Twist::Nothing, Budget { faults: 1, ..BUDGET });
+fn a_move_between_clusters_ends_with_exactly_one_owner() {
+    let retries = if soak() { 1 } else { 0 };
+    let budget = Budget { retries, ..BUDGET };
+    proves("two clusters", handover(Layout::TwoClusters, Twist::Nothing, budget));
+}
+
+#[test]
+fn clusters_that_go_apart_leave_only_those_in_doubt_who_cannot_ask() {
+    let budget = if soak() { Budget { retries: 0, ..BUDGET } } else { APART };
+    let budget = Budget { revocations: 1, ..budget };
+    proves("clusters apart", handover(Layout::TwoClusters, Twist::Nothing, budget));
+}
+
+fn goes_in_no_circles(name: &str, model: &Handover) {
     let mut done = std::collections::HashSet::new();
     // The states of the present run, each with those that come next.
     let mut run: Vec<(World, Vec<World>)> = vec![];
@@ -479,50 +471,100 @@ fn no_run_goes_in_circles() {
             run.pop();
         }
     }
-    println!("no circles: {} states", done.len());
+    println!("no circles, {name}: {} states", done.len());
 }
 
-fn finds(twist: Twist) {
-    let found = explore(&format!("{twist:?}"), handover(false, twist, BUDGET));
+/// Then "nothing goes on by itself" is where every run ends, and the model's
+/// last properties hold for all of them.
+#[test]
+fn no_run_goes_in_circles() {
+    let hosts = handover(Layout::TwoHosts, Twist::Nothing, Budget { faults: 1, ..BUDGET });
+    goes_in_no_circles("two hosts", &hosts);
+    goes_in_no_circles("two clusters", &handover(Layout::TwoClusters, Twist::Nothing, APART));
+}
+
+fn finds(layout: Layout, twist: Twist, budget: Budget) {
+    let found = explore(&format!("{twist:?}"), handover(layout, twist, budget));
+    println!("{twist:?} violates: {found:?}");
     assert!(found.is_some(), "{twist:?} was not found");
 }
 
 #[test]
 fn a_target_that_runs_without_a_commit_is_found() {
-    finds(Twist::RunsWithoutCommit);
+    finds(Layout::TwoHosts, Twist::RunsWithoutCommit, BUDGET);
 }
 
 #[test]
 fn a_source_that_resumes_after_the_record_changed_is_found() {
-    finds(Twist::ResumesAfterCommit);
+    finds(Layout::TwoHosts, Twist::ResumesAfterCommit, BUDGET);
 }
 
 #[test]
 fn a_source_that_resumes_after_an_unknown_write_is_found() {
-    finds(Twist::ResumesOnUnknown);
+    finds(Layout::TwoHosts, Twist::ResumesOnUnknown, BUDGET);
 }
 
 #[test]
 fn a_target_that_discards_on_an_undecided_record_is_found() {
-    finds(Twist::DiscardsUndecided);
+    finds(Layout::TwoHosts, Twist::DiscardsUndecided, BUDGET);
 }
 
 #[test]
 fn a_promotion_after_the_source_has_aborted_is_found() {
-    finds(Twist::PromotesAborted);
+    finds(Layout::TwoHosts, Twist::PromotesAborted, BUDGET);
 }
 
 #[test]
 fn a_ledger_that_takes_the_vm_from_an_heir_that_adopted_is_found() {
-    finds(Twist::RelinquishesAdopted);
+    finds(Layout::TwoHosts, Twist::RelinquishesAdopted, BUDGET);
 }
 
 #[test]
 fn a_start_beside_a_living_qemu_is_found() {
-    finds(Twist::StartsBesideLiving);
+    finds(Layout::TwoHosts, Twist::StartsBesideLiving, BUDGET);
 }
 
 #[test]
 fn a_late_expectation_that_replaces_a_later_one_is_found() {
-    finds(Twist::ExpectsAnything);
+    finds(Layout::TwoHosts, Twist::ExpectsAnything, BUDGET);
+}
+
+#[test]
+fn a_record_that_lets_a_guest_go_whose_heir_may_live_is_found() {
+    finds(Layout::TwoClusters, Twist::RecallsFromLiving, BUDGET);
+}
+
+#[test]
+fn an_heir_that_gives_back_what_was_told_to_have_come_is_found() {
+    finds(Layout::TwoClusters, Twist::GivesBackWhatCame, BUDGET);
+}
+
+#[test]
+fn a_guest_that_nobody_calls_back_is_found() {
+    finds(Layout::TwoClusters, Twist::NeverRecalls, BUDGET);
+}
+
+#[test]
+fn a_target_that_stays_in_doubt_without_asking_is_found() {
+    let model = handover(Layout::TwoClusters, Twist::WaitsForEver, APART);
+    // Both when all parts are there again and as long as they are not.
+    let both = [ENDS_WELL, DOUBTS].into_iter().collect();
+    let checker = model.checker().finish_when(HasDiscoveries::AllOf(both)).spawn_dfs().join();
+    let found = checker.discoveries();
+    assert!(found.contains_key(ENDS_WELL) && found.contains_key(DOUBTS), "{:?}", found.keys());
+}
+
+#[test]
+fn an_unknown_answer_of_another_cluster_taken_for_a_refusal_is_found() {
+    finds(Layout::TwoClusters, Twist::UnknownIsRefused, BUDGET);
+}
+
+#[test]
+fn a_question_to_a_cluster_that_has_gone_apart_taken_as_granted_is_found() {
+    finds(Layout::TwoClusters, Twist::RevokedIsGranted, APART);
+}
+
+#[test]
+fn a_start_that_takes_a_guest_that_has_left_is_found() {
+    finds(Layout::TwoClusters, Twist::StartsAstray, BUDGET);
 }

@@ -2,8 +2,9 @@
 //! functions decide, and the faults.
 
 use crate::twist::Twist;
-use crate::world::{Ask, Guest, Harm, Host, Message, Role, World, vm};
+use crate::world::{Ask, Budget, Guest, Harm, Host, Launcher, Layout, Message, Role, World, vm};
 use handover::Failure;
+use handover::handler::Qemu;
 use handover::record::{HostId, Move, Record, Refused, State as RecordState, Swap, Verdict};
 use handover::source::{self, Answer, Source};
 use handover::start::{self, Start, Starter};
@@ -19,8 +20,7 @@ fn failure() -> Failure {
 /// Who keeps which ledger, and what is deliberately wrong.
 #[derive(Debug, Clone)]
 pub struct Rules {
-    /// Both hosts are of one cluster, whose ledger is host A's.
-    pub one_ledger: bool,
+    pub layout: Layout,
     pub twist: Twist,
     pub seen: Arc<Seen>,
 }
@@ -33,12 +33,24 @@ pub struct Seen {
     promoted: AtomicBool,
     handed_back: AtomicBool,
     recalled: AtomicBool,
+    /// By a synchronizer.
+    pub called_back: AtomicBool,
+    pub arrived: AtomicBool,
+    /// Nothing went on any more, as long as trust was revoked.
+    pub in_doubt: AtomicBool,
+    pub linked_anew: AtomicBool,
 }
 
 impl Seen {
-    pub fn all(&self) -> bool {
-        let Self { moved, aborted, promoted, handed_back, recalled } = self;
-        [moved, aborted, promoted, handed_back, recalled].iter().all(|s| s.load(Relaxed))
+    /// Whether all has happened that can.
+    pub fn all(&self, layout: Layout, budget: &Budget) -> bool {
+        let all = |these: &[&AtomicBool]| these.iter().all(|seen| seen.load(Relaxed));
+        // A start finds a guest astray only after both launchers have died.
+        let astray = budget.faults < 2 || all(&[&self.recalled]);
+        let clusters = layout != Layout::TwoClusters || all(&[&self.called_back, &self.arrived]);
+        let revoked = budget.revocations == 0 || all(&[&self.in_doubt, &self.linked_anew]);
+        let always = all(&[&self.moved, &self.aborted, &self.promoted, &self.handed_back]);
+        always && astray && clusters && revoked
     }
 
     fn note(&self, ask: &Ask, before: Option<&Record>, after: &Record) {
@@ -60,25 +72,38 @@ impl Seen {
 }
 
 impl Rules {
+    pub fn one_ledger(&self) -> bool {
+        self.layout == Layout::OneLedger
+    }
+
     pub fn ledger(&self, host: Host) -> usize {
-        if self.one_ledger { 0 } else { host as usize }
+        if self.one_ledger() { 0 } else { host as usize }
     }
 
     /// Hosts of one ledger are one host.
     pub fn id(&self, host: Host) -> HostId {
-        if self.one_ledger { "a".into() } else { host.name().into() }
+        if self.one_ledger() { "a".into() } else { host.name().into() }
     }
 
     fn known_to(&self, keeper: Host) -> impl Fn(Host) -> bool + use<> {
-        let one = self.one_ledger;
+        let one = self.one_ledger();
         move |host| one || host == keeper
     }
 
     /// What the handler of a ledger makes of a swap; not yet written.
     pub fn judge(&self, world: &World, ask: &Ask) -> Result<Record, Refused> {
         let current = world.ledgers[self.ledger(ask.host)].as_deref();
+        if self.is_too_late(world, ask) {
+            return Err(Refused { current: current.cloned(), why: "it has come".into() });
+        }
         let known = self.known_to(ask.host);
-        let qemu_of = |instance: &_| world.qemu_of(instance, &known);
+        let qemu_of = |instance: &_| match ask.as_peer {
+            // Synchronizers see no processes: who is not written down as ended may live.
+            Some(_) if self.layout == Layout::TwoClusters => {
+                if world.parts.has_ended(ask.host, instance) { Qemu::Ended } else { Qemu::Alive }
+            }
+            _ => world.qemu_of(instance, &known),
+        };
         match ask.as_peer {
             None => self.twist.local(&vm(), current, qemu_of, &ask.swap),
             Some(host) => self.twist.peer(&vm(), current, &self.id(host), qemu_of, &ask.swap),
@@ -87,7 +112,11 @@ impl Rules {
 
     /// Writes it.
     pub fn carry_out(&self, world: &mut World, ask: &Ask) -> Answer {
-        match self.judge(world, ask) {
+        let judged = self.judge(world, ask);
+        if self.layout == Layout::TwoClusters {
+            self.before_answer(world, ask, judged.is_ok());
+        }
+        match judged {
             Ok(record) => {
                 self.seen.note(ask, world.ledgers[self.ledger(ask.host)].as_deref(), &record);
                 world.ledgers[self.ledger(ask.host)] = Some(record.clone().into());
@@ -106,6 +135,7 @@ impl Rules {
     /// Tells a launcher what its ledger said.
     pub fn answered(&self, world: &mut World, at: usize, ask: &Ask, answer: Answer) {
         let own = ask.as_peer.is_none();
+        let answer = self.twist.heard(ask, world.parts.is_revoked(), answer);
         match &world.launchers[at].role {
             Role::Source(_) if own => self.source(world, at, source::Event::Swapped(answer)),
             Role::Source(_) => self.source(world, at, source::Event::Relinquished(answer)),
@@ -238,6 +268,21 @@ impl Rules {
         }
     }
 
+    /// Whether another move may begin of an owner's VM: between hosts once more to the other one,
+    /// between clusters also back, when all parts are there and the last heir has ended.
+    pub fn may_move(&self, world: &World, owner: &Launcher) -> bool {
+        let record = world.ledgers[self.ledger(owner.host)].as_ref();
+        let owns = |r: &Arc<Record>| r.owner == owner.instance && r.state == RecordState::Idle;
+        let can = match self.layout {
+            Layout::TwoClusters => {
+                let last = world.launchers.iter().any(|l| l.host != owner.host && l.alive());
+                world.parts.are_whole() && !last
+            }
+            _ => owner.host == Host::A,
+        };
+        can && owner.guest == Guest::Running && record.is_some_and(owns)
+    }
+
     /// Begins to move the VM of a launcher that runs it to the other host.
     pub fn begin_move(&self, world: &mut World, at: usize, epoch: u64) {
         let from = world.launchers[at].clone();
@@ -309,7 +354,10 @@ impl Rules {
         }
         let Role::Source(source) = &world.launchers[at].role else { return };
         match source.state {
-            source::State::Released => world.bury(at),
+            source::State::Released => {
+                self.released(world, at, &to.attempt);
+                world.bury(at);
+            }
             source::State::Ended { .. } if world.launchers[at].guest == Guest::Ended => {
                 world.bury(at);
             }
@@ -429,7 +477,7 @@ impl Rules {
             )
         });
         let own = world.ledgers[self.ledger(launcher.host)].as_ref();
-        let expected = self.one_ledger
+        let expected = self.one_ledger()
             || own
                 .is_some_and(|r| r.state == RecordState::Expected(of) && r.epoch == parties.epoch);
         if launcher.guest == Guest::Loaded && open && expected && !withdrawing {

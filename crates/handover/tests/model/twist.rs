@@ -1,8 +1,11 @@
 //! Deliberate mistakes, each between the crate's functions and the world: the
 //! model must find every one of them.
 
+use crate::world::{Ask, vm};
 use handover::handler::{self, Qemu};
-use handover::record::{HostId, InstanceId, Record, Refused, State as RecordState, Swap, VmId};
+use handover::record::{
+    HostId, InstanceId, Move, Record, Refused, State as RecordState, Swap, VmId,
+};
 use handover::source::{self, Answer, Source};
 use handover::target::{self, Target};
 
@@ -26,6 +29,20 @@ pub enum Twist {
     StartsBesideLiving,
     /// The target's ledger lets an earlier attempt replace a later one.
     ExpectsAnything,
+    /// The other cluster's record lets a guest go of whose heir nothing is written down.
+    RecallsFromLiving,
+    /// Nobody asks for a guest that has left and has not come.
+    NeverRecalls,
+    /// A target that has lost its source asks nobody.
+    WaitsForEver,
+    /// Who asked the other cluster's record takes no answer for a refusal.
+    UnknownIsRefused,
+    /// Who asked the record of a cluster that is not believed any more takes that for a grant.
+    RevokedIsGranted,
+    /// An heir gives a guest back after the other cluster was told that it has come.
+    GivesBackWhatCame,
+    /// A start takes a VM whose guest has left meanwhile.
+    StartsAstray,
 }
 
 impl Twist {
@@ -47,6 +64,7 @@ impl Twist {
         use target::{Event as E, State as S};
         match (self, &target.state, &event) {
             (Self::RunsWithoutCommit, S::Loaded, E::PeerLost) => target.step(E::PeerCommitted),
+            (Self::WaitsForEver, S::Loaded, E::PeerLost | E::Failed(_)) => (target, vec![]),
             (
                 Self::DiscardsUndecided,
                 S::Asking,
@@ -68,6 +86,13 @@ impl Twist {
     ) -> Result<Record, Refused> {
         match self {
             Self::StartsBesideLiving => handler::local(vm, current, |_| Qemu::Ended, swap),
+            Self::StartsAstray if matches!(swap, Swap::Start { .. }) => {
+                let idle = current.cloned().map(|now| match now.state {
+                    RecordState::Committed(_) => Record { state: RecordState::Idle, ..now },
+                    _ => now,
+                });
+                handler::local(vm, idle.as_ref(), qemu_of, swap)
+            }
             Self::ExpectsAnything if matches!(swap, Swap::Expect { .. }) => {
                 handler::local(vm, None, qemu_of, swap)
             }
@@ -83,16 +108,16 @@ impl Twist {
         qemu_of: impl Fn(&InstanceId) -> Qemu,
         swap: &Swap,
     ) -> Result<Record, Refused> {
+        if self == Self::RecallsFromLiving && matches!(swap, Swap::Relinquish { .. }) {
+            return handler::peer(vm, current, asker, |_| Qemu::Ended, swap);
+        }
         let honest = handler::peer(vm, current, asker, qemu_of, swap);
         match (self, swap, current) {
             (Self::PromotesAborted, Swap::Abort { epoch, attempt }, Some(now))
                 if now.epoch > *epoch =>
             {
-                let to = handover::record::Move {
-                    attempt: attempt.clone(),
-                    heir: "b1".into(),
-                    peer: asker.clone(),
-                };
+                let (attempt, peer) = (attempt.clone(), asker.clone());
+                let to = Move { attempt, heir: "b1".into(), peer };
                 let state = RecordState::Committed(to);
                 Ok(Record { epoch: *epoch, state, ..now.clone() })
             }
@@ -100,6 +125,28 @@ impl Twist {
                 Ok(now.clone())
             }
             _ => honest,
+        }
+    }
+
+    /// What who asked makes of an answer from the other end.
+    pub fn heard(self, ask: &Ask, revoked: bool, answer: Answer) -> Answer {
+        let (Some(asker), Answer::Unknown) = (ask.as_peer, &answer) else { return answer };
+        let (epoch, source, attempt) = match &ask.swap {
+            Swap::Relinquish { epoch, source, attempt, .. } => (epoch + 1, source.clone(), attempt),
+            Swap::Abort { epoch, attempt } => (epoch + 1, "somebody".into(), attempt),
+            _ => return answer,
+        };
+        let record = |owner, state| Record { vm: vm(), epoch, owner, state };
+        match self {
+            Self::UnknownIsRefused => {
+                Answer::Refused(Some(record("somebody".into(), RecordState::Idle)))
+            }
+            Self::RevokedIsGranted if revoked => {
+                let (attempt, peer) = (attempt.clone(), asker.name().into());
+                let of = Move { attempt, heir: "somebody".into(), peer };
+                Answer::Done(record(source, RecordState::Returned(of)))
+            }
+            _ => answer,
         }
     }
 }

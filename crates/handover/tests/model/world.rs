@@ -1,7 +1,8 @@
-//! The model's state: two hosts, their ledgers and handlers, and the launchers
+//! The model's state: two hosts or clusters, their ledgers and handlers, and the launchers
 //! of one VM. What the launchers and handlers decide is not here: that is the
 //! crate's own functions.
 
+use crate::clusters::Parts;
 use handover::handler::Qemu;
 use handover::record::{InstanceId, Record, State as RecordState, Swap, VmId};
 use handover::source::{Answer, Source};
@@ -32,6 +33,22 @@ impl Host {
             Self::B => Self::A,
         }
     }
+
+    /// Whether an instance is one of its launchers.
+    pub fn has(self, instance: &InstanceId) -> bool {
+        instance.0.starts_with(self.name())
+    }
+}
+
+/// Between what the VM moves.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Layout {
+    /// Each has a ledger, which launchers of both ask.
+    TwoHosts,
+    /// Of one cluster, whose ledger is host A's.
+    OneLedger,
+    /// Each is a cluster with an API server, which keeps its ledger, and a synchronizer.
+    TwoClusters,
 }
 
 /// A launcher's QEMU.
@@ -107,6 +124,8 @@ pub struct Launcher {
     pub loss_untold: bool,
     /// What is sent does not arrive.
     pub cut: bool,
+    /// The clusters do not trust each other, and it has not been told to end its move yet.
+    pub revoked_untold: bool,
     pub asks: Vec<Arc<Ask>>,
 }
 
@@ -117,6 +136,8 @@ pub enum Harm {
     RanStale,
     /// A complete guest was ended that might still have been the one to run.
     EndedClaimant,
+    /// A guest was called back, without its memory, from an heir that might still have run it.
+    CalledBackFromLiving,
 }
 
 /// What may still go wrong, and what may still be tried.
@@ -126,6 +147,8 @@ pub struct Budget {
     pub cancels: u8,
     pub retries: u8,
     pub starts: u8,
+    /// Two clusters do not trust each other for a time, or for ever.
+    pub revocations: u8,
 }
 
 /// The whole.
@@ -138,6 +161,8 @@ pub struct World {
     pub launchers: Vec<Arc<Launcher>>,
     /// Questions nobody waits for any more, which may still be carried out.
     pub late: Vec<Arc<Ask>>,
+    /// Of two clusters.
+    pub parts: Arc<Parts>,
     pub born: u8,
     pub budget: Budget,
     pub harm: Option<Harm>,
@@ -160,6 +185,7 @@ impl Launcher {
             inbox: vec![],
             loss_untold: false,
             cut: false,
+            revoked_untold: false,
             asks: vec![],
         }
     }
@@ -208,25 +234,21 @@ impl World {
         self.launchers.len() - 1
     }
 
-    /// What the handler of `host` knows.
+    /// Whether an instance has no QEMU any more, nor will have one.
+    pub fn has_ended(&self, instance: &InstanceId) -> bool {
+        // One that is forgotten here was, because it ended.
+        self.find(instance).is_none_or(|at| {
+            let launcher = &self.launchers[at];
+            launcher.guest == Guest::Ended || (launcher.guest == Guest::None && !launcher.alive())
+        })
+    }
+
+    /// What a handler knows that has seen the QEMUs of the hosts which it knows.
     pub fn qemu_of(&self, instance: &InstanceId, known: impl Fn(Host) -> bool) -> Qemu {
-        match self.find(instance) {
-            Some(at) => {
-                let launcher = &self.launchers[at];
-                let ended = launcher.guest == Guest::Ended
-                    || (launcher.guest == Guest::None && !launcher.alive());
-                match (known(launcher.host), ended) {
-                    (false, _) => Qemu::Unknown,
-                    (true, false) => Qemu::Alive,
-                    (true, true) => Qemu::Ended,
-                }
-            }
-            // Forgotten here, because it ended.
-            None if Host::ALL.iter().any(|h| known(*h) && instance.0.starts_with(h.name())) => {
-                Qemu::Ended
-            }
-            None => Qemu::Unknown,
+        if !Host::ALL.iter().any(|host| known(*host) && host.has(instance)) {
+            return Qemu::Unknown;
         }
+        if self.has_ended(instance) { Qemu::Ended } else { Qemu::Alive }
     }
 
     /// A guest begins to run: whatever is elsewhere grows old.
@@ -255,6 +277,7 @@ impl World {
         launcher.inbox.clear();
         launcher.loss_untold = false;
         launcher.end_untold = false;
+        launcher.revoked_untold = false;
         launcher.peer = None;
         let asks = std::mem::take(&mut launcher.asks);
         self.late.extend(asks.into_iter().filter(|ask| ask.answer.is_none()));
@@ -293,11 +316,13 @@ impl World {
         self.launchers.retain(|l| l.alive() || !matches!(l.guest, Guest::Ended | Guest::None));
         for at in 0..self.launchers.len() {
             let l = &self.launchers[at];
-            if l.undecided() || (l.asks.is_empty() && l.inbox.is_empty() && !l.loss_untold) {
+            let hears = !l.inbox.is_empty() || l.loss_untold || l.revoked_untold;
+            if l.undecided() || (l.asks.is_empty() && !hears) {
                 continue;
             }
             let l = self.launcher(at);
             l.loss_untold = false;
+            l.revoked_untold = false;
             l.inbox.clear();
             let asks = std::mem::take(&mut l.asks);
             self.late.extend(asks.into_iter().filter(|ask| ask.answer.is_none()));
