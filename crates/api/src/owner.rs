@@ -50,6 +50,10 @@ pub struct Status {
     /// Of a guest that has left for another VMI: the attempt whose heir is known to have it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub arrived: Option<String>,
+    /// The owner of which the other end of its move was told that it has the guest: it does not give
+    /// it back any more.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub told: Option<String>,
     /// The last owner whose QEMU was seen to end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ended: Option<Ended>,
@@ -162,6 +166,12 @@ impl Status {
     pub fn has_arrived(&self) -> Option<Ledger> {
         let of = self.of.as_ref().map(|of| &of.attempt);
         self.has_left().filter(|_| self.arrived.as_ref() == of)
+    }
+
+    /// Whether the guest is this VMI's, though it has never run here: it came by a move, its QEMU ended before
+    /// its first instruction, and the other end was told that it has come.
+    pub fn came_and_ended(&self) -> bool {
+        self.state == "idle" && self.told.as_ref() == Some(&self.owner) && self.is_over()
     }
 
     /// Where a guest was to go that has left, that is not known to have come there, and that does not

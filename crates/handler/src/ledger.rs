@@ -5,7 +5,7 @@
 //! or the new one. A lock on the folder makes compare-and-swap of it, across
 //! processes.
 
-use handover::record::{Record, Refused, VmId};
+use handover::record::{InstanceId, Record, Refused, VmId};
 use rustix::fs::{AtFlags, FlockOperation, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 use std::fs::File;
@@ -49,10 +49,13 @@ pub enum Error {
     Name(VmId),
 }
 
-#[derive(Serialize, Deserialize)]
+#[derive(PartialEq, Serialize, Deserialize)]
 struct Stored {
     format: u32,
     record: Record,
+    /// The owner of which the other end was told that it has the VM.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    told: Option<InstanceId>,
 }
 
 /// The ledger of one host.
@@ -84,6 +87,10 @@ impl Ledger {
     /// # Errors
     /// [`Error`]: a record that cannot be read is never taken for none.
     pub fn read(&self, vm: &VmId) -> Result<Option<Record>, Error> {
+        Ok(self.stored(vm)?.map(|stored| stored.record))
+    }
+
+    fn stored(&self, vm: &VmId) -> Result<Option<Stored>, Error> {
         let name = file_name(vm)?;
         let broken = |why: String| Error::Broken { file: self.path.join(&name), why };
         let io = |error: io::Error| self.fail("read", vm, error);
@@ -112,7 +119,7 @@ impl Ledger {
         if stored.record.vm != *vm {
             return Err(broken(format!("it is the record of {}", stored.record.vm)));
         }
-        Ok(Some(stored.record))
+        Ok(Some(stored))
     }
 
     /// Compares and swaps: writes what `change` makes of the record, if it
@@ -125,21 +132,39 @@ impl Ledger {
         vm: &VmId,
         change: impl FnOnce(Option<&Record>) -> Result<Record, Refused>,
     ) -> Result<Result<Record, Refused>, Error> {
+        self.swap_telling(vm, |current, told| (change(current), told.cloned()))
+    }
+
+    /// The same, for changes that depend on of which owner the other end was told that it has the VM, or
+    /// tell it: that is written even if the change is refused, and before anybody is answered.
+    ///
+    /// # Errors
+    /// As [`Ledger::swap`].
+    pub fn swap_telling(
+        &self,
+        vm: &VmId,
+        change: impl FnOnce(
+            Option<&Record>,
+            Option<&InstanceId>,
+        ) -> (Result<Record, Refused>, Option<InstanceId>),
+    ) -> Result<Result<Record, Refused>, Error> {
         let lock = self.lock().map_err(|e| self.fail("lock", vm, e))?;
-        let current = self.read(vm)?;
-        let next = match change(current.as_ref()) {
-            Ok(next) => next,
-            Err(refused) => return Ok(Err(refused)),
+        let before = self.stored(vm)?;
+        let current = before.as_ref().map(|stored| &stored.record);
+        let (answer, told) = change(current, before.as_ref().and_then(|b| b.told.as_ref()));
+        let Some(record) = answer.as_ref().ok().or(current).cloned() else {
+            return Ok(answer);
         };
-        let written = if current.as_ref() == Some(&next) {
+        let next = Stored { format: FORMAT, record, told };
+        let written = match before.as_ref() == Some(&next) {
+            true if answer.is_err() => Ok(()),
             // N.B. whoever renamed it may have been killed before it made that last.
-            rustix::fs::fsync(&self.folder).map_err(io::Error::from)
-        } else {
-            self.write(vm, &next)
+            true => rustix::fs::fsync(&self.folder).map_err(io::Error::from),
+            false => self.write(vm, &next),
         };
         written.map_err(|e| self.fail("write", vm, e))?;
         drop(lock);
-        Ok(Ok(next))
+        Ok(answer)
     }
 
     fn lock(&self) -> io::Result<OwnedFd> {
@@ -150,15 +175,14 @@ impl Ledger {
         Ok(own)
     }
 
-    fn write(&self, vm: &VmId, record: &Record) -> io::Result<()> {
+    fn write(&self, vm: &VmId, stored: &Stored) -> io::Result<()> {
         let name = format!("{vm}.json");
         let draft = format!("{vm}.new");
         let flags =
             OFlags::WRONLY | OFlags::CREATE | OFlags::TRUNC | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let fd = rustix::fs::openat(&self.folder, &draft, flags, Mode::from_raw_mode(0o600))?;
         let mut file = File::from(fd);
-        let stored = Stored { format: FORMAT, record: record.clone() };
-        let written = serde_json::to_vec(&stored)
+        let written = serde_json::to_vec(stored)
             .map_err(io::Error::from)
             .and_then(|bytes| file.write_all(&bytes))
             .and_then(|()| file.sync_all());

@@ -5,7 +5,7 @@ pub mod cluster;
 pub mod ledger;
 pub mod watch;
 
-use handover::handler::{local, peer};
+use handover::handler::{is_too_late, local, peer, told_of, too_late};
 use handover::ledger::{Request, Response};
 use handover::record::{HostId, InstanceId};
 use std::path::Path;
@@ -35,7 +35,13 @@ impl Handler {
             },
             Request::Swap { vm, change } => {
                 let qemu = |instance: &InstanceId| self.watch.qemu_of(instance);
-                answer(self.ledger.swap(vm, |current| local(vm, current, qemu, change)))
+                answer(self.ledger.swap_telling(vm, |current, told| {
+                    let answer = match is_too_late(told, change) {
+                        true => Err(too_late(current)),
+                        false => local(vm, current, qemu, change),
+                    };
+                    (answer, told.cloned())
+                }))
             }
             Request::Watch { instance, pid, start_time } => {
                 match self.watch.add(instance, *pid, *start_time) {
@@ -52,7 +58,11 @@ impl Handler {
             return Response::Failed { why: "another host may not ask this".into() };
         };
         let qemu = |instance: &InstanceId| self.watch.qemu_of(instance);
-        answer(self.ledger.swap(vm, |current| peer(vm, current, asker, qemu, change)))
+        answer(self.ledger.swap_telling(vm, |current, told| {
+            let answer = peer(vm, current, asker, qemu, change);
+            let now = told_of(current, change).filter(|_| answer.is_err());
+            (answer, now.or(told).cloned())
+        }))
     }
 }
 

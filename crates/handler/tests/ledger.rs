@@ -1,8 +1,10 @@
 //! The ledger's promises, on a real file system: one winner per swap, nothing
 //! acknowledged is lost, and what cannot be understood is never overwritten.
 
+use handler::Handler;
 use handler::ledger::{Error, Ledger};
-use handover::record::{Record, Refused, State, Swap, VmId, apply};
+use handover::ledger::{Request, Response};
+use handover::record::{Move, Record, Refused, State, Swap, VmId, apply};
 use std::error::Error as _;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, Write};
@@ -74,6 +76,42 @@ fn a_record_outlives_the_ledger_that_wrote_it() {
     let host = tempfile::tempdir().unwrap();
     let written = start(&Ledger::open(host.path()).unwrap(), "i", None).unwrap().unwrap();
     assert_eq!(Ledger::open(host.path()).unwrap().read(&vm()).unwrap(), Some(written));
+}
+
+#[test]
+fn an_heir_gives_back_unless_the_other_end_was_told_that_it_has_the_vm() {
+    for told in [false, true] {
+        let host = tempfile::tempdir().unwrap();
+        let of = Move { attempt: "a".into(), heir: "heir".into(), peer: "spiffe://east".into() };
+        let swap = |change: Swap| Request::Swap { vm: vm(), change };
+        let relinquish = |adopted: Option<&str>| {
+            swap(Swap::Relinquish {
+                epoch: 1,
+                source: "source".into(),
+                attempt: "a".into(),
+                peer: "spiffe://east".into(),
+                adopted: adopted.map(Into::into),
+                has_guest: true,
+            })
+        };
+        let handler = Handler::open(host.path()).unwrap();
+        let expect = Swap::Expect { epoch: 1, source: "source".into(), from: of };
+        let adopt = Swap::Adopt { epoch: 1, instance: "heir".into() };
+        for change in [expect, adopt] {
+            let answer = handler.local(&swap(change));
+            assert!(matches!(answer, Response::Done { .. }), "{answer:?}");
+        }
+        if told {
+            let answer = handler.peer(&"spiffe://east".into(), &relinquish(None));
+            assert!(matches!(answer, Response::Refused { .. }), "{answer:?}");
+        }
+        drop(handler);
+        // That outlives whoever was asked.
+        let handler = Handler::open(host.path()).unwrap();
+        let answer = handler.local(&relinquish(Some("heir")));
+        assert_eq!(matches!(answer, Response::Refused { .. }), told, "{answer:?}");
+        assert_eq!(matches!(answer, Response::Done { .. }), !told, "{answer:?}");
+    }
 }
 
 #[test]

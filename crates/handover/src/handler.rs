@@ -144,6 +144,12 @@ pub fn is_too_late(told: Option<&InstanceId>, swap: &Swap) -> bool {
     matches!(swap, Swap::Relinquish { adopted: Some(heir), .. } if told == Some(heir))
 }
 
+/// What an heir is answered for which it is too late.
+pub fn too_late(current: Option<&Record>) -> Refused {
+    let why = "the other end was told that the heir has the VM: it is started again here".into();
+    Refused { current: current.cloned(), why }
+}
+
 /// The epoch alone, and whether the owner is the one that was named.
 fn veiled(now: &Record, named: Option<&InstanceId>) -> Record {
     let owner = named.filter(|named| **named == now.owner).cloned();

@@ -1,7 +1,7 @@
 //! The owner records of a cluster: objects, changed by compare-and-swap on what they say.
 
 use api::owner::{OwnerRecord, Status};
-use handover::handler::{Qemu, peer};
+use handover::handler::{Qemu, peer, told_of};
 use handover::ledger::Response;
 use handover::record::{HostId, InstanceId, Record, Refused, Swap, VmId, apply};
 use kube::api::{Patch, PatchParams};
@@ -51,6 +51,19 @@ impl OfVm {
         judge: impl Fn(&Status, Option<&Record>) -> Result<Record, Refused>,
         settle: impl Fn(&mut Status),
     ) -> Response {
+        let judge = |before: &Status, current: Option<&Record>| match judge(before, current) {
+            Ok(next) => {
+                let mut after = before.with(&next);
+                settle(&mut after);
+                Judged { answer: Ok(next), after, whole: false }
+            }
+            Err(refused) => Judged::refused(before, refused),
+        };
+        self.carry_out(judge).await
+    }
+
+    /// The same, with all that may come of a judgement.
+    pub async fn carry_out(&self, judge: impl Fn(&Status, Option<&Record>) -> Judged) -> Response {
         let failed = |why: String| Response::Failed { why };
         for _ in 0..TRIES {
             let (object, current) = match self.read().await {
@@ -58,21 +71,20 @@ impl OfVm {
                 Err(why) => return failed(why),
             };
             let before = object.status.clone().unwrap_or_default();
-            let next = match judge(&before, current.as_ref()) {
-                Ok(next) => next,
-                Err(refused) => return Response::Refused { refused },
+            let Judged { answer, after, whole } = judge(&before, current.as_ref());
+            let answer = match answer {
+                Ok(record) => Response::Done { record },
+                Err(refused) => Response::Refused { refused },
             };
-            let mut after = before.with(&next);
-            settle(&mut after);
             if before == after {
-                return Response::Done { record: next };
+                return answer;
             }
-            let patch = match exchange(&object, &before, &after) {
+            let patch = match exchange(&object, &before, &after, whole) {
                 Ok(patch) => Patch::<OwnerRecord>::Json(patch),
                 Err(why) => return failed(why),
             };
             match self.api().patch_status(&self.name, &PatchParams::default(), &patch).await {
-                Ok(_) => return Response::Done { record: next },
+                Ok(_) => return answer,
                 // A test that failed: another was faster.
                 Err(kube::Error::Api(status)) if [409, 422].contains(&status.code) => {}
                 Err(error) => return failed(why(&error)),
@@ -116,9 +128,39 @@ impl OfVm {
                 Qemu::Unknown => Qemu::Alive,
                 known => known,
             };
-            peer(&vm, current, asker, qemu, change)
+            let answer = peer(&vm, current, asker, qemu, change);
+            let told = told_of(current, change).filter(|_| answer.is_err());
+            match answer {
+                Ok(next) => Judged { after: status.with(&next), answer: Ok(next), whole: false },
+                // N.B. whoever is told may end its own guest for good: that is written down first.
+                Err(refused) => {
+                    let mut judged = Judged::refused(status, refused);
+                    if let Some(heir) = told {
+                        judged.after.told = Some(heir.to_string());
+                        judged.whole = true;
+                    }
+                    judged
+                }
+            }
         };
-        self.exchange(judge, |_| {}).await
+        self.carry_out(judge).await
+    }
+}
+
+/// What becomes of a question.
+pub struct Judged {
+    /// What is answered.
+    pub answer: Result<Record, Refused>,
+    /// What is written before.
+    pub after: Status,
+    /// Nothing of the object may have changed meanwhile, not even what swaps are not based on.
+    pub whole: bool,
+}
+
+impl Judged {
+    /// No, and all stays as it is.
+    pub fn refused(before: &Status, refused: Refused) -> Self {
+        Self { answer: Err(refused), after: before.clone(), whole: false }
     }
 }
 
@@ -127,6 +169,7 @@ fn exchange(
     object: &OwnerRecord,
     before: &Status,
     after: &Status,
+    whole: bool,
 ) -> Result<json_patch::Patch, String> {
     let test = |path: &str, value: Value| json!({"op": "test", "path": path, "value": value});
     let mut steps = match object.status {
@@ -138,6 +181,9 @@ fn exchange(
             test("/status/state", json!(before.state)),
         ],
     };
+    if whole {
+        steps.push(test("/metadata/resourceVersion", json!(object.resource_version())));
+    }
     if let Some(of) = &before.of {
         steps.push(test("/status/move/attempt", json!(of.attempt)));
     }

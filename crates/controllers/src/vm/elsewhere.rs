@@ -29,7 +29,9 @@ pub(super) fn settle(snapshot: &Snapshot) -> Option<Value> {
     if strategy == RunStrategy::WaitAsReceiver {
         let restored = vm.annotations().get(keys::RESTORE_STRATEGY);
         let restored = restored.map_or("Always", String::as_str);
-        return (phase == Some(Phase::Running)).then(|| {
+        let record = snapshot.owner.as_ref().and_then(|owner| owner.status.as_ref());
+        let came = record.is_some_and(|record| record.came_and_ended());
+        return (came || phase == Some(Phase::Running)).then(|| {
             json!({
                 "metadata": {
                     "resourceVersion": version, "annotations": {keys::RESTORE_STRATEGY: null},

@@ -8,7 +8,7 @@ use api::owner::{Ended, Ledger, OwnerRecord, Status};
 use api::vmi::VirtualMachineInstance;
 use channel::gateway::{Answer, Service};
 use channel::identity::SpiffeId;
-use handover::handler::{Qemu, local};
+use handover::handler::{Qemu, is_too_late, local, too_late};
 use handover::ledger::{Request, Response};
 use handover::record::{AttemptId, HostId, InstanceId, Record, State, Swap, VmId};
 use jiff::Timestamp;
@@ -21,7 +21,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 use synchronizer::link;
-use synchronizer::records::OfVm as Object;
+use synchronizer::records::{Judged, OfVm as Object};
 use synchronizer::wire::Ask;
 
 /// Ends of QEMUs are looked for this often.
@@ -116,10 +116,8 @@ impl Door {
             Ok(change) => change,
             Err(why) => return Response::Failed { why },
         };
-        let judge = |status: &Status, current: Option<&Record>| {
-            let qemu = |instance: &InstanceId| known(&self.record.shared, status, instance);
-            local(&self.record.vm, current, qemu, &change)
-        };
+        // N.B. an heir that gives back must not have been told of meanwhile.
+        let whole = matches!(change, Swap::Relinquish { .. });
         // Who runs the guest from now on is this launcher.
         let takes =
             matches!(change, Swap::Start { .. } | Swap::Adopt { .. } | Swap::HandBack { .. });
@@ -130,7 +128,22 @@ impl Door {
                 status.volumes = volumes(&self.pod);
             }
         };
-        let mut answer = self.record.object().exchange(judge, settle).await;
+        let judge = |status: &Status, current: Option<&Record>| {
+            let qemu = |instance: &InstanceId| known(&self.record.shared, status, instance);
+            let told = status.told.clone().map(InstanceId);
+            if is_too_late(told.as_ref(), &change) {
+                return Judged::refused(status, too_late(current));
+            }
+            match local(&self.record.vm, current, qemu, &change) {
+                Ok(next) => {
+                    let mut after = status.with(&next);
+                    settle(&mut after);
+                    Judged { answer: Ok(next), after, whole }
+                }
+                Err(refused) => Judged::refused(status, refused),
+            }
+        };
+        let mut answer = self.record.object().carry_out(judge).await;
         // The launcher knows the other host by its own name.
         if let (Response::Done { record }, Swap::Arm { to, .. }) = (&mut answer, asked)
             && let State::Armed(of) = &mut record.state
