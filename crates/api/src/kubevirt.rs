@@ -208,13 +208,24 @@ pub const KNOWN_GATES: [&str; 16] = [
     "LiveUpdateNADRef",
 ];
 
+/// The feature gate without which there is no synchronizer.
+pub const DECENTRALIZED: &str = "DecentralizedLiveMigration";
+/// The synchronizer's port, where nobody names one; as KubeVirt.
+pub const SYNCHRONIZATION_PORT: u16 = 9185;
+
 impl Spec {
     /// Whether a gate is open: a Beta one of KubeVirt's is unless it is closed.
     pub fn gate(&self, name: &str) -> bool {
-        const OPEN: [&str; 3] = ["DecentralizedLiveMigration", "NodeRestriction", "ImageVolume"];
+        const OPEN: [&str; 3] = [DECENTRALIZED, "NodeRestriction", "ImageVolume"];
         let developer = &self.configuration.developer_configuration;
         let has = |list: &[String]| list.iter().any(|gate| gate == name);
         !has(&developer.disabled_feature_gates)
             && (has(&developer.feature_gates) || OPEN.contains(&name))
+    }
+
+    /// The port of the synchronizer, where these settings want one: a named one, or any. None: they do not.
+    pub fn synchronizer(&self) -> Option<Option<u16>> {
+        let named = self.synchronization_port.as_deref().and_then(|port| port.parse().ok());
+        self.gate(DECENTRALIZED).then_some(named)
     }
 }

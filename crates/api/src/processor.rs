@@ -1,12 +1,35 @@
 //! On which nodes a guest finds the processor that it has. Pure.
 
+use crate::keys;
+use crate::kubevirt::Configuration;
+use crate::vmi::VirtualMachineInstance;
 use std::collections::BTreeMap;
 
 type Labels = BTreeMap<String, String>;
 
+/// What the target's node must have for a guest of a VMI: its machine type, as it got it, and its
+/// processor. `source`: the labels of the node on which the guest is.
+pub fn wanted_for(
+    vmi: &VirtualMachineInstance,
+    settings: &Configuration,
+    source: Option<&Labels>,
+) -> Labels {
+    let spec = vmi.parse().unwrap_or_default();
+    let model = spec.domain.cpu.model.or_else(|| settings.cpu_model.clone());
+    let none = Labels::new();
+    let emulated = settings.developer_configuration.use_emulation;
+    let mut wanted = wanted(model.as_deref(), emulated, source.unwrap_or(&none));
+    let machine = vmi.status.as_ref().and_then(|status| status.machine.as_ref());
+    // All have the short names, and take them for different machines.
+    if let Some(machine) = machine.filter(|machine| machine.kind.contains('-')) {
+        wanted.insert(format!("{}{}", keys::MACHINE, machine.kind), "true".into());
+    }
+    wanted
+}
+
 /// What the target's node must have, by the guest's model, whether that is emulated, and the labels
 /// of the node on which the guest is.
-pub fn wanted(model: Option<&str>, is_emulated: bool, source: &Labels) -> Labels {
+fn wanted(model: Option<&str>, is_emulated: bool, source: &Labels) -> Labels {
     if is_emulated {
         // QEMU emulates all that it has a name for, whatever the node's processor is.
         return Labels::new();

@@ -3,6 +3,8 @@
 use crate::conditions::{Condition, Transition};
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
+use std::collections::BTreeMap;
 
 /// What is wanted.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize, CustomResource)]
@@ -30,7 +32,10 @@ pub struct Spec {
     /// To which storage class; none: those of the same names.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub storage_class: Option<String>,
-    /// Only find out what would make it fail.
+    /// What networks of the other cluster are called, by those of this one: where they differ.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    pub network_map: BTreeMap<String, String>,
+    /// Only find out what would make it fail, and what it would take.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub check_only: bool,
 }
@@ -79,6 +84,9 @@ pub struct Status {
     pub faults: Vec<String>,
     /// What does not stand in its way, and is worth knowing.
     pub warnings: Vec<String>,
+    /// Of one that only finds out: what was measured, and what it would take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub outlook: Option<Value>,
     /// The migration by which the guest moves, in this namespace.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migration: Option<String>,

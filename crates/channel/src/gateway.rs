@@ -283,6 +283,15 @@ impl Gateway {
         Ok(probe::probe(&self.shared, address, expect).await?)
     }
 
+    /// Finds out whether another gateway can be reached, and believes this one; returns how long it takes
+    /// to answer.
+    ///
+    /// # Errors
+    /// [`DialError`].
+    pub async fn reach(&self, address: &str, expect: &SpiffeId) -> Result<Duration, DialError> {
+        Ok(probe::open(&self.shared, address, expect).await?.1)
+    }
+
     /// Stops listening and cuts what is relayed. Its port is free afterwards.
     pub async fn shutdown(self) {
         let mut tasks = self.tasks.into_inner().unwrap_or_else(PoisonError::into_inner);

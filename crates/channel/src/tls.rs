@@ -4,21 +4,24 @@
 //! cluster* signed it, now and for this use; the id has the role (a server's check) or is
 //! exactly the one (a client's check) that is expected here. Sessions are never resumed,
 //! so every connection makes the whole check.
+//!
+//! One server alone, where it says so, lets somebody in who has no such certificate: a cluster that is about to
+//! be linked, which proves by a secret that it was invited.
 
 use std::sync::Arc;
 
-use rustls::client::Resumption;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
+use rustls::client::{Resumption, WantsClientCert};
 use rustls::crypto::{CryptoProvider, WebPkiSupportedAlgorithms, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
-use rustls::server::{NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
+use rustls::server::{Acceptor, NoServerSessionStorage, ParsedCertificate, WebPkiClientVerifier};
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, OtherError,
-    ServerConfig, SignatureScheme,
+    CertificateError, ClientConfig, ConfigBuilder, DigitallySignedStruct, DistinguishedName,
+    OtherError, ServerConfig, SignatureScheme,
 };
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio_rustls::{TlsAcceptor, TlsConnector, client, server};
+use tokio_rustls::{LazyConfigAcceptor, TlsAcceptor, TlsConnector, client, server};
 
 use crate::identity::{self, Identity, Role, SpiffeId, Trust, id_of};
 
@@ -118,9 +121,24 @@ pub enum Error {
     Handshake(#[source] std::io::Error),
 }
 
+/// Whoever says this has no certificate that could be checked, and says so.
+const GUEST: &[u8] = b"godwit-guest/1";
+
 /// Accepts peers of certain roles.
 #[derive(Clone)]
-pub struct Server(TlsAcceptor);
+pub struct Server {
+    peers: Arc<ServerConfig>,
+    guests: Arc<ServerConfig>,
+}
+
+/// Who came.
+#[derive(Debug)]
+pub enum Accepted<S> {
+    /// One whose certificate was checked.
+    Peer(server::TlsStream<S>, SpiffeId),
+    /// One without. What it may ask, and what it must know for that, is the caller's to see to.
+    Guest(server::TlsStream<S>),
+}
 
 /// Calls peers, each by its exact id.
 #[derive(Clone)]
@@ -147,16 +165,20 @@ impl Server {
         let base = Base::new(trust);
         let provider = base.provider.clone();
         let verifier = Verifier { base, expected: Expected::Roles(allowed.into()) };
-        let mut config = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(Error::Credentials)?
-            .with_client_cert_verifier(Arc::new(verifier))
-            .with_single_cert(identity.chain(), identity.key())
-            .map_err(Error::Credentials)?;
-        config.send_tls13_tickets = 0;
-        config.session_storage = Arc::new(NoServerSessionStorage {});
-        config.alpn_protocols = vec![ALPN.into()];
-        Ok(Self(TlsAcceptor::from(Arc::new(config))))
+        let config = |verifier: Arc<dyn ClientCertVerifier>, alpn: &[u8]| {
+            let mut config = ServerConfig::builder_with_provider(provider.clone())
+                .with_protocol_versions(&[&rustls::version::TLS13])
+                .map_err(Error::Credentials)?
+                .with_client_cert_verifier(verifier)
+                .with_single_cert(identity.chain(), identity.key())
+                .map_err(Error::Credentials)?;
+            config.send_tls13_tickets = 0;
+            config.session_storage = Arc::new(NoServerSessionStorage {});
+            config.alpn_protocols = vec![alpn.into()];
+            Ok(Arc::new(config))
+        };
+        let peers = config(Arc::new(verifier), ALPN)?;
+        Ok(Self { peers, guests: config(WebPkiClientVerifier::no_client_auth(), GUEST)? })
     }
 
     /// Shakes hands; returns the stream and who is at its other end.
@@ -164,17 +186,101 @@ impl Server {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let stream = match self.0.accept(io).into_fallible().await {
-            Ok(stream) => stream,
-            Err((error, mut io)) => {
-                // Or the reset that follows unread bytes would outrun the alert.
-                crate::copy::farewell(&mut io).await;
-                return Err(Error::from_io(error));
-            }
-        };
-        let id = peer_of(stream.get_ref().1.peer_certificates())?;
-        Ok((stream, id))
+        let acceptor = TlsAcceptor::from(self.peers.clone());
+        known(settled(acceptor.accept(io).into_fallible().await).await?)
     }
+
+    /// The same, and lets those in, too, who cannot prove yet who they are: see [`visit`].
+    ///
+    /// # Errors
+    /// As [`Server::accept`].
+    pub async fn accept_any<S>(&self, io: S) -> Result<Accepted<S>, Error>
+    where
+        S: AsyncRead + AsyncWrite + Unpin,
+    {
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), io).await;
+        let hello = hello.map_err(Error::from_io)?;
+        let is_guest =
+            hello.client_hello().alpn().is_some_and(|mut alpn| alpn.any(|one| one == GUEST));
+        let config = if is_guest { &self.guests } else { &self.peers };
+        let shaken = hello.into_stream(config.clone()).into_fallible().await;
+        let stream = settled(shaken).await?;
+        match is_guest {
+            true => Ok(Accepted::Guest(stream)),
+            false => known(stream).map(|(stream, peer)| Accepted::Peer(stream, peer)),
+        }
+    }
+}
+
+/// Ends a handshake that failed so that its peer hears why.
+async fn settled<S>(
+    shaken: Result<server::TlsStream<S>, (std::io::Error, S)>,
+) -> Result<server::TlsStream<S>, Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    match shaken {
+        Ok(stream) => Ok(stream),
+        Err((error, mut io)) => {
+            // Or the reset that follows unread bytes would outrun the alert.
+            crate::copy::farewell(&mut io).await;
+            Err(Error::from_io(error))
+        }
+    }
+}
+
+fn known<S>(stream: server::TlsStream<S>) -> Result<(server::TlsStream<S>, SpiffeId), Error> {
+    let id = peer_of(stream.get_ref().1.peer_certificates())?;
+    Ok((stream, id))
+}
+
+/// Shakes hands with whoever has a role in a cluster, without proving who asks: a [`Accepted::Guest`]
+/// there. The other end is checked as ever.
+///
+/// # Errors
+/// As [`Client::connect`].
+pub async fn visit<S>(
+    trust: Trust,
+    role: Role,
+    cluster: &str,
+    io: S,
+) -> Result<client::TlsStream<S>, Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    let base = Base::new(trust);
+    let expected = Expected::Of { role, cluster: Some(cluster.to_owned()) };
+    let config = checking(&base, expected)?.with_no_client_auth();
+    call(config, GUEST, io).await
+}
+
+/// A client's configuration that checks who answers.
+fn checking(
+    base: &Arc<Base>,
+    expected: Expected,
+) -> Result<ConfigBuilder<ClientConfig, WantsClientCert>, Error> {
+    let verifier = Verifier { base: base.clone(), expected };
+    Ok(ClientConfig::builder_with_provider(base.provider.clone())
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .map_err(Error::Credentials)?
+        .dangerous()
+        .with_custom_certificate_verifier(Arc::new(verifier)))
+}
+
+async fn call<S>(
+    mut config: ClientConfig,
+    alpn: &[u8],
+    io: S,
+) -> Result<client::TlsStream<S>, Error>
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    config.resumption = Resumption::disabled();
+    config.enable_sni = false;
+    config.alpn_protocols = vec![alpn.into()];
+    // The id is in the URI, not in a DNS name; this one is sent to nobody.
+    let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
+    TlsConnector::from(Arc::new(config)).connect(name, io).await.map_err(Error::from_io)
 }
 
 impl Client {
@@ -222,20 +328,10 @@ impl Client {
     where
         S: AsyncRead + AsyncWrite + Unpin,
     {
-        let verifier = Verifier { base: self.base.clone(), expected };
-        let mut config = ClientConfig::builder_with_provider(self.base.provider.clone())
-            .with_protocol_versions(&[&rustls::version::TLS13])
-            .map_err(Error::Credentials)?
-            .dangerous()
-            .with_custom_certificate_verifier(Arc::new(verifier))
+        let config = checking(&self.base, expected)?
             .with_client_auth_cert(self.identity.chain(), self.identity.key())
             .map_err(Error::Credentials)?;
-        config.resumption = Resumption::disabled();
-        config.enable_sni = false;
-        config.alpn_protocols = vec![ALPN.into()];
-        // The id is in the URI, not in a DNS name; this one is sent to nobody.
-        let name = ServerName::IpAddress(std::net::Ipv4Addr::LOCALHOST.into());
-        TlsConnector::from(Arc::new(config)).connect(name, io).await.map_err(Error::from_io)
+        call(config, ALPN, io).await
     }
 }
 

@@ -17,6 +17,7 @@ pub mod datavolume;
 pub mod evacuation;
 pub mod migration;
 pub mod settings;
+pub mod synchronizer;
 pub mod vm;
 pub mod vmi;
 pub mod workload;

@@ -172,7 +172,11 @@ fn look(world: &World, kept: &Kept, migration: Arc<Migration>) -> Snapshot {
         turn,
         backoff,
         options: options(world, &namespace, vmi.as_deref(), cluster.as_deref()),
-        processor: processor(node(world, vmi.as_deref()).as_deref(), &spec, &configuration),
+        processor: processor(
+            node(world, vmi.as_deref()).as_deref(),
+            vmi.as_deref(),
+            &configuration,
+        ),
         faults: None,
         heard: heard(world, &kept.beats, vmi.as_deref(), now),
         later: if migration.is_over() { later(world, &migration) } else { 0 },
@@ -255,14 +259,12 @@ fn node(world: &World, vmi: Option<&VirtualMachineInstance>) -> Option<Arc<Node>
 /// What the target's node must have, by what the guest's processor really is; `node` runs it.
 fn processor(
     node: Option<&Node>,
-    spec: &api::vmi::Spec,
+    vmi: Option<&VirtualMachineInstance>,
     configuration: &Configuration,
 ) -> BTreeMap<String, String> {
-    let model = spec.domain.cpu.model.clone().or_else(|| configuration.cpu_model.clone());
-    let none = BTreeMap::new();
-    let labels = node.map_or(&none, |node| node.labels());
-    let is_emulated = configuration.developer_configuration.use_emulation;
-    api::processor::wanted(model.as_deref(), is_emulated, labels)
+    let wanted =
+        |vmi| api::processor::wanted_for(vmi, configuration, node.map(|node| node.labels()));
+    vmi.map(wanted).unwrap_or_default()
 }
 
 /// Whether a migration may begin, or why not; and until when it waits because others failed.

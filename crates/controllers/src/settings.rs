@@ -1,7 +1,7 @@
 //! The cluster's settings and what follows from them; what classes of storage can do.
 
-use crate::components;
 use crate::world::{World, key};
+use crate::{components, synchronizer};
 use api::conditions::{self, Condition};
 use api::datavolume::{ClaimProperties, ProfileStatus, StorageProfile};
 use api::kubevirt::{KNOWN_GATES, KubeVirt, Status};
@@ -41,6 +41,7 @@ async fn reconcile(world: &World) -> kube::Result<()> {
     }
     for settings in world.settings.state() {
         observe(world, &settings).await?;
+        synchronizer::follow(&world.client, &settings.spec).await?;
     }
     Ok(())
 }

@@ -15,7 +15,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-pub use cluster::{ClusterAct, ClusterCommand, Pair};
+pub use cluster::{ClusterAct, ClusterCommand, Deploy, Invite, Join, Pair};
 pub use migrate::{Migrate, Watch};
 pub use network::Network;
 pub use role::{Controller, Gateway, Handler, Launcher, Synchronizer};
@@ -305,6 +305,9 @@ pub struct Host {
     /// The name of the cluster that a new CA is for.
     #[arg(long, default_value = "godwit")]
     pub cluster: String,
+    /// The folder is for a cluster's synchronizer.
+    #[arg(long, hide = true)]
+    pub synchronizer: bool,
 }
 
 /// Which way.
@@ -523,25 +526,6 @@ pub struct ApiRole {
     /// Folder of the CA that vouches for it and for the handlers, as `godwit host --ca` makes it.
     #[arg(long)]
     pub identity: PathBuf,
-}
-
-/// `godwit deploy`
-#[derive(Debug, Args)]
-pub struct Deploy {
-    /// The image with this program.
-    #[arg(long)]
-    pub image: String,
-    /// Folder of the CA that vouches for Godwit's parts to each other; made if there is none.
-    /// Without it, the CA is new, and known from the manifests alone.
-    #[arg(long)]
-    pub ca: Option<PathBuf>,
-    /// The name of the cluster that a new CA is for.
-    #[arg(long, default_value = "godwit")]
-    pub cluster: String,
-    /// A network for migrations, and the nodes' interface in it: `moves=eth1`. The KubeVirt object's
-    /// `configuration.migrations.network` says whether it is taken.
-    #[arg(long, value_name = "NAME=INTERFACE")]
-    pub migration_network: Vec<String>,
 }
 
 /// Carries a command out.

@@ -3,9 +3,11 @@
 use crate::{cli, host, rights};
 use anyhow::Result;
 use api::NAMESPACE;
+use api::kubevirt::SYNCHRONIZATION_PORT;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use channel::identity::Ca;
+use controllers::synchronizer::NAME as LINK;
 use serde_json::{Value, json};
 use std::io::Write;
 use std::process::ExitCode;
@@ -20,6 +22,8 @@ const CA: &str = "/etc/godwit/ca";
 const FOLDER: &str = "/var/run/godwit";
 /// The API role's port in its pods.
 const LISTEN: u16 = 8443;
+/// Where the synchronizer has its identity.
+const IDENTITY: &str = "/run/godwit";
 /// The handlers' gateway, on every node.
 const GATEWAY: u16 = 8186;
 
@@ -42,7 +46,8 @@ pub fn print(arguments: &cli::Deploy) -> Result<ExitCode> {
 /// All objects, in the order in which they are needed.
 fn manifests(arguments: &cli::Deploy, ca: &Ca) -> Vec<Value> {
     let networks = &arguments.migration_network;
-    let deployment = Deployment { image: &arguments.image, networks, ca };
+    let advertise = arguments.advertise.as_deref();
+    let deployment = Deployment { image: &arguments.image, networks, advertise, ca };
     let mut all = vec![json!({
         "apiVersion": "v1", "kind": "Namespace",
         // Handlers see the node's processes and network.
@@ -52,7 +57,9 @@ fn manifests(arguments: &cli::Deploy, ca: &Ca) -> Vec<Value> {
     all.extend(roles());
     all.push(deployment.secret());
     all.push(service());
+    all.push(link());
     all.extend([deployment.api(), deployment.controller(), deployment.handler()]);
+    all.push(deployment.synchronizer());
     all.push(json!({
         "apiVersion": "kubevirt.io/v1", "kind": "KubeVirt",
         "metadata": {"name": "kubevirt", "namespace": NAMESPACE},
@@ -67,8 +74,8 @@ fn manifests(arguments: &cli::Deploy, ca: &Ca) -> Vec<Value> {
 fn roles() -> Vec<Value> {
     let mut all = webapi::roles();
     all.extend(webapi::bindings());
-    all.extend([rights::controller(), rights::handler(), rights::api()]);
-    for part in [rights::CONTROLLER, rights::HANDLER, rights::API] {
+    all.extend([rights::controller(), rights::handler(), rights::api(), rights::synchronizer()]);
+    for part in [rights::CONTROLLER, rights::HANDLER, rights::API, rights::SYNCHRONIZER] {
         let account = rights::account(part);
         all.push(json!({
             "apiVersion": "v1", "kind": "ServiceAccount",
@@ -79,6 +86,8 @@ fn roles() -> Vec<Value> {
     all.push(rights::asks_who_aggregates());
     all.push(rights::leads());
     all.push(rights::bind_leads());
+    all.push(rights::believes());
+    all.push(rights::bind_believes(rights::account(rights::HANDLER)));
     all
 }
 
@@ -93,6 +102,19 @@ fn service() -> Value {
     })
 }
 
+/// Where other clusters find the synchronizer. Controllers see to its port.
+fn link() -> Value {
+    json!({
+        "apiVersion": "v1", "kind": "Service",
+        "metadata": {"name": LINK, "namespace": NAMESPACE, "labels": labels(LINK)},
+        "spec": {
+            "type": "LoadBalancer",
+            "selector": {"kubevirt.io": LINK},
+            "ports": [{"name": "link", "port": SYNCHRONIZATION_PORT, "protocol": "TCP"}],
+        },
+    })
+}
+
 fn labels(name: &str) -> Value {
     json!({"kubevirt.io": name, "app.kubernetes.io/managed-by": "godwit"})
 }
@@ -101,6 +123,7 @@ fn labels(name: &str) -> Value {
 struct Deployment<'a> {
     image: &'a str,
     networks: &'a [String],
+    advertise: Option<&'a str>,
     ca: &'a Ca,
 }
 
@@ -161,11 +184,41 @@ impl Deployment<'_> {
 
     fn controller(&self) -> Value {
         let name = "virt-controller";
-        let container =
-            self.container(name, json!(["godwit", "controller", "--image", self.image]));
-        let pod = json!({"serviceAccountName": "godwit-controller", "containers": [container]});
+        let ca = format!("{CA}/ca.crt");
+        let command = json!(["godwit", "controller", "--image", self.image, "--ca", ca]);
+        let mut container = self.container(name, command);
+        // Its key is none of theirs.
+        container["volumeMounts"] = json!([mount("ca.crt")]);
+        let pod = json!({
+            "serviceAccountName": "godwit-controller", "containers": [container],
+            "volumes": [volume()],
+        });
         let mut workload = self.workload("Deployment", name, pod);
         workload["spec"]["replicas"] = 2.into();
+        workload
+    }
+
+    /// One, or none: controllers see to that. Its identity is made before it, as handlers' are.
+    fn synchronizer(&self) -> Value {
+        let folder = json!({"name": "identity", "mountPath": IDENTITY});
+        let instance = synchronizer::INSTANCE;
+        let issue =
+            json!(["godwit", "host", IDENTITY, "--ca", CA, "--name", instance, "--synchronizer"]);
+        let mut init = self.container("identity", issue);
+        init["volumeMounts"] = json!([mount("ca.crt"), mount("ca.key"), folder]);
+        let (option, place) = self.advertise.map_or(("--service", LINK), |at| ("--advertise", at));
+        let identity = format!("{IDENTITY}/identity");
+        let command = json!(["godwit", "synchronizer", "--identity", identity, option, place]);
+        let mut container = self.container(LINK, command);
+        container["volumeMounts"] = json!([folder]);
+        let pod = json!({
+            "serviceAccountName": "godwit-synchronizer",
+            "initContainers": [init], "containers": [container],
+            "volumes": [volume(), {"name": "identity", "emptyDir": {"medium": "Memory"}}],
+        });
+        let mut workload = self.workload("Deployment", LINK, pod);
+        // N.B. there are never two: both would write the same objects.
+        workload["spec"]["strategy"] = json!({"type": "Recreate"});
         workload
     }
 
@@ -226,13 +279,12 @@ fn volume() -> Value {
     json!({"name": "ca", "secret": {"secretName": SECRET, "defaultMode": 0o400}})
 }
 
-/// Each file by itself: as a folder they would be links, which are not followed.
+/// One file by itself: in a folder it would be a link, which is not followed.
+fn mount(file: &str) -> Value {
+    json!({"name": "ca", "mountPath": format!("{CA}/{file}"), "subPath": file, "readOnly": true})
+}
+
 fn mounts() -> Value {
-    let mount = |file: &str| {
-        json!({
-            "name": "ca", "mountPath": format!("{CA}/{file}"), "subPath": file, "readOnly": true,
-        })
-    };
     json!([mount("ca.crt"), mount("ca.key")])
 }
 
@@ -282,7 +334,7 @@ mod test {
     #[test]
     fn what_pods_run_is_what_the_command_line_takes() {
         let ca = Ca::create("test").unwrap();
-        let (mut image, mut networks) = (None, Vec::new());
+        let (mut image, mut networks, mut services) = (None, Vec::new(), Vec::new());
         for container in containers(&manifests(&asked(), &ca)) {
             let words = container["command"].as_array().unwrap().iter();
             // As the kubelet fills them in.
@@ -294,18 +346,20 @@ mod test {
             match arguments.command {
                 cli::Command::Controller(controller) => image = Some(controller.image),
                 cli::Command::Handler(handler) => networks = handler.migration_network,
+                cli::Command::Synchronizer(one) => services.push(one.service),
                 _ => {}
             }
         }
         // The pods that it makes are of the same.
         assert_eq!(image.as_deref(), Some("example.org/godwit:1"));
         assert_eq!(networks, ["moves=eth1"]);
+        assert_eq!(services, [Some(LINK.to_owned())]);
     }
 
     #[test]
     fn the_ca_of_the_secret_is_one() {
         let ca = Ca::create("test").unwrap();
-        let secret = Deployment { image: "", networks: &[], ca: &ca }.secret();
+        let secret = Deployment { image: "", networks: &[], advertise: None, ca: &ca }.secret();
         let text = |file: &str| {
             let bytes = STANDARD.decode(secret["data"][file].as_str().unwrap()).unwrap();
             String::from_utf8(bytes).unwrap()

@@ -38,7 +38,8 @@ pub fn authority(folder: &Path, cluster: &str) -> Result<Ca> {
 /// When the CA or the folder cannot be used.
 pub fn init(arguments: &cli::Host) -> Result<ExitCode> {
     let ca = authority(&arguments.ca, &arguments.cluster)?;
-    let id = SpiffeId::new(ca.cluster(), Role::Handler, &arguments.name)?;
+    let role = if arguments.synchronizer { Role::Synchronizer } else { Role::Handler };
+    let id = SpiffeId::new(ca.cluster(), role, &arguments.name)?;
     let folder = arguments.dir.join(IDENTITY);
     std::fs::create_dir_all(&folder)
         .with_context(|| format!("cannot make {}", folder.display()))?;

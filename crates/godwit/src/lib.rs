@@ -3,6 +3,7 @@
 pub mod cli;
 mod cluster;
 mod deploy;
+mod ground;
 mod host;
 mod importing;
 mod linking;
@@ -13,6 +14,7 @@ mod relocating;
 mod rights;
 mod roles;
 mod serving;
+mod trust;
 mod uploading;
 pub mod view;
 mod vms;

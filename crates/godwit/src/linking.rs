@@ -1,26 +1,31 @@
 //! `godwit cluster`: clusters that believe each other, and no longer.
 
-use crate::cli::{ClusterAct, ClusterCommand, Pair};
+use crate::cli::{ClusterAct, ClusterCommand, Invite, Join, Pair, Place};
 use crate::cluster::kubeconfig_of;
+use crate::trust::BUNDLE;
 use crate::vms::{Cluster, plain};
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, anyhow, bail, ensure};
 use api::conditions;
 use api::keys;
 use api::kubevirt::KubeVirt;
 use api::link::ClusterLink;
 use channel::identity::linked_of;
-use k8s_openapi::api::core::v1::ConfigMap;
+use jiff::{SignedDuration, Timestamp};
+use k8s_openapi::api::core::v1::{ConfigMap, Secret};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, Client, ResourceExt};
-use serde_json::json;
+use serde_json::{Value, json};
+use std::io::Read;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime};
+use synchronizer::join::{self, Token};
+use uuid::Uuid;
 
 /// Two clusters that believe each other answer each other within this time.
 const ANSWERS: Duration = Duration::from_secs(60);
 const LOOK: Duration = Duration::from_millis(250);
-/// The ConfigMap of the CAs that a cluster believes, as KubeVirt's.
-const BUNDLE: &str = "kubevirt-ca";
+/// A token that is read is no longer than this.
+const MOST: u64 = 64 << 10;
 
 /// Links two clusters, or ends that.
 ///
@@ -30,6 +35,8 @@ pub async fn run(command: ClusterCommand) -> Result<ExitCode> {
     match command.act {
         ClusterAct::Link(pair) => link(&pair).await,
         ClusterAct::Unlink(pair) => unlink(&pair).await,
+        ClusterAct::Invite(invite) => self::invite(&invite).await,
+        ClusterAct::Join(join) => self::join(&join).await,
     }
 }
 
@@ -45,8 +52,7 @@ struct End {
 }
 
 impl End {
-    async fn open(pair: &Pair, name: &str) -> Result<Self> {
-        let client = client(pair, name).await?;
+    async fn open(client: Client, name: &str) -> Result<Self> {
         let settings: Api<KubeVirt> = Api::all(client.clone());
         let settings = settings.list(&ListParams::default()).await.map_err(plain)?.items;
         let settings = settings.into_iter().min_by_key(|one| (one.namespace(), one.name_any()));
@@ -56,7 +62,7 @@ impl End {
             !addresses.is_empty(),
             "{name} has no synchronizer: open the feature gate {} in its KubeVirt object, and see the \
              log of its synchronizer",
-            synchronizer::GATE
+            api::kubevirt::DECENTRALIZED
         );
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
         let map = maps.get(BUNDLE).await.map_err(plain)?;
@@ -130,8 +136,15 @@ async fn client(pair: &Pair, name: &str) -> Result<Client> {
     Ok(opened.client)
 }
 
+/// Both ends of a pair.
+async fn both(pair: &Pair) -> Result<(End, End)> {
+    let one = End::open(client(pair, &pair.one).await?, &pair.one).await?;
+    let other = End::open(client(pair, &pair.other).await?, &pair.other).await?;
+    Ok((one, other))
+}
+
 async fn link(pair: &Pair) -> Result<ExitCode> {
-    let (one, other) = (End::open(pair, &pair.one).await?, End::open(pair, &pair.other).await?);
+    let (one, other) = both(pair).await?;
     ensure!(
         one.id != other.id,
         "both clusters have the id {}: a cluster is not linked to itself, and ids are told apart by \
@@ -147,7 +160,7 @@ async fn link(pair: &Pair) -> Result<ExitCode> {
 }
 
 async fn unlink(pair: &Pair) -> Result<ExitCode> {
-    let (one, other) = (End::open(pair, &pair.one).await?, End::open(pair, &pair.other).await?);
+    let (one, other) = both(pair).await?;
     for (here, there) in [(&one, &other), (&other, &one)] {
         match here.links().delete(&there.id, &DeleteParams::default()).await {
             Err(kube::Error::Api(status)) if status.code == 404 => {}
@@ -155,5 +168,72 @@ async fn unlink(pair: &Pair) -> Result<ExitCode> {
         }
     }
     println!("clusters {} and {} are not linked any more", one.id, other.id);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The one cluster that is meant.
+async fn here(place: &Place) -> Result<End> {
+    End::open(Cluster::open(place).await?.client, "this cluster").await
+}
+
+/// Makes a Secret in the namespace of what runs the cluster.
+async fn keep_secret(client: &Client, secret: Value) -> Result<()> {
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), api::NAMESPACE);
+    let made: Secret = serde_json::from_value(secret)?;
+    let name = made.name_any();
+    let _ = secrets.delete(&name, &DeleteParams::default()).await;
+    secrets.create(&PostParams::default(), &made).await.map_err(plain)?;
+    Ok(())
+}
+
+/// Prints a token by which another cluster can join.
+async fn invite(invite: &Invite) -> Result<ExitCode> {
+    let End { client, id, addresses, bundle } = here(&invite.place).await?;
+    let invitation = Uuid::new_v4().to_string();
+    let secret = format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
+    let until = Timestamp::now() + SignedDuration::from_mins(invite.minutes.into());
+    let kept = json!({
+        "metadata": {
+            "name": join::invitation_name(&invitation),
+            "annotations": {join::UNTIL: conditions::moment(until)},
+        },
+        "stringData": {join::SECRET: secret},
+    });
+    keep_secret(&client, kept).await?;
+    let token = Token { cluster: id.clone(), addresses, bundle, invitation, secret };
+    eprintln!(
+        "whoever has this token can link one cluster to {id}, once, within {} minutes, by: \
+         godwit cluster join TOKEN",
+        invite.minutes
+    );
+    println!("{}", token.text());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Links this cluster to the one that has invited it.
+async fn join(arguments: &Join) -> Result<ExitCode> {
+    let text = match &*arguments.token {
+        "-" => std::io::read_to_string(std::io::stdin().take(MOST))?,
+        text => text.to_owned(),
+    };
+    let token = Token::read(&text).map_err(|why| anyhow!("this token cannot be used: {why}"))?;
+    let here = here(&arguments.place).await?;
+    ensure!(
+        here.id != token.cluster,
+        "this cluster has the id {}, as the one that has invited it: a cluster is not linked to itself",
+        here.id
+    );
+    let Token { cluster, addresses, bundle, invitation, secret } = token;
+    let bundle = linked_of(&bundle, &cluster, SystemTime::now()).concat();
+    ensure!(!bundle.is_empty(), "the token has no CA of cluster {cluster} that is good now");
+    let kept = json!({
+        "metadata": {"name": join::joining_name(&cluster)},
+        "stringData": {join::INVITATION: invitation, join::SECRET: secret},
+    });
+    keep_secret(&here.client, kept).await?;
+    here.believe(&End { client: here.client.clone(), id: cluster.clone(), addresses, bundle })
+        .await?;
+    here.until_ready(&cluster).await?;
+    println!("clusters {} and {cluster} are linked", here.id);
     Ok(ExitCode::SUCCESS)
 }

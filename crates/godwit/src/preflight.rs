@@ -60,11 +60,7 @@ fn print(vm: &str, class: Option<&str>, report: &Report) {
     };
     let policy = report.policy.as_ref().map_or(String::new(), |name| format!(", by policy {name}"));
     println!("{vm} would go {to}{policy}");
-    if let Some(outlook) = &report.outlook {
-        lines(outlook).into_iter().for_each(|(name, text)| println!("  {name:<8}{text}"));
-    }
-    let doubts = report.outlook.iter().flat_map(|outlook| &outlook.forecast.doubts);
-    doubts.for_each(|doubt| println!("  doubt   {doubt}"));
+    report.outlook.iter().for_each(show);
     match report.faults.as_slice() {
         [] => println!("  nothing speaks against it"),
         faults => {
@@ -74,6 +70,12 @@ fn print(vm: &str, class: Option<&str>, report: &Report) {
             }
         }
     }
+}
+
+/// Shows what a move would take.
+pub fn show(outlook: &Outlook) {
+    lines(outlook).into_iter().for_each(|(name, text)| println!("  {name:<8}{text}"));
+    outlook.forecast.doubts.iter().for_each(|doubt| println!("  doubt   {doubt}"));
 }
 
 fn lines(outlook: &Outlook) -> Vec<(&'static str, String)> {

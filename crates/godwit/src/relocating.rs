@@ -4,13 +4,15 @@
 
 use crate::cli::Migrate;
 use crate::migrating::{LOOK, follow};
+use crate::preflight;
 use crate::view::{Output, View};
 use crate::vms::{Cluster, plain};
-use anyhow::Result;
+use anyhow::{Context, Result};
 use api::relocation::{Phase, Spec, Status, VirtualMachineMove};
 use kube::api::PostParams;
 use kube::{Api, ResourceExt};
 use serde_json::json;
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 /// Moves a VM to another cluster, or tells what would become of that.
@@ -26,6 +28,7 @@ pub async fn run(cluster: &Cluster, vm: &str, to: &str, arguments: &Migrate) -> 
         namespace: arguments.to_namespace.clone(),
         name: None,
         storage_class: arguments.storage_class.clone(),
+        network_map: networks(&arguments.network_map)?,
         check_only: arguments.dry_run,
     };
     let mut wanted = VirtualMachineMove::new("", spec);
@@ -60,6 +63,18 @@ pub async fn run(cluster: &Cluster, vm: &str, to: &str, arguments: &Migrate) -> 
     }
 }
 
+/// Networks' names there, by those here.
+fn networks(named: &[String]) -> Result<BTreeMap<String, String>> {
+    let one = |text: &String| {
+        let (here, there) = text.split_once('=').filter(|(a, b)| !a.is_empty() && !b.is_empty())?;
+        Some((here.to_owned(), there.to_owned()))
+    };
+    let all = named
+        .iter()
+        .map(|text| one(text).with_context(|| format!("--network-map {text} is not HERE=THERE")));
+    all.collect()
+}
+
 fn words(phase: Phase) -> &'static str {
     match phase {
         Phase::Unset | Phase::Checking => "both clusters look for all that would make it fail",
@@ -74,7 +89,8 @@ fn words(phase: Phase) -> &'static str {
 fn report(vm: &str, to: &str, status: &Status, arguments: &Migrate) -> ExitCode {
     let fine = status.phase == Phase::Succeeded;
     if arguments.output == Output::Json && arguments.dry_run {
-        println!("{}", json!({"faults": status.faults, "warnings": status.warnings}));
+        let Status { faults, warnings, outlook, .. } = status;
+        println!("{}", json!({"faults": faults, "warnings": warnings, "outlook": outlook}));
     } else {
         for warning in &status.warnings {
             eprintln!("  worth knowing: {warning}");
@@ -85,6 +101,8 @@ fn report(vm: &str, to: &str, status: &Status, arguments: &Migrate) -> ExitCode 
             (false, true) => println!("{vm} cannot go to cluster {to}:"),
             (false, false) => eprintln!("{vm} is where it was:"),
         }
+        let outlook = status.outlook.clone().and_then(|told| serde_json::from_value(told).ok());
+        outlook.iter().for_each(preflight::show);
         for fault in &status.faults {
             match arguments.dry_run {
                 true => println!("  {fault}"),

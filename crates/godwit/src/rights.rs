@@ -97,11 +97,18 @@ pub fn synchronizer() -> Value {
                 &["get", "list", "create", "patch", "delete"],
             ),
             rule(&[""], &["secrets", "configmaps"], &["get", "list", "create", "delete"]),
-            rule(&[""], &["persistentvolumeclaims"], &["list"]),
+            // Where a guest that comes would find its place.
+            rule(
+                &[""],
+                &["persistentvolumeclaims", "persistentvolumes", "pods", "resourcequotas"],
+                &["list"],
+            ),
+            rule(&["migrations.kubevirt.io"], &["migrationpolicies"], &["list"]),
             rule(&["storage.k8s.io"], &["storageclasses"], &READ),
             rule(&["godwit.dev"], &["virtualmachinemoves"], &["get", "list", "watch", "patch"]),
             rule(&["godwit.dev"], &["virtualmachinemoves/status"], &["patch"]),
-            rule(&["godwit.dev"], &["clusterlinks"], &["get", "list", "watch", "patch"]),
+            // Those that were invited join.
+            rule(&["godwit.dev"], &["clusterlinks"], &["get", "list", "watch", "create", "patch"]),
             rule(&["godwit.dev"], &["clusterlinks/status"], &["patch"]),
             rule(&[""], &["nodes", "namespaces"], &READ),
         ],
@@ -184,7 +191,31 @@ pub fn leads() -> Value {
         "rules": [
             rule(&["coordination.k8s.io"], &["leases"], &["get", "create", "update", "patch"]),
             rule(&[""], &["configmaps"], &["list", "watch"]),
+            // The synchronizer comes and goes with its feature gate, and its port with the settings.
+            rule(&["apps"], &["deployments"], &["get", "patch"]),
         ],
+    })
+}
+
+/// Lets handlers and the synchronizer hear whom to believe, and where the latter is found.
+pub fn believes() -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role",
+        "metadata": {"name": "godwit:believes", "namespace": api::NAMESPACE},
+        "rules": [
+            rule(&[""], &["configmaps"], &READ),
+            rule(&[""], &["services"], &READ),
+        ],
+    })
+}
+
+/// Gives that to the synchronizer and to handlers.
+pub fn bind_believes(handlers: Value) -> Value {
+    json!({
+        "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "RoleBinding",
+        "metadata": {"name": "godwit:believes", "namespace": api::NAMESPACE},
+        "subjects": [handlers, account(SYNCHRONIZER)],
+        "roleRef": {"apiGroup": GROUP, "kind": "Role", "name": "godwit:believes"},
     })
 }
 

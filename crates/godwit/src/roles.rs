@@ -1,8 +1,10 @@
 //! The long-running roles: a host's gateway, a VM's launcher, a cluster's controllers and handlers.
 
 use crate::cli;
+use crate::ground::Ground;
 use crate::host::IDENTITY;
-use anyhow::{Context, Result};
+use crate::trust;
+use anyhow::{Context, Result, anyhow};
 use channel::gateway::{self, Answer, Gateway, Limits, Service};
 use channel::identity::{Credentials, Identity, SpiffeId, Trust};
 use handler::Handler;
@@ -21,6 +23,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
+use synchronizer::Advertise;
 use tokio::signal::unix::{SignalKind, signal};
 
 /// Log to stderr, as `GODWIT_LOG` says (default: info for the roles).
@@ -141,6 +144,11 @@ const LEASE: &str = "virt-controller";
 /// When there is no way to the API.
 pub async fn controller(arguments: cli::Controller) -> Result<ExitCode> {
     let client = client(arguments.kubeconfig.as_deref()).await?;
+    let ca = arguments.ca.map(|path| {
+        let read = std::fs::read_to_string(&path);
+        read.with_context(|| format!("cannot read the CA {}", path.display()))
+    });
+    let ca = ca.transpose()?;
     let name = arguments.name.unwrap_or_else(|| {
         let host = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap_or_default();
         format!("{}_{}", host.trim(), uuid::Uuid::new_v4())
@@ -151,15 +159,30 @@ pub async fn controller(arguments: cli::Controller) -> Result<ExitCode> {
             tracing::error!("signals cannot be heard: {error:#}");
         }
     };
-    lead(client, &name, &arguments.image, ended).await;
+    lead(client, &name, &arguments.image, ca, ended).await;
     Ok(ExitCode::SUCCESS)
 }
 
 /// Runs the controllers until `end`, whenever nobody else does: under a name that nobody else has,
-/// with pods of an image.
-pub(crate) async fn lead(client: Client, name: &str, image: &str, end: impl Future<Output = ()>) {
+/// with pods of an image. `ca`: the cluster's CAs, PEM, where nobody else tells whom it believes.
+pub(crate) async fn lead(
+    client: Client,
+    name: &str,
+    image: &str,
+    ca: Option<String>,
+    end: impl Future<Output = ()>,
+) {
     let candidate = Candidate::new(client.clone(), api::NAMESPACE, LEASE, name);
-    candidate.run(|| controllers::run(client.clone(), image), end).await;
+    let work = || async {
+        let trust = async {
+            let Some(ca) = ca.clone() else { return };
+            if let Err(error) = trust::keep(client.clone(), ca).await {
+                tracing::error!("nobody is told whom to believe: {error:#}");
+            }
+        };
+        tokio::join!(controllers::run(client.clone(), image), trust);
+    };
+    candidate.run(work, end).await;
 }
 
 /// Stands before commands that read what is not trusted.
@@ -182,6 +205,7 @@ pub async fn handler(arguments: cli::Handler) -> Result<ExitCode> {
     let client = client(arguments.kubeconfig.as_deref()).await?;
     let credentials = Credentials::follow(&arguments.identity, LOOK)
         .with_context(|| format!("there are no credentials in {}", arguments.identity.display()))?;
+    let credentials = trust::follow(&client, credentials);
     let config = handler::cluster::Config {
         node: arguments.node,
         folder: std::path::absolute(&arguments.folder)?,
@@ -205,10 +229,24 @@ pub async fn synchronizer(arguments: cli::Synchronizer) -> Result<ExitCode> {
     let client = client(arguments.kubeconfig.as_deref()).await?;
     let credentials = Credentials::follow(&arguments.identity, LOOK)
         .with_context(|| format!("there are no credentials in {}", arguments.identity.display()))?;
+    let credentials = trust::follow(&client, credentials);
+    let advertise = match (arguments.advertise, arguments.service) {
+        (Some(address), _) => Advertise::At(address),
+        (None, Some(service)) => Advertise::Service(service),
+        (None, None) => Advertise::Here,
+    };
+    let mut places = BTreeMap::new();
+    for (name, place) in networks(&arguments.migration_network)? {
+        let address = handler::cluster::address_of(&place).await;
+        let address = address.map_err(|why| anyhow!("migration network {name}: {why}"))?;
+        places.insert(name, address);
+    }
     let config = synchronizer::Config {
         address: arguments.listen,
+        networks: places,
         remembered: arguments.remember,
-        advertise: arguments.advertise,
+        advertise,
+        ground: Arc::new(Ground::new(&client, &credentials)),
         credentials,
     };
     tokio::select! {

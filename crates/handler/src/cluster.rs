@@ -22,6 +22,8 @@ pub mod serve;
 pub mod translate;
 mod way;
 
+pub use way::address_of;
+
 use crate::watch::Watch;
 use api::kubevirt::KubeVirt;
 use api::owner::OwnerRecord;

@@ -78,15 +78,11 @@ fn version(object: &impl ResourceExt) -> u64 {
     object.resource_version().and_then(|version| version.parse().ok()).unwrap_or_default()
 }
 
-/// What a node must have for the processor of a guest that is on `node`.
+/// What a node must have for a guest that is on `node`.
 pub fn selectors(
     vmi: &VirtualMachineInstance,
     node: Option<&Node>,
     settings: &Configuration,
 ) -> BTreeMap<String, String> {
-    let spec = vmi.parse().unwrap_or_default();
-    let model = spec.domain.cpu.model.or_else(|| settings.cpu_model.clone());
-    let none = BTreeMap::new();
-    let labels = node.map_or(&none, |node| node.labels());
-    processor::wanted(model.as_deref(), settings.developer_configuration.use_emulation, labels)
+    processor::wanted_for(vmi, settings, node.map(|node| node.labels()))
 }

@@ -14,7 +14,9 @@
 //! It also carries questions to the owner record at the other end ([`records`]), which handlers ask
 //! through their own synchronizer ([`link`]). It keeps nothing in memory that matters.
 
+pub mod ground;
 pub mod halves;
+pub mod join;
 pub mod link;
 mod links;
 mod place;
@@ -27,8 +29,10 @@ pub mod wire;
 mod world;
 
 use channel::identity::{Credentials, Role};
+use ground::Ground;
 use kube::Client;
 use place::Place;
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -39,32 +43,42 @@ use world::World;
 
 /// The instance in a synchronizer's certificate: there is one of a cluster at a time.
 pub const INSTANCE: &str = "synchronizer";
-/// The port, where nobody names one; as KubeVirt.
-pub const PORT: u16 = 9185;
 /// The role that a synchronizer's certificate has.
 pub const ROLE: Role = Role::Synchronizer;
-/// The feature gate without which there is none.
-pub const GATE: &str = "DecentralizedLiveMigration";
 /// A port that cannot be had is tried again after this.
 const AGAIN: Duration = Duration::from_secs(2);
 
+/// Where others find a synchronizer.
+#[derive(Debug, Clone)]
+pub enum Advertise {
+    /// Where it listens.
+    Here,
+    /// At this `host:port`.
+    At(String),
+    /// Where this Service of its namespace is: its load balancer's address if it has one, else its own.
+    Service(String),
+}
+
 /// How a synchronizer is run.
-#[derive(Debug)]
 pub struct Config {
     /// Where it listens.
     pub address: IpAddr,
+    /// Where it listens in networks for migrations, by their names.
+    pub networks: BTreeMap<String, IpAddr>,
     /// Where the port is written down that it has, so that it has it again: then one that is taken is no
     /// reason not to listen. None: the port is the settings', and no other.
     pub remembered: Option<PathBuf>,
-    /// Where others find it, `host:port`; None: where it listens.
-    pub advertise: Option<String>,
+    /// Where others find it.
+    pub advertise: Advertise,
     /// Who it is and whom it believes, as they are renewed.
     pub credentials: watch::Receiver<Credentials>,
+    /// The rest of the cluster.
+    pub ground: Arc<dyn Ground>,
 }
 
 /// Runs a synchronizer, as long as the settings want one. Never ends by itself.
 pub async fn run(client: Client, config: Config) {
-    let (world, _keeper) = World::open(client, config.credentials.clone());
+    let (world, _keeper) = World::open(client, &config);
     let world = Arc::new(world);
     world.ready().await;
     let mut changes = world.changes.clone();
@@ -76,7 +90,7 @@ pub async fn run(client: Client, config: Config) {
             drop(changes.changed().await);
             continue;
         };
-        let Place { listener, address } = match place::take(&config, wanted).await {
+        let Place { listener, bound } = match place::take(&config, &wanted).await {
             Ok(place) => place,
             Err(why) => {
                 tracing::warn!("the synchronizer does not listen: {why}");
@@ -84,8 +98,7 @@ pub async fn run(client: Client, config: Config) {
                 continue;
             }
         };
-        tracing::info!(%address, "the synchronizer listens");
-        world.be_at(&address);
+        tracing::info!(address = %bound, "the synchronizer listens");
         let mut tasks = JoinSet::new();
         tasks.spawn(serve::run(Arc::clone(&world), listener));
         tasks.spawn(tell::run(Arc::clone(&world)));
@@ -94,12 +107,18 @@ pub async fn run(client: Client, config: Config) {
         tasks.spawn(recall::run(Arc::clone(&world)));
         loop {
             changes.borrow_and_update();
-            if world.wanted() != Some(wanted) {
+            if world.wanted().as_ref() != Some(&wanted) {
                 break;
             }
-            world.publish(Some(&address)).await;
+            match place::advertised(&config.advertise, world.service().as_deref(), bound) {
+                Ok(address) => {
+                    world.be_at(&address);
+                    world.publish(Some(&address)).await;
+                }
+                Err(why) => tracing::warn!("nobody is told where the synchronizer is: {why}"),
+            }
             drop(changes.changed().await);
         }
-        tracing::info!(%address, "the synchronizer does not listen there any more");
+        tracing::info!(address = %bound, "the synchronizer does not listen there any more");
     }
 }

@@ -1,5 +1,6 @@
 //! Links to other clusters: each keeps the other's CAs and address true, through every rotation.
 
+use crate::join;
 use crate::wire::{self, Ask, Told};
 use crate::world::World;
 use api::conditions::{self, Condition, moment};
@@ -56,7 +57,15 @@ async fn keep(world: &World, name: &str) {
     let mut credentials = world.credentials.clone();
     loop {
         let Some(link) = world.link(name) else { return };
-        let said = exchange(world, name, &link).await;
+        let mut said = exchange(world, name, &link).await;
+        if said.is_err() {
+            // It may have invited this cluster, and not know it yet.
+            match join::take_up(world, &link).await {
+                Ok(()) => said = exchange(world, name, &link).await,
+                Err(Some(why)) => said = Err(format!("it was not joined: {why}")),
+                Err(None) => {}
+            }
+        }
         if let Err(why) = &said {
             tracing::debug!(cluster = name, "{why}");
         }

@@ -9,14 +9,16 @@
 //!
 //! Whatever phase it is found in, it goes on from there: each step can be done twice.
 
+mod checks;
 mod offer;
 mod receive;
 
 pub use offer::Offer;
 pub(crate) use receive::{offered, settle};
 
+use crate::ground::Departure;
 use crate::records::OfVm;
-use crate::wire::{self, Ask, Told};
+use crate::wire::{self, Ask, Spot, Told};
 use crate::world::World;
 use api::conditions::{self, Condition};
 use api::keys;
@@ -28,6 +30,7 @@ use api::owner::Status as Owned;
 use api::relocation::{Phase, Status, VirtualMachineMove};
 use api::vm::VirtualMachine;
 use api::vmi::VirtualMachineInstance;
+use channel::identity::soonest_end;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::api::{
@@ -248,21 +251,63 @@ async fn check(world: &World, one: &VirtualMachineMove, status: &mut Status) -> 
         }
     };
     let (Some(offer), true) = (offered, faults.is_empty()) else { return Step::Fail(faults) };
+    status.warnings = checks::networks(cluster, &offer.vm["spec"]["template"]["spec"]);
+    if let Err((is_fault, why)) = certificates(world, cluster) {
+        if is_fault { faults.push(why) } else { status.warnings.push(why) }
+    }
     let ask = Ask::Offer { id: id(one), offer: Box::new(offer), check: true };
+    let asked = Timestamp::now();
     match ask_there(world, cluster, &ask).await {
-        Ok(Told::Offered { faults, warnings, .. }) if faults.is_empty() => {
-            status.warnings = warnings;
-            let next = if one.spec.check_only { Phase::Succeeded } else { Phase::Preparing };
-            Step::To(next)
-        }
-        Ok(Told::Offered { faults, warnings, .. }) => {
-            status.warnings = warnings;
-            Step::Fail(faults)
+        Ok(Told::Offered { faults: theirs, warnings, spot, now, protocol, .. }) => {
+            status.warnings.extend(warnings);
+            faults.extend(theirs);
+            faults.extend(checks::protocol(cluster, protocol));
+            faults.extend(checks::clocks(cluster, now, (asked, Timestamp::now())));
+            if let Some(spot) = spot {
+                faults.extend(way(world, one, &spot, status).await.err());
+            }
+            match (faults.is_empty(), one.spec.check_only) {
+                (false, _) => Step::Fail(faults),
+                (true, true) => Step::To(Phase::Succeeded),
+                (true, false) => Step::To(Phase::Preparing),
+            }
         }
         Ok(Told::Refused { why }) => Step::Fail(vec![why]),
         Ok(_) => Step::Fail(vec!["the other cluster answers what was not asked".into()]),
         Err(why) => Step::Wait(why),
     }
+}
+
+/// Whether a cluster's CAs will be believed for a while.
+fn certificates(world: &World, cluster: &str) -> Result<(), (bool, String)> {
+    let link = world.link(cluster);
+    let ends = link.and_then(|link| soonest_end(&link.spec.ca_bundle));
+    let ends = ends.and_then(|at| Timestamp::try_from(at).ok());
+    checks::certificates(cluster, ends, Timestamp::now())
+}
+
+/// Tries the way that the guest would take: as its own node has it. A move that is not made is measured.
+async fn way(
+    world: &World,
+    one: &VirtualMachineMove,
+    spot: &Spot,
+    status: &mut Status,
+) -> Result<(), String> {
+    let namespace = one.namespace().unwrap_or_default();
+    let Some(node) = world.node_of(&namespace, &one.spec.vm) else { return Ok(()) };
+    let Spot { node: to, gateway, id } = spot;
+    let name = &one.spec.vm;
+    let departure = Departure { node: &node, namespace: &namespace, name, to, gateway, id };
+    let way = format!("the way from node {node} to node {to} of cluster {}", one.spec.cluster);
+    let reached = world.ground.reach(departure).await;
+    reached.map_err(|why| format!("{way} cannot be used: {why}"))?;
+    if one.spec.check_only {
+        match world.ground.forecast(departure).await {
+            Ok(outlook) => status.outlook = Some(outlook),
+            Err(why) => status.warnings.push(format!("{way} could not be measured: {why}")),
+        }
+    }
+    Ok(())
 }
 
 /// Has the other cluster make what the guest needs there, and sends it off.

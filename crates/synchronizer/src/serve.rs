@@ -1,10 +1,10 @@
 //! Answers other clusters' synchronizers, and the own cluster's handlers.
 
-use crate::links;
 use crate::records::OfVm;
 use crate::relocation;
 use crate::wire::{self, Ask, NEWS, Told, fingerprint};
 use crate::world::World;
+use crate::{join, links};
 use api::migration::{Half, Side, VirtualMachineInstanceMigration as Migration};
 use api::owner::Ledger;
 use channel::identity::{Role, SpiffeId};
@@ -58,10 +58,11 @@ async fn serve(world: &World, tcp: TcpStream) -> Result<(), String> {
     let roles = [Role::Synchronizer, Role::Handler];
     let server = tls::Server::new(&credentials.identity, credentials.trust, &roles);
     let server = server.map_err(|error| with_source(&error))?;
-    let accepted = timeout(PATIENCE, server.accept(tcp)).await;
+    let accepted = timeout(PATIENCE, server.accept_any(tcp)).await;
     let accepted = accepted.map_err(|_| "the TLS handshake took too long".to_owned())?;
     let (mut stream, peer) = match accepted {
-        Ok(accepted) => accepted,
+        Ok(tls::Accepted::Peer(stream, peer)) => (stream, Some(peer)),
+        Ok(tls::Accepted::Guest(stream)) => (stream, None),
         // Whoever only looks whether somebody listens.
         Err(tls::Error::Handshake(error)) if error.kind() == ErrorKind::UnexpectedEof => {
             return Ok(());
@@ -69,17 +70,25 @@ async fn serve(world: &World, tcp: TcpStream) -> Result<(), String> {
         Err(error) => return Err(with_source(&error)),
     };
     let asked = timeout(PATIENCE, channel::wire::read(&mut stream)).await;
-    let asked = asked.map_err(|_| format!("{peer}: its question did not come in time"))?;
-    let told = match asked {
-        Ok(ask) => answer(world, &peer, ask).await,
-        Err(error) => Told::Refused { why: format!("the question makes no sense: {error}") },
+    let name = peer.as_ref().map_or("somebody unknown".to_owned(), SpiffeId::to_string);
+    let asked = asked.map_err(|_| format!("{name}: its question did not come in time"))?;
+    let told = match (asked, &peer) {
+        (Ok(ask), Some(peer)) => answer(world, peer, ask).await,
+        (Ok(Ask::Join { invitation, secret, bundle, address }), None) => {
+            match join::admit(world, (&invitation, &secret), &bundle, &address).await {
+                Ok(()) => Told::Trust { bundle: links::own(world), address: world.address() },
+                Err(why) => Told::Refused { why },
+            }
+        }
+        (Ok(_), None) => Told::Refused { why: "who is not believed may ask to join alone".into() },
+        (Err(error), _) => Told::Refused { why: format!("the question makes no sense: {error}") },
     };
     if let Told::Refused { why } = &told {
-        tracing::warn!(%peer, "{why}");
+        tracing::warn!(peer = name, "{why}");
     }
     let sent = timeout(PATIENCE, channel::wire::write(&mut stream, &told)).await;
     if !matches!(sent, Ok(Ok(()))) {
-        tracing::debug!(%peer, "an answer was not delivered");
+        tracing::debug!(peer = name, "an answer was not delivered");
     }
     Ok(())
 }

@@ -5,12 +5,14 @@
 
 use crate::relocation::Offer;
 use api::migration::{Half, Side};
-use channel::identity::{Credentials, Role, SpiffeId};
+use channel::identity::{Credentials, Role, SpiffeId, Trust};
 use channel::{tls, wire, with_source};
 use handover::ledger::Response;
 use handover::record::{HostId, Swap};
+use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
@@ -52,6 +54,18 @@ pub enum Ask {
     /// These are my CAs, and here I am found; and you? For linked clusters alone.
     #[serde(rename = "trust/1")]
     Trust {
+        /// The certificates, PEM.
+        bundle: String,
+        /// `host:port`.
+        address: String,
+    },
+    /// I was invited: these are my CAs, and here I am found. The only question of who is not believed yet.
+    #[serde(rename = "join/1")]
+    Join {
+        /// Which invitation.
+        invitation: String,
+        /// What only who was invited knows.
+        secret: String,
         /// The certificates, PEM.
         bundle: String,
         /// `host:port`.
@@ -124,6 +138,15 @@ pub enum Told {
         address: Option<String>,
         /// Not all is: what is waited for.
         waits: Option<String>,
+        /// Where it would be run.
+        #[serde(default)]
+        spot: Option<Spot>,
+        /// What the clock says there.
+        #[serde(default)]
+        now: Timestamp,
+        /// What is spoken there.
+        #[serde(default)]
+        protocol: u32,
     },
     /// What became of a move that is over.
     #[serde(rename = "settled/1")]
@@ -145,12 +168,42 @@ pub enum Told {
     },
 }
 
+/// Where a guest would be run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct Spot {
+    /// The node.
+    pub node: String,
+    /// Its gateway.
+    pub gateway: String,
+    /// Whose that is.
+    pub id: SpiffeId,
+}
+
 /// What tells one half from another, whenever they were said: equal halves have equal fingerprints, in
 /// every build.
 pub fn fingerprint(half: &Half) -> u64 {
     let content = Half { sequence: 0, ..half.clone() };
     let text = serde_json::to_vec(&content).unwrap_or_default();
     xxhash_rust::xxh3::xxh3_64(&text).max(1)
+}
+
+/// Asks the synchronizer of `cluster` at `address`, which does not believe this cluster yet.
+///
+/// # Errors
+/// Why there is no answer, for people.
+pub async fn ask_as_guest(
+    trust: Trust,
+    address: &str,
+    cluster: &str,
+    ask: &Ask,
+) -> Result<Told, String> {
+    let visited = timeout(CONNECT, async {
+        let visited = tls::visit(trust, Role::Synchronizer, cluster, dial(address).await?).await;
+        visited.map_err(|error| failed(address, "it is not believed", &with_source(&error)))
+    });
+    let stream =
+        visited.await.map_err(|_| format!("{address}: no connection in {CONNECT:?}"))??;
+    exchange(stream, address, ask).await
 }
 
 /// Asks the synchronizer at `address`: that of `cluster`, or of any cluster that is believed. Returns who
@@ -164,25 +217,40 @@ pub async fn ask(
     cluster: Option<&str>,
     ask: &Ask,
 ) -> Result<(SpiffeId, Told), String> {
-    let failed = |what: &str, error: &dyn std::fmt::Display| format!("{address}: {what}: {error}");
     let client = tls::Client::new(credentials.identity.clone(), credentials.trust.clone());
     let connected = timeout(CONNECT, async {
-        let tcp = TcpStream::connect(address).await.map_err(|e| failed("no connection", &e))?;
-        tcp.set_nodelay(true).map_err(|e| failed("no connection", &e))?;
-        let connected = client.connect_to(Role::Synchronizer, cluster, tcp).await;
+        let connected = client.connect_to(Role::Synchronizer, cluster, dial(address).await?).await;
         connected.map_err(|error| {
-            failed("it is not believed, or does not believe us", &with_source(&error))
+            failed(address, "it is not believed, or does not believe us", &with_source(&error))
         })
     });
-    let (mut stream, peer) =
+    let (stream, peer) =
         connected.await.map_err(|_| format!("{address}: no connection in {CONNECT:?}"))??;
+    Ok((peer, exchange(stream, address, ask).await?))
+}
+
+fn failed(address: &str, what: &str, error: &dyn std::fmt::Display) -> String {
+    format!("{address}: {what}: {error}")
+}
+
+async fn dial(address: &str) -> Result<TcpStream, String> {
+    let no_way = |error| failed(address, "no connection", &error);
+    let tcp = TcpStream::connect(address).await.map_err(no_way)?;
+    tcp.set_nodelay(true).map_err(no_way)?;
+    Ok(tcp)
+}
+
+/// One question and one answer.
+async fn exchange(
+    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+    address: &str,
+    ask: &Ask,
+) -> Result<Told, String> {
     let asked = async {
         wire::write(&mut stream, ask).await?;
         wire::read(&mut stream).await
     };
     let told = timeout(NEWS + ANSWER, asked).await;
     let told = told.map_err(|_| format!("{address}: no answer in {:?}", NEWS + ANSWER))?;
-    let told =
-        told.map_err(|error| failed("no answer", &with_source(&tls::Error::from_io(error))))?;
-    Ok((peer, told))
+    told.map_err(|error| failed(address, "no answer", &with_source(&tls::Error::from_io(error))))
 }

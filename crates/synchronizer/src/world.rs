@@ -1,8 +1,10 @@
 //! What a synchronizer looks at, kept by watches; and what it writes.
 
-use crate::GATE;
+use crate::ground::Ground;
 use crate::halves::{self, Facts};
+use crate::place::Wanted;
 use crate::wire::fingerprint;
+use crate::{Advertise, Config};
 use api::keys;
 use api::kubevirt::{Configuration, KubeVirt};
 use api::link::ClusterLink;
@@ -11,7 +13,7 @@ use api::owner::OwnerRecord;
 use api::relocation::VirtualMachineMove;
 use api::vmi::VirtualMachineInstance;
 use channel::identity::{Credentials, linked_of};
-use k8s_openapi::api::core::v1::{Namespace, Node};
+use k8s_openapi::api::core::v1::{Namespace, Node, Service};
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::{Patch, PatchParams};
 use kube::runtime::reflector::{ObjectRef, Store};
@@ -37,6 +39,7 @@ pub struct World {
     /// Where others find this synchronizer.
     address: Mutex<String>,
     pub credentials: watch::Receiver<Credentials>,
+    pub ground: Arc<dyn Ground>,
     pub migrations: Store<Migration>,
     vmis: Store<VirtualMachineInstance>,
     pub owners: Store<OwnerRecord>,
@@ -46,6 +49,8 @@ pub struct World {
     pub links: Store<ClusterLink>,
     pub moves: Store<VirtualMachineMove>,
     classes: Store<StorageClass>,
+    /// The Service that says where this synchronizer is found, if one does.
+    service: Option<Store<Service>>,
     /// Counts changes of any of these.
     pub changes: watch::Receiver<u64>,
     /// When the other side of a migration was last heard of, by its uid.
@@ -54,7 +59,7 @@ pub struct World {
 
 impl World {
     /// Begins to keep it.
-    pub fn open(client: Client, credentials: watch::Receiver<Credentials>) -> (Self, Keeper) {
+    pub fn open(client: Client, config: &Config) -> (Self, Keeper) {
         let (sender, changes) = watch::channel(0_u64);
         let mut keeper = Keeper::default();
         let all = watcher::Config::default;
@@ -68,7 +73,17 @@ impl World {
                 keeper.keep_and(Api::all(client.clone()), all(), move |_| ring())
             }};
         }
+        let service = match &config.advertise {
+            Advertise::Service(name) => {
+                let ring = ring();
+                let services = Api::namespaced(client.clone(), api::NAMESPACE);
+                let named = all().fields(&format!("metadata.name={name}"));
+                Some(keeper.keep_and(services, named, move |_| ring()))
+            }
+            Advertise::Here | Advertise::At(_) => None,
+        };
         let world = Self {
+            service,
             migrations: keep!(),
             vmis: keep!(),
             owners: keep!(),
@@ -80,7 +95,8 @@ impl World {
             classes: keep!(),
             client,
             address: Mutex::default(),
-            credentials,
+            credentials: config.credentials.clone(),
+            ground: Arc::clone(&config.ground),
             changes,
             heard: Mutex::default(),
         };
@@ -93,14 +109,22 @@ impl World {
         let Self { settings, links, moves, classes, .. } = self;
         reconcile::ready!(migrations, vmis, owners, nodes, namespaces, settings, links);
         reconcile::ready!(moves, classes);
+        if let Some(service) = &self.service {
+            reconcile::ready!(service);
+        }
     }
 
-    /// The port that the settings name, where they want a synchronizer. None: they do not.
-    pub fn wanted(&self) -> Option<Option<u16>> {
+    /// Where the settings want a synchronizer. None: they want none.
+    pub fn wanted(&self) -> Option<Wanted> {
         let settings = self.settings.state();
         let settings = settings.iter().min_by_key(|one| (one.namespace(), one.name_any()))?;
-        let port = settings.spec.synchronization_port.as_deref();
-        settings.spec.gate(GATE).then(|| port.and_then(|port| port.parse().ok()))
+        let port = settings.spec.synchronizer()?;
+        Some(Wanted { port, network: settings.spec.configuration.migrations.network.clone() })
+    }
+
+    /// The Service that says where this synchronizer is found.
+    pub fn service(&self) -> Option<Arc<Service>> {
+        self.service.as_ref()?.state().first().cloned()
     }
 
     /// The link to a cluster.
@@ -166,14 +190,20 @@ impl World {
         })
     }
 
-    /// What a node must have for the processor of a guest.
+    /// The node on which a VMI's guest runs.
+    pub fn node_of(&self, namespace: &str, name: &str) -> Option<String> {
+        let vmi = self.vmis.get(&ObjectRef::new(name).within(namespace))?;
+        vmi.status.as_ref()?.node_name.clone()
+    }
+
+    /// What a node must have for a guest.
     pub fn selectors(&self, vmi: &VirtualMachineInstance) -> BTreeMap<String, String> {
         let node = vmi.status.as_ref().and_then(|status| status.node_name.clone());
         let node = node.and_then(|name| self.nodes.get(&ObjectRef::new(&name)));
         halves::selectors(vmi, node.as_deref(), &self.configuration())
     }
 
-    fn configuration(&self) -> Configuration {
+    pub fn configuration(&self) -> Configuration {
         let settings = self.settings.state();
         let settings = settings.iter().min_by_key(|one| (one.namespace(), one.name_any()));
         settings.map(|settings| settings.spec.configuration.clone()).unwrap_or_default()
@@ -189,14 +219,20 @@ impl World {
         self.classes.get(&ObjectRef::new(name)).is_some()
     }
 
-    /// Whether a node that takes guests has all these labels.
-    pub fn has_node(&self, labels: &BTreeMap<String, String>) -> bool {
-        let fits = |node: &Node| {
-            let own = node.labels();
-            let schedulable = own.get(keys::SCHEDULABLE).is_some_and(|is| is == "true");
-            schedulable && labels.iter().all(|(name, value)| own.get(name) == Some(value))
+    /// The labels among these that no node has which takes guests.
+    pub fn lacking<'a>(&self, labels: &'a BTreeMap<String, String>) -> Vec<&'a str> {
+        let mut nodes = self.nodes.state();
+        nodes.retain(|node| node.labels().get(keys::SCHEDULABLE).is_some_and(|is| is == "true"));
+        let has = |(name, value): &(&String, &String)| {
+            nodes.iter().any(|node| node.labels().get(*name) == Some(value))
         };
-        self.nodes.state().iter().any(|node| fits(node))
+        labels.iter().filter(|label| !has(label)).map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// Where a node's gateway is, as its handler says.
+    pub fn gateway(&self, node: &str) -> Option<String> {
+        let node = self.nodes.get(&ObjectRef::new(node))?;
+        node.annotations().get(keys::GATEWAY).cloned()
     }
 
     /// Who else has a hardware address.

@@ -37,12 +37,12 @@ pub struct Link {
     pub rates: Vec<f64>,
 }
 
-/// Measures the way to the gateway `expect`, for about a second.
-pub(super) async fn probe(
+/// Opens a probe of the way to the gateway `expect`, and measures the time until it is answered.
+pub(super) async fn open(
     shared: &Shared,
     address: &str,
     expect: &SpiffeId,
-) -> Result<Link, Failure> {
+) -> Result<(dial::Tls, Duration), Failure> {
     let mut tls = dial::connect(shared, address, expect).await?;
     let asked = Instant::now();
     // A write that fails was refused: the reason is there to be read.
@@ -52,7 +52,17 @@ pub(super) async fn probe(
         Reply::Refused(refusal) => return Err(Failure::Refused(refusal)),
         Reply::Accepted { .. } => return Err(dial::nonsense()),
     }
-    let rtt = asked.elapsed();
+    Ok((tls, asked.elapsed()))
+}
+
+/// Measures the way to the gateway `expect`, for about a second.
+pub(super) async fn probe(
+    shared: &Shared,
+    address: &str,
+    expect: &SpiffeId,
+) -> Result<Link, Failure> {
+    let (tls, rtt) = open(shared, address, expect).await?;
+    let asked = Instant::now();
     let (mut from, mut to) = tokio::io::split(tls);
     let room = Semaphore::new(FIRST);
     let send = async {

@@ -124,6 +124,17 @@ pub fn check(facts: &Facts) -> Found {
     found
 }
 
+/// Looks at a guest of another cluster that may come to a VMI which is not there yet, on claims that are
+/// to be made for it.
+pub fn check_arrival(facts: &Facts, claims: &[PersistentVolumeClaim]) -> Found {
+    let mut found = Found::default();
+    match facts.vmi.parse() {
+        Ok(_) => place(facts, snapshot(facts), Vec::new(), claims, &mut found),
+        Err(why) => found.fault("Invalid", why),
+    }
+    found
+}
+
 /// What the VMI is.
 fn state(facts: &Facts, found: &mut Found) {
     let name = facts.vmi.name_any();
@@ -282,7 +293,6 @@ fn room(facts: &Facts, pod: &Pod, claims: &[PersistentVolumeClaim], found: &mut 
 fn snapshot(facts: &Facts) -> Snapshot {
     let vmi = Arc::new(facts.vmi.clone());
     let namespace = vmi.namespace().unwrap_or_default();
-    let spec = vmi.parse().unwrap_or_default();
     let migration = Migration {
         vmi_name: vmi.name_any(),
         added_node_selector: facts.selector.clone(),
@@ -317,7 +327,7 @@ fn snapshot(facts: &Facts) -> Snapshot {
             vmi.labels(),
             &facts.settings.migrations,
         ),
-        processor: processor(node, &spec, &facts.settings),
+        processor: processor(node, Some(&facts.vmi), &facts.settings),
         faults: None,
         heard: None,
         later: 0,

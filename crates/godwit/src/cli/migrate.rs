@@ -21,6 +21,9 @@ pub struct Migrate {
     /// The namespace there; default: the one that it is in.
     #[arg(long, requires = "to")]
     pub to_namespace: Option<String>,
+    /// What a network is called there, where that is another name.
+    #[arg(long, requires = "to", value_name = "HERE=THERE")]
+    pub network_map: Vec<String>,
     /// The class of storage to which its disks are to go, while it runs.
     #[arg(long, conflicts_with = "to_node")]
     pub storage_class: Option<String>,

@@ -14,6 +14,11 @@ pub struct Network {
 }
 
 impl Network {
+    /// The synchronizer's address: no node's, of which there are fewer.
+    pub fn synchronizer(&self) -> Ipv4Addr {
+        Ipv4Addr::from_bits(self.range.to_bits() | 254)
+    }
+
     /// The address of a node, by its number from 1 on.
     pub fn address(&self, node: u8) -> Ipv4Addr {
         Ipv4Addr::from_bits(self.range.to_bits() | u32::from(node))

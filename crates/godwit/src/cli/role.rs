@@ -53,6 +53,10 @@ pub struct Controller {
     /// Its name among replicas, of which one does the work; default: a new one.
     #[arg(long)]
     pub name: Option<String>,
+    /// The certificates of the cluster's CAs, where the controllers are to tell everybody whom to
+    /// believe: these, and linked clusters'.
+    #[arg(long)]
+    pub ca: Option<PathBuf>,
     /// The image with this program, of which the pods are that it makes.
     #[arg(long, default_value = controllers::IMAGE)]
     pub image: String,
@@ -64,9 +68,17 @@ pub struct Synchronizer {
     /// The address to listen on; the port is the settings' `synchronizationPort`, or 9185.
     #[arg(long, default_value = "0.0.0.0")]
     pub listen: IpAddr,
+    /// A network for migrations, and the address in it or the interface that has one: it listens there
+    /// when the settings name that network.
+    #[arg(long, value_name = "NAME=ADDRESS|INTERFACE")]
+    pub migration_network: Vec<String>,
     /// Where other clusters find it, `host:port`; default: where it listens.
     #[arg(long)]
     pub advertise: Option<String>,
+    /// The Service in its namespace that says where other clusters find it: at its load balancer, or at its
+    /// own address.
+    #[arg(long, conflicts_with = "advertise")]
+    pub service: Option<String>,
     /// Where the port is written down that it has: then one that is taken is no reason not to listen.
     #[arg(long, hide = true)]
     pub remember: Option<PathBuf>,

@@ -6,32 +6,18 @@
 //! a watch per part    its credentials, as they are renewed
 //! ```
 
+use crate::trust::{self, Others, Sources};
 use anyhow::{Context, Result, anyhow};
-use api::keys;
 use api::kubevirt::KubeVirt;
-use api::link::ClusterLink;
-use channel::identity::{Ca, Credentials, SpiffeId, Validity, linked, linked_of};
+use channel::identity::{Ca, Credentials, SpiffeId, Validity};
 use controllers::certificates::{Authority, Held, Leaf, Plan, Step, Terms, plan};
-use k8s_openapi::api::core::v1::ConfigMap;
-use kube::api::{Patch, PatchParams, PostParams};
 use kube::runtime::watcher;
 use kube::{Api, Client, ResourceExt};
 use reconcile::kept::Keeper;
-use reconcile::why;
-use serde_json::json;
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::sync::watch;
 
-/// The ConfigMap of those that are believed, as KubeVirt's.
-const BUNDLE: &str = "kubevirt-ca";
-/// The ConfigMap of other clusters' CAs, as KubeVirt's: what people put there is taken.
-const EXTERNAL: &str = "kubevirt-external-ca";
-const KEY: &str = "ca-bundle";
-/// Annotation of the bundle: the clusters that are believed because they are linked.
-const LINKED: &str = "godwit.dev/linked";
 /// What could not be done is tried again after this.
 const AGAIN: Duration = Duration::from_secs(2);
 /// Nothing is looked at more often, or less often.
@@ -44,10 +30,8 @@ pub struct Certificates {
     authorities: Vec<(Ca, Authority)>,
     parts: Vec<Part>,
     terms: Terms,
-    /// The certificates of other clusters' CAs.
-    others: Vec<String>,
-    /// The clusters among them that are linked.
-    linked: BTreeSet<String>,
+    /// Other clusters' CAs.
+    others: Others,
     /// The bundle that everybody can have.
     published: String,
 }
@@ -74,8 +58,7 @@ impl Certificates {
             authorities: Vec::new(),
             parts: Vec::new(),
             terms,
-            others: Vec::new(),
-            linked: BTreeSet::new(),
+            others: Others::none(cluster),
             published: String::new(),
         };
         for number in numbers(folder)? {
@@ -106,20 +89,17 @@ impl Certificates {
         let mut keeper = Keeper::default();
         let settings =
             keeper.keep(Api::<KubeVirt>::all(client.clone()), watcher::Config::default());
-        let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
-        let of_others = watcher::Config::default().fields(&format!("metadata.name={EXTERNAL}"));
-        let of_others = keeper.keep(maps, of_others);
-        let links =
-            keeper.keep(Api::<ClusterLink>::all(client.clone()), watcher::Config::default());
-        reconcile::ready!(settings, of_others, links);
-        self.recall(&client, &links.state()).await;
+        let sources = Sources::open(&mut keeper, &client);
+        reconcile::ready!(settings);
+        sources.ready().await;
+        self.others.recall(&client, &sources).await;
         loop {
             let found =
                 settings.state().into_iter().min_by_key(|one| (one.namespace(), one.name_any()));
             let strategy = found.map(|one| one.spec.certificate_rotate_strategy.clone());
             self.terms = Terms::of(&strategy.unwrap_or_default());
-            let text = of_others.state().first().map(|map| bundle_of(map)).unwrap_or_default();
-            self.believe(&links.state());
+            let text = sources.external();
+            self.others.believe(&sources);
             let again = match self.take(&client, &text).await {
                 Ok(again) => again.duration_since(SystemTime::now()).unwrap_or_default(),
                 Err(error) => {
@@ -134,47 +114,10 @@ impl Certificates {
         }
     }
 
-    /// Believes again whom it believed before; but those whose links have gone meanwhile.
-    async fn recall(&mut self, client: &Client, links: &[Arc<ClusterLink>]) {
-        let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
-        let Some(before) = maps.get_opt(BUNDLE).await.ok().flatten() else { return };
-        self.others = linked(&bundle_of(&before), &self.cluster, SystemTime::now());
-        let were = before.annotations().get(LINKED).map(String::as_str).unwrap_or_default();
-        self.linked = were.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
-        self.believe(links);
-    }
-
-    /// Believes linked clusters by what their links say of them, and no longer than they are linked.
-    fn believe(&mut self, links: &[Arc<ClusterLink>]) {
-        let now = SystemTime::now();
-        let names: BTreeSet<String> = links.iter().map(|link| link.name_any()).collect();
-        for cluster in self.linked.union(&names) {
-            let theirs = linked_of(&self.others.concat(), cluster, now);
-            self.others.retain(|one| !theirs.contains(one));
-        }
-        for link in links.iter().filter(|link| link.name_any() != self.cluster) {
-            self.others.extend(linked_of(&link.spec.ca_bundle, &link.name_any(), now));
-        }
-        self.linked = names;
-    }
-
-    /// Believes those whom people have put among other clusters' CAs, as well; they are taken from there,
-    /// as KubeVirt does it. And does all else that is to be done.
+    /// Does all that is to be done, and then takes what people have put among other clusters' CAs.
     async fn take(&mut self, client: &Client, text: &str) -> Result<SystemTime> {
-        let all = self.others.concat() + text;
-        self.others = linked(&all, &self.cluster, SystemTime::now());
         let again = self.look(client).await?;
-        if !text.trim().is_empty() {
-            let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
-            let test = json!([
-                {"op": "test", "path": format!("/data/{KEY}"), "value": text},
-                {"op": "replace", "path": format!("/data/{KEY}"), "value": ""},
-            ]);
-            let patch = Patch::<ConfigMap>::Json(serde_json::from_value(test)?);
-            // What was changed meanwhile is looked at again.
-            let taken = maps.patch(EXTERNAL, &PatchParams::default(), &patch).await;
-            taken.map_err(|error| anyhow!("ConfigMap {EXTERNAL}: {}", why(&error)))?;
-        }
+        trust::take(client, text).await?;
         Ok(again)
     }
 
@@ -184,8 +127,7 @@ impl Certificates {
             let (plan, acted) = self.settle()?;
             let bundle = self.bundle();
             if bundle != self.published {
-                let linked = self.linked.iter().cloned().collect::<Vec<_>>().join(",");
-                publish(client, &self.cluster, &linked, &bundle).await?;
+                self.others.publish(client, &bundle).await?;
                 self.published = bundle;
                 let now = SystemTime::now();
                 for (_, authority) in &mut self.authorities {
@@ -264,12 +206,8 @@ impl Certificates {
     /// The certificates of all that are believed.
     fn bundle(&self) -> String {
         let own = self.authorities.iter().map(|(ca, _)| ca.certificate_pem());
-        own.chain(self.others.iter().map(String::as_str)).collect()
+        own.collect::<String>() + &self.others.pem()
     }
-}
-
-fn bundle_of(map: &ConfigMap) -> String {
-    map.data.as_ref().and_then(|data| data.get(KEY).cloned()).unwrap_or_default()
 }
 
 /// The numbers of a folder's CAs, in order.
@@ -285,25 +223,4 @@ fn numbers(folder: &Path) -> Result<Vec<u64>> {
     let mut numbers: Vec<u64> = names.filter_map(|name| name.parse().ok()).collect();
     numbers.sort_unstable();
     Ok(numbers)
-}
-
-/// Lets everybody have the bundle, and sees to it that there is a place for other clusters'.
-async fn publish(client: &Client, cluster: &str, linked: &str, bundle: &str) -> Result<()> {
-    let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
-    let refused = |error| anyhow!("ConfigMap {}/{BUNDLE}: {}", api::NAMESPACE, why(&error));
-    for (name, text) in [(EXTERNAL, ""), (BUNDLE, bundle)] {
-        let map = json!({
-            "apiVersion": "v1", "kind": "ConfigMap",
-            "metadata": {"name": name}, "data": {KEY: text},
-        });
-        let made = serde_json::from_value(map)?;
-        match maps.create(&PostParams::default(), &made).await {
-            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {}
-            other => other.map(|_| ()).map_err(refused)?,
-        }
-    }
-    let notes = json!({keys::CLUSTER: cluster, LINKED: linked});
-    let patch = Patch::Merge(json!({"metadata": {"annotations": notes}, "data": {KEY: bundle}}));
-    maps.patch(BUNDLE, &PatchParams::default(), &patch).await.map_err(refused)?;
-    Ok(())
 }

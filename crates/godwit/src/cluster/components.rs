@@ -31,7 +31,7 @@ const LOOK: Duration = Duration::from_secs(2);
 const AGAIN: Duration = Duration::from_millis(100);
 const CONTROLLER: &str = "virt-controller";
 const HANDLER: &str = "virt-handler";
-const SYNCHRONIZER: &str = "virt-synchronization-controller";
+const SYNCHRONIZER: &str = controllers::synchronizer::NAME;
 /// A synchronizer that listens answers within this time.
 const ANSWERS: Duration = Duration::from_secs(1);
 
@@ -98,7 +98,7 @@ impl Components {
         let controller = is_held(lease.as_ref(), Instant::now()) && self.lives("controller");
         let settings = self.settings().await?;
         let settings = settings.into_iter().min_by_key(|one| one.metadata.name.clone());
-        let synchronizes = settings.as_ref().is_some_and(|s| s.spec.gate(synchronizer::GATE));
+        let synchronizes = settings.as_ref().is_some_and(|s| s.spec.synchronizer().is_some());
         let wanted = records(&self.nodes, synchronizes);
         let gone: Vec<Record> = shown.keys().filter(|r| !wanted.contains(r)).cloned().collect();
         for record in gone {

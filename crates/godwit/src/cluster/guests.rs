@@ -56,11 +56,18 @@ impl Handlers {
         Ok(Box::new(stream))
     }
 
-    async fn forecast(&self, plan: webapi::Plan<'_>) -> Result<Value, Failure> {
-        let webapi::Plan { source, namespace, name, node, all, options } = plan;
+    /// What a move of a guest on the node `source` would take.
+    ///
+    /// # Errors
+    /// Why that is not known.
+    pub async fn forecast(
+        &self,
+        source: &str,
+        (namespace, name): (&str, &str),
+        plan: moves::Plan,
+    ) -> Result<Value, Failure> {
         let address = self.address(source).await?;
         let (tls, handler) = self.way(source)?;
-        let plan = moves::Plan { node: node.into(), all, options: options.clone() };
         let (namespace, name) = (namespace.into(), name.into());
         let ask = Ask { act: Act::Forecast, namespace, name, plan: Some(plan) };
         let told = serve::forecast(&tls, &address, &handler, &ask).await.map_err(failure)?;
@@ -154,7 +161,10 @@ impl webapi::Guests for Handlers {
     }
 
     fn forecast<'a>(&'a self, plan: webapi::Plan<'a>) -> Later<'a, Value> {
-        Box::pin(self.forecast(plan))
+        let webapi::Plan { source, namespace, name, node, all, options } = plan;
+        let (node, options) = (node.into(), options.clone());
+        let plan = moves::Plan { node, all, options, ..moves::Plan::default() };
+        Box::pin(self.forecast(source, (namespace, name), plan))
     }
 
     fn measure(&self) -> Later<'_, Measured> {

@@ -78,7 +78,9 @@ impl Nodes {
         }
         let mut vms = Vms::prepare(server, folder, arguments).await?;
         vms.start_controllers(server, &mut controllers)?;
-        vms.start_synchronizer(server, folder, &mut controllers)?;
+        let networks = arguments.migration_network.iter();
+        let networks = networks.map(|n| (n.name.clone(), n.synchronizer().into())).collect();
+        vms.start_synchronizer(server, folder, networks, &mut controllers)?;
         let (ending, ends) = watch::channel(Ending::Not);
         let mut agents = JoinSet::new();
         for number in 1..=arguments.nodes {

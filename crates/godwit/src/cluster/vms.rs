@@ -8,6 +8,7 @@ use super::kubeconfig::{self, Access};
 use super::kvm;
 use super::nodes::client;
 use crate::cli::{self, Accelerator};
+use crate::ground::Ground;
 use crate::{rights, roles};
 use anyhow::{Context, Result, anyhow};
 use apiserver::embedded::Server;
@@ -19,10 +20,11 @@ use node::agent::volumes::HostPaths;
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use synchronizer::Advertise;
 use tokio::task::JoinSet;
 
 /// Where the settings are.
@@ -102,7 +104,13 @@ impl Vms {
                 .context("cannot make the roles")?;
         }
         let rights = "/apis/rbac.authorization.k8s.io/v1/namespaces/kubevirt";
-        for (kind, object) in [("roles", rights::leads()), ("rolebindings", rights::bind_leads())] {
+        let own = [
+            ("roles", rights::leads()),
+            ("rolebindings", rights::bind_leads()),
+            ("roles", rights::believes()),
+            ("rolebindings", rights::bind_believes(rights::group(HANDLERS))),
+        ];
+        for (kind, object) in own {
             let path = format!("{rights}/{kind}");
             replace(&api, &path, &object).await.map_err(failed).context("cannot make the roles")?;
         }
@@ -134,7 +142,9 @@ impl Vms {
         let Some(children) = &mut self.children else {
             let (client, name) = (account(server), self.cluster.clone());
             let never = std::future::pending();
-            tasks.spawn(async move { roles::lead(client, &name, controllers::IMAGE, never).await });
+            tasks.spawn(async move {
+                roles::lead(client, &name, controllers::IMAGE, None, never).await
+            });
             return Ok(());
         };
         let name = "controller";
@@ -175,10 +185,7 @@ impl Vms {
             let mut arguments: Vec<OsString> = vec!["handler".into(), "--node".into(), node.into()];
             arguments.extend(["--folder".into(), handler_folder(folder).into()]);
             arguments.extend(["--listen".into(), listen.to_string().into()]);
-            for (name, address) in &networks {
-                let network = format!("{name}={address}");
-                arguments.extend(["--migration-network".into(), network.into()]);
-            }
+            arguments.extend(options(&networks));
             arguments.extend(["--identity".into(), identity.into()]);
             arguments.extend(["--kubeconfig".into(), config.write(server, &place)?.into()]);
             children.start(&name, arguments);
@@ -210,6 +217,7 @@ impl Vms {
         &mut self,
         server: &Server,
         folder: &Path,
+        networks: BTreeMap<String, IpAddr>,
         tasks: &mut JoinSet<()>,
     ) -> Result<()> {
         let id = SpiffeId::new(&self.cluster, synchronizer::ROLE, synchronizer::INSTANCE)?;
@@ -227,17 +235,21 @@ impl Vms {
             arguments.push(identity.into());
             arguments.extend(["--listen".into(), Ipv4Addr::LOCALHOST.to_string().into()]);
             arguments.extend(["--remember".into(), remembered.into()]);
+            arguments.extend(options(&networks));
             arguments.extend(["--kubeconfig".into(), config.write(server, &place)?.into()]);
             children.start(name, arguments);
             return Ok(());
         }
+        let client = client(server, SYNCHRONIZER, &ACCOUNTS);
         let config = synchronizer::Config {
             address: Ipv4Addr::LOCALHOST.into(),
+            networks,
             remembered: Some(remembered),
-            advertise: None,
+            advertise: Advertise::Here,
+            ground: Arc::new(Ground::new(&client, &credentials)),
             credentials,
         };
-        tasks.spawn(synchronizer::run(client(server, SYNCHRONIZER, &ACCOUNTS), config));
+        tasks.spawn(synchronizer::run(client, config));
         Ok(())
     }
 
@@ -246,6 +258,14 @@ impl Vms {
         tasks.spawn(self.certificates.run(account(server)));
         self.children
     }
+}
+
+/// Networks for migrations, as a role in a process of its own is told of them.
+fn options<T: std::fmt::Display>(networks: &BTreeMap<String, T>) -> Vec<OsString> {
+    let option = |(name, address): (&String, &T)| {
+        ["--migration-network".into(), format!("{name}={address}").into()]
+    };
+    networks.iter().flat_map(option).collect()
 }
 
 /// How a role in a process of its own is known to the API.

@@ -16,7 +16,7 @@ mod mobility;
 mod prepare;
 mod source;
 
-pub use forecast::{Outlook, Plan, look};
+pub use forecast::{Elsewhere, Outlook, Plan, look};
 pub use prepare::Cluster;
 
 use super::guests::{Guest, Key, SOON, get};

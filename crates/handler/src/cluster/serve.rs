@@ -146,16 +146,33 @@ impl Served {
 }
 
 fn server(credentials: &Credentials) -> Result<tls::Server, tls::Error> {
-    tls::Server::new(&credentials.identity, credentials.trust.clone(), &[Role::Api])
+    let roles = [Role::Api, Role::Synchronizer];
+    tls::Server::new(&credentials.identity, credentials.trust.clone(), &roles)
+}
+
+/// Whether somebody may ask that. N.B. other clusters are believed, too, in what they say they are: but
+/// guests of this one are not theirs.
+fn may(own: &SpiffeId, peer: &SpiffeId, ask: &Ask) -> Result<(), Told> {
+    let of_cluster = peer.cluster() == own.cluster();
+    match peer.role() {
+        Role::Api if of_cluster => Ok(()),
+        Role::Synchronizer if of_cluster && ask.act == Act::Forecast => Ok(()),
+        _ => Err(told(403, format!("{peer} may not ask that of {own}"))),
+    }
 }
 
 async fn serve(shared: &Shared, tls: &tls::Server, stream: TcpStream) -> Result<(), String> {
     let shaken = tokio::time::timeout(PATIENCE, tls.accept(stream)).await;
-    let (stream, _) =
+    let (stream, peer) =
         shaken.map_err(|_| "no handshake in time")?.map_err(|e| launcher::chain(&e))?;
     let mut stream = BufReader::new(stream);
     let asked = tokio::time::timeout(PATIENCE, read_line::<Ask>(&mut stream, LINE)).await;
     let ask = asked.map_err(|_| "no request in time")??;
+    if let Err(told) = may(&shared.config.id(), &peer, &ask) {
+        write_line(&mut stream, &told).await?;
+        let _ = stream.shutdown().await;
+        return Ok(());
+    }
     if ask.act == Act::Measure {
         let samples = measure::all(shared).await;
         write_line(&mut stream, &Told { code: 200, message: String::new() }).await?;

@@ -83,11 +83,18 @@ async fn place(shared: &Shared) -> Result<IpAddr, String> {
     let own = shared.config.networks.get(&network).ok_or_else(|| {
         format!("this node has no address in migration network {network}: name it where the handler is run")
     })?;
+    let why = |why| format!("migration network {network}: {why}");
+    address_of(own).await.map_err(why)
+}
+
+/// An address, as it is said: by itself, or by the interface that has it.
+///
+/// # Errors
+/// For people.
+pub async fn address_of(own: &str) -> Result<IpAddr, String> {
     match own.parse() {
         Ok(ip) => Ok(ip),
-        Err(_) => of_interface(own).await.ok_or_else(|| {
-            format!("interface {own} of migration network {network} has no address")
-        }),
+        Err(_) => of_interface(own).await.ok_or_else(|| format!("interface {own} has no address")),
     }
 }
 

@@ -1,5 +1,6 @@
 //! What a VM that goes to another cluster is there. Pure.
 
+use super::checks::PROTOCOL;
 use api::conditions::{Is, types};
 use api::keys;
 use api::migration::VirtualMachineInstanceMigration as Migration;
@@ -32,8 +33,11 @@ pub struct Offer {
     pub vm: Value,
     /// Secrets and ConfigMaps that it names.
     pub brings: Vec<Value>,
-    /// What its node must have for the guest's processor.
+    /// What its node must have.
     pub selectors: BTreeMap<String, String>,
+    /// What the sender speaks.
+    #[serde(default)]
+    pub protocol: u32,
 }
 
 /// A VM and what there is of it.
@@ -65,6 +69,7 @@ pub fn offer(facts: &Facts<'_>) -> Result<Offer, Vec<String>> {
     // N.B. the VMI's: the guest is the machine that it is, whatever the template says by now.
     let mut spec = vmi.spec.0.clone();
     let templates = disks(facts, &mut spec, &mut faults);
+    rename_networks(&mut spec, &wanted.network_map);
     if !faults.is_empty() {
         return Err(faults);
     }
@@ -90,8 +95,25 @@ pub fn offer(facts: &Facts<'_>) -> Result<Offer, Vec<String>> {
         },
     });
     let from_name = vm.name_any();
-    let (brings, selectors) = Default::default();
-    Ok(Offer { from_namespace, from_name, namespace, name, vm: object, brings, selectors })
+    Ok(Offer {
+        from_namespace,
+        from_name,
+        namespace,
+        name,
+        vm: object,
+        protocol: PROTOCOL,
+        ..Offer::default()
+    })
+}
+
+/// Calls networks what they are called there.
+fn rename_networks(spec: &mut Value, names: &BTreeMap<String, String>) {
+    for network in spec["networks"].as_array_mut().into_iter().flatten() {
+        let name = network["multus"]["networkName"].as_str().and_then(|name| names.get(name));
+        if let Some(name) = name {
+            network["multus"]["networkName"] = name.as_str().into();
+        }
+    }
 }
 
 /// What of the VM's state keeps it from moving.
@@ -218,6 +240,10 @@ mod test {
                 {"name": "seed", "cloudInitNoCloud": {"secretRef": {"name": "seed"}}},
                 {"name": "files", "configMap": {"name": "files"}},
             ],
+            "networks": [
+                {"name": "n", "multus": {"networkName": "br0"}},
+                {"name": "m", "multus": {"networkName": "br1"}},
+            ],
         });
         let vmi: VirtualMachineInstance = made(json!({
             "metadata": {"name": "web", "namespace": "a"}, "spec": spec, "status": {"phase": "Running"},
@@ -227,7 +253,11 @@ mod test {
             "spec": {"accessModes": ["ReadWriteOnce"], "storageClassName": "local"},
             "status": {"capacity": {"storage": "1Gi"}},
         }));
-        let wanted = Wanted { namespace: Some("b".into()), ..Wanted::default() };
+        let wanted = Wanted {
+            namespace: Some("b".into()),
+            network_map: [("br0".to_owned(), "lan".to_owned())].into(),
+            ..Wanted::default()
+        };
         let mut facts = Facts {
             id: "1",
             wanted: &wanted,
@@ -245,6 +275,9 @@ mod test {
         assert_eq!(disk["pvc"]["resources"]["requests"]["storage"], "1Gi");
         let mac = &there["spec"]["template"]["spec"]["domain"]["devices"]["interfaces"][0];
         assert_eq!(mac["macAddress"], "02:00:00:00:00:01");
+        let networks = &there["spec"]["template"]["spec"]["networks"];
+        assert_eq!(networks[0]["multus"]["networkName"], "lan");
+        assert_eq!(networks[1]["multus"]["networkName"], "br1");
         let all = [("ConfigMap", "files".to_owned()), ("Secret", "seed".to_owned())];
         assert_eq!(named(&spec), BTreeSet::from(all));
         // Each obstacle is told, all at once.

@@ -1,7 +1,9 @@
 //! The other cluster's part of a VM that comes with all that it needs.
 
+use super::checks::{self, PROTOCOL};
 use super::offer::{MOVE, Offer};
-use crate::wire::Told;
+use crate::ground::Arrival;
+use crate::wire::{Spot, Told};
 use crate::world::World;
 use api::keys;
 use api::migration::{
@@ -10,10 +12,13 @@ use api::migration::{
 use api::owner::{Ledger, OwnerRecord};
 use api::vm::VirtualMachine;
 use api::vmi::{Phase, VirtualMachineInstance};
+use channel::identity::{Role, SpiffeId};
+use jiff::Timestamp;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use reconcile::events::why;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 /// Annotation of a VM that is made for a move: the cluster that it comes from.
 const FROM: &str = "godwit.dev/moved-from";
@@ -25,6 +30,9 @@ pub async fn offered(world: &World, cluster: &str, id: &str, offer: &Offer, chec
         warnings,
         address: None,
         waits: None,
+        spot: None,
+        now: Timestamp::now(),
+        protocol: PROTOCOL,
     };
     let came_from = Ledger {
         cluster: cluster.into(),
@@ -36,6 +44,7 @@ pub async fn offered(world: &World, cluster: &str, id: &str, offer: &Offer, chec
         Err(why) => return told(vec![why], Vec::new()),
     };
     let mut faults = there.faults(world, cluster, id, offer);
+    faults.extend(checks::protocol(cluster, offer.protocol));
     let mut warnings = Vec::new();
     // N.B. nothing is made before all of it could be.
     if there.namespace && world.allows(&offer.namespace, cluster) {
@@ -49,13 +58,20 @@ pub async fn offered(world: &World, cluster: &str, id: &str, offer: &Offer, chec
             faults.push(why);
         }
     }
-    if check || !faults.is_empty() {
-        return told(faults, warnings);
+    let mut told = told(faults, warnings);
+    let Told::Offered { faults, address, waits, spot, .. } = &mut told else { return told };
+    if check {
+        match there.spot(world, offer).await {
+            Ok(found) => *spot = Some(found),
+            Err(more) => faults.extend(more),
+        }
+    } else if faults.is_empty() {
+        match make(world, &there, cluster, id, offer).await {
+            Ok(()) => *address = Some(world.address()),
+            Err(why) => *waits = Some(why),
+        }
     }
-    match make(world, &there, cluster, id, offer).await {
-        Ok(()) => Told::Offered { faults, warnings, address: Some(world.address()), waits: None },
-        Err(waits) => Told::Offered { faults, warnings, address: None, waits: Some(waits) },
-    }
+    told
 }
 
 fn vms(world: &World, namespace: &str) -> Api<DynamicObject> {
@@ -118,10 +134,60 @@ impl Place {
                 faults.push(format!("cluster {own} has no storage class {class}"));
             }
         }
-        if !world.has_node(&offer.selectors) {
-            faults.push(format!("no node of cluster {own} has all that the guest's processor has"));
+        let lacking = world.lacking(&offer.selectors);
+        if !lacking.is_empty() {
+            let lacking = lacking.join(", ");
+            faults.push(format!("no node of cluster {own} has what the guest has: {lacking}"));
         }
         faults
+    }
+
+    /// The node that the guest would get, and the way to it.
+    async fn spot(&self, world: &World, offer: &Offer) -> Result<Spot, Vec<String>> {
+        let failed = |error: serde_json::Error| vec![error.to_string()];
+        let mut vmi = json!({
+            "metadata": offer.vm["spec"]["template"]["metadata"],
+            "spec": offer.vm["spec"]["template"]["spec"],
+        });
+        let mut templates = offer.vm["spec"]["dataVolumeTemplates"].clone();
+        if let Some(vm) = self.vm.as_ref().filter(|_| self.returns) {
+            // It has disks there already.
+            vmi["spec"] = vm.spec.template.spec.clone();
+            templates = Value::Null;
+        }
+        vmi["metadata"]["name"] = offer.name.as_str().into();
+        vmi["metadata"]["namespace"] = offer.namespace.as_str().into();
+        // Of one that is not made; as long as a uid is.
+        vmi["metadata"]["uid"] = Uuid::nil().to_string().into();
+        let claims = templates.as_array().into_iter().flatten().map(|template| {
+            serde_json::from_value(json!({
+                "metadata": {"name": template["metadata"]["name"], "namespace": offer.namespace},
+                "spec": template["spec"]["pvc"],
+            }))
+        });
+        // What no node has was told: whether there is a place otherwise?
+        let lacking = world.lacking(&offer.selectors);
+        let mut selectors = offer.selectors.clone();
+        selectors.retain(|name, _| !lacking.contains(&name.as_str()));
+        let arrival = Arrival {
+            selectors,
+            vmi: serde_json::from_value(vmi).map_err(failed)?,
+            claims: claims.collect::<Result<_, _>>().map_err(failed)?,
+            settings: world.configuration(),
+        };
+        let found = world.ground.place(arrival).await.map_err(|why| vec![why])?;
+        if !found.faults.is_empty() {
+            return Err(found.faults);
+        }
+        let node = found.node.unwrap_or_default();
+        let cluster = world.cluster();
+        let gateway = world.gateway(&node).ok_or_else(|| {
+            vec![format!(
+                "node {node} of cluster {cluster} does not say where its gateway is: its handler's log tells more"
+            )]
+        })?;
+        let id = SpiffeId::new(&cluster, Role::Handler, &node);
+        Ok(Spot { node, gateway, id: id.map_err(|error| vec![error.to_string()])? })
     }
 
     /// Makes the VM, or lets the one that has left wait for its guest; or tries only whether the API

@@ -14,10 +14,26 @@ use serde::{Deserialize, Serialize};
 pub struct Plan {
     /// The node to which the guest would go.
     pub node: String,
+    /// That node's gateway, where it is another cluster's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub elsewhere: Option<Elsewhere>,
+    /// Only find out whether the gateway can be reached: in a moment, and without the guest.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub only_reach: bool,
     /// Whether all disks go to other storage, those too that both nodes can use.
     pub all: bool,
     /// How it would be moved.
     pub options: Options,
+}
+
+/// Another cluster's gateway.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Elsewhere {
+    /// `host:port`.
+    pub address: String,
+    /// Whose it is.
+    pub id: SpiffeId,
 }
 
 /// What was measured, and what it would take.
@@ -37,9 +53,18 @@ pub struct Outlook {
 /// What cannot be measured, for people.
 pub async fn look(shared: &Shared, launcher: &Launcher, plan: &Plan) -> Result<Outlook, String> {
     let gateway = shared.moves.gateway.get().ok_or("the gateway is not open yet")?;
-    let address = gateway_of(shared, &plan.node).await?;
-    let id = SpiffeId::new(shared.config.id().cluster(), Role::Handler, &plan.node)
-        .map_err(|error| error.to_string())?;
+    let (address, id) = match &plan.elsewhere {
+        Some(Elsewhere { address, id }) => (address.clone(), id.clone()),
+        None => {
+            let id = SpiffeId::new(shared.config.id().cluster(), Role::Handler, &plan.node);
+            (gateway_of(shared, &plan.node).await?, id.map_err(|error| error.to_string())?)
+        }
+    };
+    if plan.only_reach {
+        let rtt = gateway.reach(&address, &id).await.map_err(|error| launcher::chain(&error))?;
+        let way = Way { rtt_ms: rtt.as_secs_f64() * 1e3, ..Way::default() };
+        return Ok(Outlook { way, ..Outlook::default() });
+    }
     // N.B. one after the other: each would slow the other down.
     let guest = launcher.measure().await.map_err(|error| launcher::chain(&error))?;
     let link = gateway.probe(&address, &id).await.map_err(|error| launcher::chain(&error))?;
