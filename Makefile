@@ -38,6 +38,7 @@ bench: guest ## measure, side by side with QEMU's own way and libvirt
 	target/release/bench-cluster
 	target/release/bench-vms
 	target/release/bench-moves
+	target/release/bench-across
 
 soak: guest ## move with random faults: MINUTES=10 SEED=1; the larger model; kills at every step
 	cargo build -q --release -p godwit -p e2e --bins

@@ -51,7 +51,14 @@ impl Run {
 /// # Errors
 /// When there is no room.
 pub fn full_disk(path: &Path, mib: u64) -> Result<()> {
-    let mut to = File::create(path)?;
+    fill(&mut File::create(path)?, mib)
+}
+
+/// Fills a file with bytes that do not compress.
+///
+/// # Errors
+/// When there is no room.
+pub fn fill(to: &mut File, mib: u64) -> Result<()> {
     let mut buffer = vec![0; 4 << 20];
     for n in 0..mib / 4 {
         oracle::block::fill(&mut buffer, n);

@@ -78,6 +78,47 @@ fn up(
     Ok(())
 }
 
+/// The kubeconfig with a context for each of some clusters: `godwit-NAME`.
+///
+/// # Errors
+/// What `godwit kubeconfig` says.
+pub fn contexts(clusters: &[&Cluster]) -> Result<PathBuf> {
+    let first = clusters.first().context("no cluster")?;
+    let all = first.dir().join("contexts");
+    let into = all.to_str().context("a path")?;
+    for cluster in clusters {
+        let merge = ["kubeconfig", "--name", &cluster.name, "--merge", "--into", into];
+        let merged = cluster.godwit(&merge)?;
+        ensure!(merged.status.success(), "{}", String::from_utf8_lossy(&merged.stderr));
+    }
+    Ok(all)
+}
+
+/// Links two clusters, by the command for that, or ends their link.
+///
+/// # Errors
+/// What it says.
+pub fn link(one: &Cluster, other: &Cluster) -> Result<()> {
+    pair("link", one, other)
+}
+
+/// Ends that.
+///
+/// # Errors
+/// What it says.
+pub fn unlink(one: &Cluster, other: &Cluster) -> Result<()> {
+    pair("unlink", one, other)
+}
+
+fn pair(act: &str, one: &Cluster, other: &Cluster) -> Result<()> {
+    let mut command = Command::new(&one.program);
+    command.args(["cluster", act, &format!("godwit-{}", one.name)]);
+    command.arg(format!("godwit-{}", other.name));
+    let done = command.arg("--kubeconfig").arg(contexts(&[one, other])?).output()?;
+    ensure!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    Ok(())
+}
+
 impl Cluster {
     /// Starts one; `more` goes to `godwit up`.
     ///
@@ -132,6 +173,19 @@ impl Cluster {
     pub fn up(&self, more: &[&str]) -> Result<()> {
         let own = self.environment.iter().map(|(name, value)| (&**name, &**value));
         up(&self.program, self.dir(), &self.name, more, &own.collect::<Vec<_>>())
+    }
+
+    /// Ends it, with all that it runs, and starts it again with another program.
+    ///
+    /// # Errors
+    /// What it said.
+    pub async fn come_back_as(&mut self, program: &str, more: &[&str]) -> Result<()> {
+        let ended = self.godwit(&["down", "--name", &self.name])?;
+        ensure!(ended.status.success(), "{}", String::from_utf8_lossy(&ended.stderr));
+        self.program = program.into();
+        self.up(more)?;
+        self.client = client(self.dir(), &self.name).await?;
+        Ok(())
     }
 
     /// Runs a command of the program on it.

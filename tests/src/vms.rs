@@ -6,7 +6,7 @@ use anyhow::{Context, Result, bail, ensure};
 use launcher::client::Client as Launcher;
 use rustix::process::Signal;
 use serde_json::{Value, json};
-use std::process::Command;
+use std::process::{Command, Output};
 use std::time::{Duration, Instant};
 
 /// VMs of the namespace `default`.
@@ -160,14 +160,22 @@ pub fn is_alive(pid: i32) -> bool {
 }
 
 impl Cluster {
+    /// Runs `godwit` as a person does.
+    ///
+    /// # Errors
+    /// When it cannot be run.
+    pub fn tries(&self, arguments: &[&str]) -> Result<Output> {
+        let mut run = Command::new(self.program());
+        run.args(arguments).arg("--kubeconfig").arg(self.path("kubeconfig"));
+        Ok(run.output()?)
+    }
+
     /// What a person does with `godwit`, and what it prints.
     ///
     /// # Errors
     /// What it says.
     pub fn does(&self, arguments: &[&str]) -> Result<String> {
-        let mut run = Command::new(self.program());
-        run.args(arguments).arg("--kubeconfig").arg(self.path("kubeconfig"));
-        let run = run.output()?;
+        let run = self.tries(arguments)?;
         let said = String::from_utf8_lossy(&run.stderr).into_owned();
         ensure!(run.status.success(), "{arguments:?}: {said}");
         Ok(String::from_utf8_lossy(&run.stdout).into_owned())
@@ -178,9 +186,7 @@ impl Cluster {
     /// # Errors
     /// When it says yes.
     pub fn refuses(&self, arguments: &[&str]) -> Result<String> {
-        let mut run = Command::new(self.program());
-        run.args(arguments).arg("--kubeconfig").arg(self.path("kubeconfig"));
-        let run = run.output()?;
+        let run = self.tries(arguments)?;
         ensure!(!run.status.success(), "{arguments:?}: it is done");
         Ok(String::from_utf8_lossy(&run.stdout).into_owned())
     }

@@ -4,7 +4,7 @@
 //! `KEEP=1` leaves both clusters up.
 
 use anyhow::{Context, Result, bail, ensure};
-use e2e::cluster::Cluster;
+use e2e::cluster::{Cluster, contexts};
 use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{MOVES, Oracle, VMIS, VMS, import, is_running, shows, vm};
@@ -60,13 +60,7 @@ impl Stage {
         let (Some(west), Some(east)) = (clusters.pop(), clusters.pop()) else {
             bail!("two clusters were made");
         };
-        let kubeconfig = east.dir().join("kubeconfig");
-        for (name, cluster) in [("east", &east), ("west", &west)] {
-            let into = kubeconfig.to_str().context("a path")?;
-            let merged =
-                cluster.godwit(&["kubeconfig", "--name", name, "--merge", "--into", into])?;
-            ensure!(merged.status.success(), "{}", String::from_utf8_lossy(&merged.stderr));
-        }
+        let kubeconfig = contexts(&[&east, &west])?;
         Ok(Self { program, east, west, registry: Registry::start()?, kubeconfig })
     }
 

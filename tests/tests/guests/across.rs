@@ -2,37 +2,33 @@
 
 use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
-use api::migration::{Half, Side};
-use channel::identity::Credentials;
 use e2e::cluster::Cluster;
 use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{
     MOVES, Oracle, PODS, SETTINGS, VMIS, VMS, holds, import, is_running, kill, migration, shows, vm,
 };
-use handover::record::Swap;
 use serde_json::{Value, json};
-use synchronizer::wire::{self, Ask, Told};
 
-const UP: [&str; 4] = ["--nodes", "1", "--storage", "2Gi"];
-const MAPS: &str = "/api/v1/namespaces/kubevirt/configmaps";
+pub const UP: [&str; 4] = ["--nodes", "1", "--storage", "2Gi"];
+pub const MAPS: &str = "/api/v1/namespaces/kubevirt/configmaps";
 
 /// Two clusters that believe each other.
-struct World {
-    east: Cluster,
-    west: Cluster,
+pub struct World {
+    pub east: Cluster,
+    pub west: Cluster,
     count: usize,
 }
 
 /// The bundle of CAs that a cluster believes.
-async fn bundle(cluster: &Cluster) -> Result<String> {
+pub async fn bundle(cluster: &Cluster) -> Result<String> {
     let path = format!("{MAPS}/kubevirt-ca");
     let map = cluster.until(&path, |map| !map["data"]["ca-bundle"].is_null()).await?;
     Ok(map["data"]["ca-bundle"].as_str().context("no bundle")?.to_owned())
 }
 
 /// Has a cluster believe another, as KubeVirt's guide does it.
-async fn believe(cluster: &Cluster, other: &str) -> Result<()> {
+pub async fn believe(cluster: &Cluster, other: &str) -> Result<()> {
     let path = format!("{MAPS}/kubevirt-external-ca");
     cluster.until(&path, |_| true).await?;
     let external = json!({"data": {"ca-bundle": other}});
@@ -45,7 +41,7 @@ async fn believe(cluster: &Cluster, other: &str) -> Result<()> {
 }
 
 impl World {
-    async fn new() -> Result<Self> {
+    pub async fn new() -> Result<Self> {
         let east = Cluster::named("east", PROGRAM, &UP, &[]).await?;
         let west = Cluster::named("west", PROGRAM, &UP, &[]).await?;
         let (of_east, of_west) = (bundle(&east).await?, bundle(&west).await?);
@@ -95,7 +91,7 @@ fn receiver() -> Value {
     vm
 }
 
-fn storage() -> Value {
+pub fn storage() -> Value {
     json!({
         "accessModes": ["ReadWriteOnce"], "resources": {"requests": {"storage": "100Mi"}},
         "storageClassName": "local",
@@ -327,206 +323,5 @@ async fn a_guest_goes_to_another_namespace_and_name_and_back_several_times() -> 
             ensure!(console.run("cat /sys/class/dmi/id/product_uuid")? == uuid);
         }
     }
-    Ok(())
-}
-
-/// Two clusters are linked by one command, and a VM goes with all that it needs by another, and back;
-/// whatever stands in its way is told at once, and one that failed leaves nothing.
-#[tokio::test(flavor = "multi_thread")]
-async fn one_command_links_clusters_and_another_takes_a_vm_there_with_all_that_it_needs()
--> Result<()> {
-    let registry = Registry::start()?;
-    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
-    let east = Cluster::named("east", PROGRAM, &UP, &[]).await?;
-    let west = Cluster::named("west", PROGRAM, &UP, &[]).await?;
-    let both = east.dir().join("both");
-    for cluster in [&east, &west] {
-        let name = if std::ptr::eq(cluster, &east) { "east" } else { "west" };
-        let into = both.to_str().context("a path")?;
-        let merged = cluster.godwit(&["kubeconfig", "--name", name, "--merge", "--into", into])?;
-        ensure!(merged.status.success(), "{}", String::from_utf8_lossy(&merged.stderr));
-    }
-    let pair = |act: &str| -> Result<std::process::Output> {
-        let mut command = std::process::Command::new(PROGRAM);
-        command.args(["cluster", act, "godwit-east", "godwit-west", "--kubeconfig"]).arg(&both);
-        Ok(command.output()?)
-    };
-    let kept = json!({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "files"},
-        "data": {"a": "b"}});
-    east.create("/api/v1/namespaces/default/configmaps", kept).await?;
-    let volumes = vec![
-        json!({"name": "root", "dataVolume": {"name": "web-root"}}),
-        json!({"name": "files", "configMap": {"name": "files"}}),
-    ];
-    let template = import("web-root", &image, storage());
-    east.create(VMS, vm("web", "Always", volumes, vec![template])).await?;
-    let web = format!("{VMS}/web");
-    east.until(&web, is_running).await?;
-    let mut console = east.terminal("web")?;
-    Oracle::begin(&mut console)?;
-    drop(console);
-
-    // All that stands in its way, on both sides, at once.
-    let told = east.refuses(&["migrate", "vm/web", "--to", "west", "--dry-run"])?;
-    ensure!(told.contains("no link to a cluster west"), "{told}");
-    let linked = pair("link")?;
-    ensure!(linked.status.success(), "{}", String::from_utf8_lossy(&linked.stderr));
-    let wrong = [
-        "migrate",
-        "vm/web",
-        "--to",
-        "west",
-        "--dry-run",
-        "--to-namespace",
-        "none",
-        "--storage-class",
-        "nonesuch",
-    ];
-    let told = east.refuses(&wrong)?;
-    ensure!(told.contains("no namespace none") && told.contains("class nonesuch"), "{told}");
-    let told = east.does(&["migrate", "vm/web", "--to", "west", "--dry-run"])?;
-    ensure!(told.contains("nothing speaks against it"), "{told}");
-    let none = |vms: &Value| vms["items"].as_array().is_some_and(Vec::is_empty);
-    west.until(VMS, none).await?;
-
-    east.does(&["migrate", "vm/web", "--to", "west"])?;
-    west.until(&web, is_running).await?;
-    east.until(&web, shows("Stopped")).await?;
-    west.until("/api/v1/namespaces/default/configmaps/files", |map| map["data"]["a"] == "b")
-        .await?;
-    let mut console = west.console("web")?;
-    Oracle::again(&mut console).check()?;
-    drop(console);
-    // One that is there already, and has not left for where it comes from, is another.
-    let told = west.does(&["migrate", "vm/web", "--to", "east", "--dry-run"])?;
-    ensure!(told.contains("nothing speaks against it"), "{told}");
-    west.does(&["migrate", "vm/web", "--to", "east"])?;
-    let back = east.until(&web, is_running).await?;
-    ensure!(back["spec"]["runStrategy"] == "Always", "{back}");
-    let mut console = east.console("web")?;
-    Oracle::again(&mut console).check()?;
-    drop(console);
-
-    // Those who are not linked any more do not believe each other; what was under way is cut.
-    let slow = json!({"spec": {"configuration": {"migrations": {"bandwidthPerMigration": "4Mi"}}}});
-    east.send("PATCH", SETTINGS, Some(slow)).await?;
-    east.does(&["migrate", "vm/web", "--to", "west", "--no-wait"])?;
-    let all_are = |phase: &'static str| {
-        move |moves: &Value| {
-            let all = moves["items"].as_array().cloned().unwrap_or_default();
-            all.iter().any(|one| one["status"]["phase"] == phase)
-        }
-    };
-    east.until(MOVES, all_are("Running")).await?;
-    let unlinked = pair("unlink")?;
-    ensure!(unlinked.status.success(), "{}", String::from_utf8_lossy(&unlinked.stderr));
-    let forgotten = |map: &Value| {
-        let bundle = map["data"]["ca-bundle"].as_str().unwrap_or_default();
-        bundle.matches("BEGIN CERTIFICATE").count() == 1
-    };
-    west.until(&format!("{MAPS}/kubevirt-ca"), forgotten).await?;
-    east.until(&format!("{MAPS}/kubevirt-ca"), forgotten).await?;
-    let told = east.refuses(&["migrate", "vm/web", "--to", "west", "--dry-run"])?;
-    ensure!(told.contains("no link"), "{told}");
-    east.until(MOVES, all_are("Failed")).await?;
-    west.until(MOVES, all_are("Failed")).await?;
-    let moves = VMS.replace("kubevirt.io/v1", "godwit.dev/v1alpha1");
-    let moves = moves.replace("virtualmachines", "virtualmachinemoves");
-    east.until(&moves, all_are("Failed")).await?;
-    west.until_qemus(0)?;
-    let mut console = east.console("web")?;
-    Oracle::again(&mut console).check()?;
-    Ok(())
-}
-
-/// A cluster speaks for itself alone: whatever else it asks of another is refused, and changes nothing.
-#[tokio::test(flavor = "multi_thread")]
-async fn a_cluster_that_is_believed_may_not_speak_for_another_nor_reach_beyond_its_own()
--> Result<()> {
-    let separate = [&UP[..], &["--separate"]].concat();
-    let east = Cluster::named("east", PROGRAM, &separate, &[]).await?;
-    let west = Cluster::named("west", PROGRAM, &separate, &[]).await?;
-    let (of_east, of_west) = (bundle(&east).await?, bundle(&west).await?);
-    believe(&east, &of_west).await?;
-    believe(&west, &of_east).await?;
-    let has = |s: &Value| s["status"]["synchronizationAddresses"][0].is_string();
-    let settings = east.until(SETTINGS, has).await?;
-    let address = settings["status"]["synchronizationAddresses"][0].as_str().context("a text")?;
-    let of_role = |role: &str| -> Result<Credentials> {
-        Ok(Credentials::load(&west.path(&format!("roles/{role}/identity")))?)
-    };
-    let ask = async |role: &str, ask: Ask| -> Result<Told> {
-        // Processes read new credentials now and then.
-        let began = std::time::Instant::now();
-        loop {
-            match wire::ask(&of_role(role)?, address, Some("east"), &ask).await {
-                Ok((_, told)) => return Ok(told),
-                Err(_) if began.elapsed().as_secs() < 30 => {
-                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
-                }
-                Err(why) => anyhow::bail!(why),
-            }
-        }
-    };
-    let refused = |told: &Told| matches!(told, Told::Refused { .. } | Told::Unknown { .. });
-    let abort = || Swap::Abort { epoch: 1, attempt: "a".into() };
-    let owner = |asker: &str| Ask::Owner {
-        asker: asker.into(),
-        namespace: "default".into(),
-        name: "web".into(),
-        change: abort(),
-    };
-    // In another's name, and in none.
-    for asker in ["spiffe://east/default/web", "spiffe://north/default/web", "spiffe://west"] {
-        let told = ask("synchronizer", owner(asker)).await?;
-        ensure!(refused(&told), "{asker}: {told:?}");
-    }
-    let half = Half { cluster: "east".into(), migration: "m".into(), ..Half::default() };
-    let tell = |half: &Half| Ask::Tell {
-        migration: "known".into(),
-        side: Side::Source,
-        half: Box::new(half.clone()),
-        seen: 0,
-    };
-    let told = ask("synchronizer", tell(&half)).await?;
-    ensure!(refused(&told), "of a migration that nobody has: {told:?}");
-    // One that waits is not bound to who is not what he says.
-    let blank = json!({"metadata": {"name": "web-root"},
-        "spec": {"source": {"blank": {}}, "storage": storage()}});
-    let root = json!({"name": "root", "dataVolume": {"name": "web-root"}});
-    east.create(VMS, vm("web", "WaitAsReceiver", vec![root], vec![blank])).await?;
-    let waits = |vmi: &Value| vmi["status"]["phase"] == "WaitingForSync";
-    east.until(&format!("{VMIS}/web"), waits).await?;
-    let mut receive = migration("known", "web");
-    receive["spec"]["receive"] = json!({"migrationID": "known"});
-    east.create(MOVES, receive).await?;
-    let path = format!("{MOVES}/known");
-    east.until(&path, |m| m["status"]["phase"] == "WaitingForSync").await?;
-    let told = ask("synchronizer", tell(&half)).await?;
-    ensure!(refused(&told), "in another's name: {told:?}");
-    // A namespace that has nothing to do with it.
-    let apart = json!({"metadata": {"annotations": {"godwit.dev/peers": "north, south"}}});
-    let default = "/api/v1/namespaces/default";
-    east.send("PATCH", default, Some(apart)).await?;
-    let own = Half { cluster: "west".into(), ..half.clone() };
-    let began = std::time::Instant::now();
-    loop {
-        let told = ask("synchronizer", tell(&own)).await?;
-        if refused(&told) {
-            break;
-        }
-        ensure!(began.elapsed().as_secs() < 30, "{told:?}");
-    }
-    let found = east.send("GET", &path, None).await?;
-    ensure!(found["status"]["phase"] == "WaitingForSync", "{found}");
-    // Those who are believed, and not linked, bring nothing; and a handler asks only its own cluster.
-    let offer = Ask::Offer { id: "i".into(), offer: Box::default(), check: false };
-    ensure!(refused(&ask("synchronizer", offer).await?));
-    let trust = Ask::Trust { bundle: of_west.clone(), address: address.into() };
-    ensure!(refused(&ask("synchronizer", trust).await?));
-    let question = Box::new(owner("spiffe://west/default/web"));
-    let forward = Ask::Forward { cluster: "west".into(), question };
-    ensure!(refused(&ask("handler-west-1", forward.clone()).await?));
-    ensure!(refused(&ask("synchronizer", forward).await?));
     Ok(())
 }

@@ -5,7 +5,7 @@
 
 use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
-use e2e::cluster::Cluster;
+use e2e::cluster::{Cluster, link};
 use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{
@@ -14,8 +14,6 @@ use e2e::vms::{
 };
 use launcher::client::Client as Launcher;
 use serde_json::{Value, json};
-use std::path::Path;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 const UP: [&str; 5] = ["--nodes", "1", "--storage", "2Gi", "--separate"];
@@ -107,13 +105,10 @@ impl World {
         let environment = [("GODWIT_FAILPOINTS", "1")];
         let east = Cluster::named(NAMES[0], PROGRAM, &UP, &environment).await?;
         let west = Cluster::named(NAMES[1], PROGRAM, &UP, &environment).await?;
-        let both = east.dir().join("both");
-        for (name, cluster) in NAMES.iter().zip([&east, &west]) {
-            let into = both.to_str().context("a path")?;
-            cluster.godwit(&["kubeconfig", "--name", name, "--merge", "--into", into])?;
+        for cluster in [&east, &west] {
             cluster.until(SETTINGS, |s| !s["status"]["synchronizationAddresses"].is_null()).await?;
         }
-        link(&both)?;
+        link(&east, &west)?;
         let root = || vec![json!({"name": "root", "dataVolume": {"name": "web-root"}})];
         let template = import("web-root", image, storage());
         east.create(VMS, vm("web", "Always", root(), vec![template])).await?;
@@ -183,7 +178,7 @@ impl World {
             vmi["status"]["phase"] == "WaitingForSync"
                 && vmi["metadata"]["deletionTimestamp"].is_null()
         };
-        target.until(&format!("{VMIS}/web"), sync).await?;
+        let waiting = target.until(&format!("{VMIS}/web"), sync).await?;
         let leaving = self.launcher(from, pod);
         leaving.arm("source:Seeding").await?;
         let id = format!("move-{number}");
@@ -221,7 +216,7 @@ impl World {
             // One that was killed does not stand any more.
             let _ = launcher.release().await;
         }
-        self.settle(&id, &vmi, acknowledged).await
+        self.settle(&id, [&vmi, &waiting], acknowledged).await
     }
 
     async fn kill(&self, part: Part, from: usize) -> Result<()> {
@@ -251,7 +246,7 @@ impl World {
 
     /// Both sides know how it ended, and it ended the same way; one guest runs, in one place; what it was
     /// told is written is there.
-    async fn settle(&mut self, id: &str, before: &Value, acknowledged: u64) -> Result<()> {
+    async fn settle(&mut self, id: &str, vmis: [&Value; 2], acknowledged: u64) -> Result<()> {
         let path = format!("{MOVES}/{id}");
         let mut ends = Vec::new();
         for cluster in &self.clusters {
@@ -282,8 +277,16 @@ impl World {
         self.clusters[at].until(&format!("{OWNERS}/web"), owned).await?;
         ensure!(self.qemus()? == qemu, "another guest came");
         let after = self.clusters[at].send("GET", &format!("{VMIS}/web"), None).await?;
-        let uptime = self.clusters[at].terminal("web")?.run("cat /proc/uptime")?;
-        let moved = before["metadata"]["uid"] != after["metadata"]["uid"];
+        let [before, _] = vmis;
+        let is_of = |vmi: &Value| vmi["metadata"]["uid"] == after["metadata"]["uid"];
+        // Nobody types before a guest that has begun anew has booted; one that has come shows no prompt.
+        let mut console = match vmis.into_iter().any(is_of) {
+            true => self.clusters[at].console("web")?,
+            false => self.clusters[at].terminal("web")?,
+        };
+        let uptime = console.run("cat /proc/uptime")?;
+        drop(console);
+        let moved = !is_of(before);
         let up: f64 = uptime.split(' ').next().unwrap_or_default().parse()?;
         let made = before["metadata"]["creationTimestamp"].as_str().context("a time")?;
         let age = jiff::Timestamp::now().duration_since(made.parse()?).as_secs_f64();
@@ -309,14 +312,6 @@ impl World {
         drop(console);
         self.begin(at)
     }
-}
-
-fn link(kubeconfig: &Path) -> Result<()> {
-    let mut command = Command::new(PROGRAM);
-    command.args(["cluster", "link", "godwit-east", "godwit-west", "--kubeconfig"]).arg(kubeconfig);
-    let linked = command.output()?;
-    ensure!(linked.status.success(), "{}", String::from_utf8_lossy(&linked.stderr));
-    Ok(())
 }
 
 async fn all_of(trials: impl IntoIterator<Item = (Step, Part)>) -> Result<()> {
