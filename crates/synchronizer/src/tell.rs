@@ -6,12 +6,14 @@ use api::migration::{Half, Side, VirtualMachineInstanceMigration as Migration};
 use kube::ResourceExt;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::task::{AbortHandle, JoinSet};
 
 /// Pauses after failures double from the first to the last.
 const FIRST_PAUSE: Duration = Duration::from_millis(200);
 const LAST_PAUSE: Duration = Duration::from_secs(5);
+/// How a migration ended is told for so long to an other side that does not answer: it has deadlines of its own.
+const FAREWELL: Duration = Duration::from_secs(600);
 /// A target whose source comes by itself need not call it.
 const QUIET: Duration = Duration::from_secs(2 * NEWS.as_secs() + 5);
 
@@ -62,9 +64,13 @@ async fn teller(world: &World, uid: &str) {
     let mut changes = world.changes.clone();
     let mut pause = FIRST_PAUSE;
     let mut turn = 0;
+    let mut over: Option<Instant> = None;
     loop {
         changes.borrow_and_update();
         let Some(migration) = world.migration(uid) else { return };
+        if migration.is_over() && over.get_or_insert_with(Instant::now).elapsed() > FAREWELL {
+            return;
+        }
         let Some((side, half)) = world.half(&migration) else { return };
         let other = migration.status.as_ref().and_then(|s| s.peer.as_ref()?.half.as_ref());
         let is_revoked = other.is_some_and(|other| !world.believes(&other.cluster));

@@ -1,4 +1,5 @@
 //! The figures of moves between clusters: `make bench`, written to docs/benchmarks-across.md.
+//! `bench-across RUNS` for other than 3 whole moves of each kind.
 
 use anyhow::{Context, Result, ensure};
 use channel::relay::DelayRelay;
@@ -35,20 +36,25 @@ fn bench() -> Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let (mut ours, mut theirs) = (Vec::new(), Vec::new());
     let world = runtime.block_on(World::new(program))?;
-    for number in 1..=RUNS {
+    let runs = std::env::args().nth(1).map_or(Ok(RUNS), |runs| runs.parse())?;
+    for number in 1..=runs {
         let trip = runtime.block_on(world.round_trip(0))?;
         eprintln!(
-            "run {number} of {RUNS}: Godwit {:.1} s there, {:.1} s back",
+            "run {number} of {runs}: Godwit {:.1} s there, {:.1} s back",
             trip.there.took, trip.back.took
         );
         ours.push(trip);
         let run = libvirt_run()?;
-        eprintln!("run {number} of {RUNS}: libvirt {:.1} s", run.took.as_secs_f64());
+        eprintln!("run {number} of {runs}: libvirt {:.1} s", run.took.as_secs_f64());
         theirs.push(run);
     }
     let mut far = Vec::new();
     for rtt in RTTS {
-        far.push((rtt, runtime.block_on(world.round_trip(rtt))?));
+        let trip = runtime.block_on(world.round_trip(rtt)).with_context(|| {
+            let logs = [world.east.keep_logs(), world.west.keep_logs()];
+            format!("{rtt} ms; logs are in {}, {}", logs[0].display(), logs[1].display())
+        })?;
+        far.push((rtt, trip));
         eprintln!("{rtt} ms there and back: {:.1} s", far[far.len() - 1].1.there.took);
     }
     let many = runtime.block_on(world.many())?;

@@ -115,7 +115,7 @@ async fn one_command_links_clusters_and_another_takes_a_vm_there_with_all_that_i
     Ok(())
 }
 
-/// Parity 30, and more: whatever stands in the way at the other side is told before anything is made.
+/// Whatever stands in the way at the other side is told before anything is made.
 #[tokio::test(flavor = "multi_thread")]
 async fn each_thing_in_the_way_of_a_move_to_another_cluster_is_told_alone() -> Result<()> {
     let registry = Registry::start()?;

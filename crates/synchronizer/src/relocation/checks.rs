@@ -10,7 +10,7 @@ pub const PROTOCOL: u32 = 1;
 /// nothing.
 const CLOCKS: SignedDuration = SignedDuration::from_secs(60);
 /// A CA that ends so soon is warned of.
-const SOON: SignedDuration = SignedDuration::from_hours(24 * 7);
+const SOON: SignedDuration = SignedDuration::from_hours(24);
 
 /// Whether two clusters understand each other.
 pub fn protocol(cluster: &str, theirs: u32) -> Option<String> {
