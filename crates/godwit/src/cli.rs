@@ -17,7 +17,7 @@ use std::process::ExitCode;
 
 pub use cluster::{ClusterAct, ClusterCommand, Deploy, Invite, Join, Pair};
 pub use migrate::{Migrate, Watch};
-pub use network::Network;
+pub use network::{Network, pairs};
 pub use role::{Controller, Gateway, Handler, Launcher, Synchronizer};
 
 /// Moves running virtual machines between hosts without stopping them.

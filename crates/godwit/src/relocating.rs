@@ -2,17 +2,16 @@
 //!
 //! The cluster does it: whoever closes the terminal stops nothing.
 
-use crate::cli::Migrate;
+use crate::cli::{Migrate, pairs};
 use crate::migrating::{LOOK, follow};
 use crate::preflight;
 use crate::view::{Output, View};
 use crate::vms::{Cluster, plain};
-use anyhow::{Context, Result};
+use anyhow::Result;
 use api::relocation::{Phase, Spec, Status, VirtualMachineMove};
 use kube::api::PostParams;
 use kube::{Api, ResourceExt};
 use serde_json::json;
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 /// Moves a VM to another cluster, or tells what would become of that.
@@ -28,7 +27,7 @@ pub async fn run(cluster: &Cluster, vm: &str, to: &str, arguments: &Migrate) -> 
         namespace: arguments.to_namespace.clone(),
         name: None,
         storage_class: arguments.storage_class.clone(),
-        network_map: networks(&arguments.network_map)?,
+        network_map: pairs(&arguments.network_map, "--network-map", "HERE=THERE")?,
         check_only: arguments.dry_run,
     };
     let mut wanted = VirtualMachineMove::new("", spec);
@@ -61,18 +60,6 @@ pub async fn run(cluster: &Cluster, vm: &str, to: &str, arguments: &Migrate) -> 
             _ => tokio::time::sleep(LOOK).await,
         }
     }
-}
-
-/// Networks' names there, by those here.
-fn networks(named: &[String]) -> Result<BTreeMap<String, String>> {
-    let one = |text: &String| {
-        let (here, there) = text.split_once('=').filter(|(a, b)| !a.is_empty() && !b.is_empty())?;
-        Some((here.to_owned(), there.to_owned()))
-    };
-    let all = named
-        .iter()
-        .map(|text| one(text).with_context(|| format!("--network-map {text} is not HERE=THERE")));
-    all.collect()
 }
 
 fn words(phase: Phase) -> &'static str {

@@ -210,7 +210,7 @@ pub async fn handler(arguments: cli::Handler) -> Result<ExitCode> {
         node: arguments.node,
         folder: std::path::absolute(&arguments.folder)?,
         listen: arguments.listen,
-        networks: networks(&arguments.migration_network)?,
+        networks: cli::pairs(&arguments.migration_network, "--migration-network", "NAME=ADDRESS")?,
         credentials,
         confine: confine()?,
     };
@@ -236,7 +236,9 @@ pub async fn synchronizer(arguments: cli::Synchronizer) -> Result<ExitCode> {
         (None, None) => Advertise::Here,
     };
     let mut places = BTreeMap::new();
-    for (name, place) in networks(&arguments.migration_network)? {
+    for (name, place) in
+        cli::pairs(&arguments.migration_network, "--migration-network", "NAME=ADDRESS")?
+    {
         let address = handler::cluster::address_of(&place).await;
         let address = address.map_err(|why| anyhow!("migration network {name}: {why}"))?;
         places.insert(name, address);
@@ -254,18 +256,6 @@ pub async fn synchronizer(arguments: cli::Synchronizer) -> Result<ExitCode> {
         asked = asked_to_end() => asked?,
     }
     Ok(ExitCode::SUCCESS)
-}
-
-/// The node's places in networks for migrations.
-fn networks(named: &[String]) -> Result<BTreeMap<String, String>> {
-    let one = |text: &String| {
-        let (name, place) = text.split_once('=').filter(|(a, b)| !a.is_empty() && !b.is_empty())?;
-        Some((name.to_owned(), place.to_owned()))
-    };
-    let all = named.iter().map(|text| {
-        one(text).with_context(|| format!("--migration-network {text} is not NAME=ADDRESS"))
-    });
-    all.collect()
 }
 
 /// The folder that stands for `/` in a container without a file system of its own.

@@ -135,7 +135,7 @@ impl Disk {
 
     /// Opens a disk for writing, the target of a source of `size` bytes. A
     /// file that does not exist is created, sparse and of that size.
-    /// Says whether it did: only such a disk is known to read as zeros.
+    /// Says whether it did.
     ///
     /// Until [`Disk::release`] nobody else may open it for a VM.
     ///
@@ -153,6 +153,14 @@ impl Disk {
             return Err(Error::TooSmall { path: path.into(), size: disk.size, needed: size });
         }
         Ok((disk, created))
+    }
+
+    /// Whether it is known to read as zeros: a file that has no data at all, as one that was just created.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn is_hole(&self) -> Result<bool, Error> {
+        Ok(self.medium == Medium::File && self.seek(SeekFrom::Data(0))?.is_none())
     }
 
     /// Makes a file that nobody uses larger: what it gains reads as zeros.

@@ -76,7 +76,8 @@ fn world(size: u64, target: Option<&[u8]>) -> World {
     if let Some(content) = target {
         std::fs::write(path("target"), content).unwrap();
     }
-    let (target_disk, blank) = Disk::target(&path("target"), size).unwrap();
+    let (target_disk, _) = Disk::target(&path("target"), size).unwrap();
+    let blank = target_disk.is_hole().unwrap();
     let target = open(&path("target"));
     let source_disk = Arc::new(Disk::source(&path("source")).unwrap());
     World { _dir: dir, source, target, source_disk, target_disk: Arc::new(target_disk), blank }
@@ -255,6 +256,22 @@ fn garbage_on_a_stream_fails_the_target_with_a_reason_and_writes_nothing() {
         assert!(receiver.failed().is_some());
     }
     assert!(content(&world.target).iter().all(|b| *b == 0));
+}
+
+#[test]
+fn a_file_that_is_all_hole_is_known_to_be_blank_whoever_made_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("target");
+    let file = open(&path);
+    file.set_len(4 * MIB).unwrap();
+    let is_hole = || {
+        let (disk, created) = Disk::target(&path, 4 * MIB).unwrap();
+        assert!(!created);
+        disk.is_hole().unwrap()
+    };
+    assert!(is_hole());
+    file.write_all_at(&[0], 4 * MIB - 1).unwrap();
+    assert!(!is_hole(), "what was written is data, zeros too");
 }
 
 #[test]

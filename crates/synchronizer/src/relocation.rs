@@ -262,7 +262,8 @@ async fn check(world: &World, one: &VirtualMachineMove, status: &mut Status) -> 
             status.warnings.extend(warnings);
             faults.extend(theirs);
             faults.extend(checks::protocol(cluster, protocol));
-            faults.extend(checks::clocks(cluster, now, (asked, Timestamp::now())));
+            let between = (asked, Timestamp::now());
+            faults.extend(now.and_then(|there| checks::clocks(cluster, there, between)));
             if let Some(spot) = spot {
                 faults.extend(way(world, one, &spot, status).await.err());
             }

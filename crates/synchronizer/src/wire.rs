@@ -143,7 +143,7 @@ pub enum Told {
         spot: Option<Spot>,
         /// What the clock says there.
         #[serde(default)]
-        now: Timestamp,
+        now: Option<Timestamp>,
         /// What is spoken there.
         #[serde(default)]
         protocol: u32,

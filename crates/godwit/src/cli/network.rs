@@ -1,5 +1,7 @@
-//! Networks for migrations, as they are named on the command line.
+//! Networks, as they are named on the command line.
 
+use anyhow::{Context, Result};
+use std::collections::BTreeMap;
 use std::fmt;
 use std::net::Ipv4Addr;
 use std::str::FromStr;
@@ -34,7 +36,7 @@ impl fmt::Display for Network {
 impl FromStr for Network {
     type Err = String;
 
-    fn from_str(text: &str) -> Result<Self, String> {
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
         let wrong = || format!("'{text}' is not NAME=RANGE, like moves=127.80.0.0/24");
         let (name, range) = text.split_once('=').ok_or_else(wrong)?;
         let (range, prefix) = range.split_once('/').ok_or_else(wrong)?;
@@ -51,6 +53,20 @@ impl FromStr for Network {
         }
         Ok(Self { name: name.into(), range, prefix })
     }
+}
+
+/// What is said by an option in pairs, by its first halves.
+///
+/// # Errors
+/// What is no pair.
+pub fn pairs(said: &[String], option: &str, form: &str) -> Result<BTreeMap<String, String>> {
+    let one = |text: &String| {
+        let (name, value) = text.split_once('=').filter(|(a, b)| !a.is_empty() && !b.is_empty())?;
+        Some((name.to_owned(), value.to_owned()))
+    };
+    let all =
+        said.iter().map(|text| one(text).with_context(|| format!("{option} {text} is not {form}")));
+    all.collect()
 }
 
 #[cfg(test)]

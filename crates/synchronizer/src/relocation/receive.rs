@@ -31,7 +31,7 @@ pub async fn offered(world: &World, cluster: &str, id: &str, offer: &Offer, chec
         address: None,
         waits: None,
         spot: None,
-        now: Timestamp::now(),
+        now: Some(Timestamp::now()),
         protocol: PROTOCOL,
     };
     let came_from = Ledger {

@@ -270,12 +270,13 @@ fn open_disks(
                 disk.size()
             ));
         }
+        let is_hole = copied && disk.is_hole().map_err(|e| crate::chain(&e))?;
         let mark = launcher.marks.get(&disk).map_err(|e| crate::chain(&e))?;
         let mark =
             mark.or_else(|| request.left.get(&spec.name).filter(|m| m.is_of(&disk)).cloned());
         holds.push(match &mark {
             _ if !copied => Holds::Shared,
-            _ if created => Holds::Zeros,
+            _ if is_hole => Holds::Zeros,
             Some(Mark::Incomplete { copy, vm, .. }) if *vm == request.spec.name => {
                 Holds::Copy(copy.clone())
             }
