@@ -224,8 +224,15 @@ impl Cluster {
     /// # Errors
     /// Why not.
     pub fn kill(&self) -> Result<()> {
-        let pid = rustix::process::Pid::from_raw(self.pid()?).context("a process")?;
-        Ok(rustix::process::kill_process(pid, rustix::process::Signal::KILL)?)
+        let pid = self.pid()?;
+        crate::vms::kill(pid)?;
+        // It holds its folder until it is gone.
+        let began = Instant::now();
+        while crate::vms::is_alive(pid) {
+            ensure!(began.elapsed() < SOON, "process {pid} does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     /// Its process, in which all roles are that have none of their own.

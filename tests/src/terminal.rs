@@ -9,6 +9,8 @@ use std::time::{Duration, Instant};
 
 /// A guest answers within this time, on a busy machine too.
 const SOON: Duration = Duration::from_secs(60);
+/// A guest that boots is not silent for so long.
+const QUIET: Duration = Duration::from_secs(15);
 /// The prompt of the test guest's shell.
 const PROMPT: &str = "guest# ";
 
@@ -75,11 +77,20 @@ impl Terminal {
 
     /// Waits for the shell's prompt, which a console shows to who comes late as well.
     ///
-    /// N.B. nothing is typed before: a boot loader would take it for a wish to be asked.
+    /// N.B. nothing is typed as long as something is shown: a boot loader would take it for a wish to be asked.
     ///
     /// # Errors
     /// What was shown instead.
     pub fn wait_for_shell(&mut self) -> Result<()> {
+        let began = Instant::now();
+        while !self.shown.contains(PROMPT) && began.elapsed() < SOON {
+            match self.output.recv_timeout(QUIET) {
+                Ok(bytes) => self.shown.push_str(&String::from_utf8_lossy(&bytes)),
+                // It has come by a move, and had shown its prompt before.
+                Err(RecvTimeoutError::Timeout) => write!(self.input, "\r")?,
+                Err(RecvTimeoutError::Disconnected) => break,
+            }
+        }
         self.until(PROMPT).map(|_| ())
     }
 

@@ -55,8 +55,11 @@ async fn a_pod_outlives_the_cluster_that_is_killed_and_ends_with_the_one_that_is
     cluster.create(PODS, object).await?;
     let path = format!("{PODS}/p");
     let first = cluster.until(&path, is_ready).await?;
-    let log = cluster.log("p", "").await?;
-    assert_eq!(log, "v\nca.crt\nnamespace\ntoken\n");
+    let began = Instant::now();
+    while cluster.log("p", "").await? != "v\nca.crt\nnamespace\ntoken\n" {
+        ensure!(began.elapsed() < SOON, "it says {}", cluster.log("p", "").await?);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
     // What changes of a ConfigMap is seen.
     let changed = json!({"data": {"k": "w"}});
     cluster.send("PATCH", "/api/v1/namespaces/default/configmaps/m", Some(changed)).await?;
@@ -215,8 +218,8 @@ async fn what_becomes_of_a_pod_is_told_as_a_kubelet_tells_it() -> Result<()> {
     // It passes its startup probe, and fails the other later.
     let again = |p: &Value| p["status"]["containerStatuses"][0]["restartCount"].as_i64() >= Some(1);
     cluster.until(&format!("{PODS}/probed"), again).await?;
-    let events = cluster.send("GET", "/api/v1/namespaces/default/events", None).await?.to_string();
-    assert!(events.contains("Liveness probe failed"), "{events}");
+    let told = |events: &Value| events.to_string().contains("Liveness probe failed");
+    let events = cluster.until("/api/v1/namespaces/default/events", told).await?.to_string();
     assert!(!events.contains("Startup probe failed"), "{events}");
     Ok(())
 }

@@ -224,7 +224,11 @@ fn told(code: u16, message: impl Into<String>) -> Told {
 async fn find(shared: &Shared, ask: &Ask) -> Result<(PathBuf, Launcher), Told> {
     let key = (ask.namespace.clone(), ask.name.clone());
     let of = |pod: &Arc<k8s_openapi::api::core::v1::Pod>| guests::owner(pod).as_ref() == Some(&key);
-    let pods: Vec<_> = shared.pods.state().into_iter().filter(of).collect();
+    let mut pods: Vec<_> = shared.pods.state().into_iter().filter(of).collect();
+    // N.B. of a guest that has just moved on this node there are two launchers: the owner's is asked first.
+    let record = guests::get(&shared.owners, &key);
+    let owner = record.and_then(|record| record.status.as_ref()?.pod.clone());
+    pods.sort_by_key(|pod| Some(pod.name_any()) != owner);
     let none = || {
         told(404, format!("no guest of VMI {}/{} is on node {}", key.0, key.1, shared.config.node))
     };
