@@ -19,6 +19,7 @@ pub mod client;
 mod copy;
 pub mod gateway;
 pub mod identity;
+pub mod passage;
 pub mod preface;
 pub mod relay;
 pub mod resumable;

@@ -45,8 +45,11 @@ impl synchronizer::ground::Ground for Ground {
         })
     }
 
-    fn reach<'a>(&'a self, departure: Departure<'a>) -> Later<'a, ()> {
-        Box::pin(async move { self.ask(departure, true).await.map(|_| ()) })
+    fn reach<'a>(&'a self, departure: Departure<'a>) -> Later<'a, Option<String>> {
+        Box::pin(async move {
+            let told = self.ask(departure, true).await?;
+            Ok(told["through"].as_str().map(str::to_owned))
+        })
     }
 
     fn forecast<'a>(&'a self, departure: Departure<'a>) -> Later<'a, Value> {

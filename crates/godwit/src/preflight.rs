@@ -79,7 +79,7 @@ pub fn show(outlook: &Outlook) {
 }
 
 fn lines(outlook: &Outlook) -> Vec<(&'static str, String)> {
-    let Outlook { guest, way, forecast } = outlook;
+    let Outlook { guest, way, forecast, .. } = outlook;
     let written: u64 = guest.disks.iter().map(|disk| disk.dirty_rate).sum();
     let dirtied = guest.memory_dirty_rate;
     let mut lines = vec![

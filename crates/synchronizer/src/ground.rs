@@ -55,8 +55,9 @@ pub trait Ground: Send + Sync {
     /// Looks for a place for a guest that comes.
     fn place(&self, arrival: Arrival) -> Later<'_, Spot>;
 
-    /// Whether a guest's node reaches the gateway, and is believed there. Takes a moment.
-    fn reach<'a>(&'a self, departure: Departure<'a>) -> Later<'a, ()>;
+    /// Whether a guest's node reaches the gateway, and is believed there. Takes a moment. Returns why the way
+    /// goes through both clusters' synchronizers, where it does.
+    fn reach<'a>(&'a self, departure: Departure<'a>) -> Later<'a, Option<String>>;
 
     /// Measures what the guest's move would take, for a second or two: as its node tells it.
     fn forecast<'a>(&'a self, departure: Departure<'a>) -> Later<'a, Value>;

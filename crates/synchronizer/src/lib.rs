@@ -19,6 +19,7 @@ pub mod halves;
 pub mod join;
 pub mod link;
 mod links;
+pub mod passage;
 mod place;
 mod recall;
 pub mod records;

@@ -301,7 +301,8 @@ async fn way(
     let departure = Departure { node: &node, namespace: &namespace, name, to, gateway, id };
     let way = format!("the way from node {node} to node {to} of cluster {}", one.spec.cluster);
     let reached = world.ground.reach(departure).await;
-    reached.map_err(|why| format!("{way} cannot be used: {why}"))?;
+    let through = reached.map_err(|why| format!("{way} cannot be used: {why}"))?;
+    status.warnings.extend(through);
     if one.spec.check_only {
         match world.ground.forecast(departure).await {
             Ok(outlook) => status.outlook = Some(outlook),

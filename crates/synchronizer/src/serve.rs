@@ -4,7 +4,7 @@ use crate::records::OfVm;
 use crate::relocation;
 use crate::wire::{self, Ask, NEWS, Told, fingerprint};
 use crate::world::World;
-use crate::{join, links};
+use crate::{join, links, passage};
 use api::migration::{Half, Side, VirtualMachineInstanceMigration as Migration};
 use api::owner::Ledger;
 use channel::identity::{Role, SpiffeId};
@@ -72,6 +72,9 @@ async fn serve(world: &World, tcp: TcpStream) -> Result<(), String> {
     let asked = timeout(PATIENCE, channel::wire::read(&mut stream)).await;
     let name = peer.as_ref().map_or("somebody unknown".to_owned(), SpiffeId::to_string);
     let asked = asked.map_err(|_| format!("{name}: its question did not come in time"))?;
+    if let (Ok(Ask::Passage { cluster, node }), Some(peer)) = (&asked, &peer) {
+        return passage::serve(world, stream, peer, (cluster, node)).await;
+    }
     let told = match (asked, &peer) {
         (Ok(ask), Some(peer)) => answer(world, peer, ask).await,
         (Ok(Ask::Join { invitation, secret, bundle, address }), None) => {
@@ -217,27 +220,11 @@ pub async fn forward(world: &World, cluster: &str, ask: &Ask) -> Told {
     }
     let mut last = format!("nobody here knows where cluster {cluster} is found");
     let credentials = world.credentials.borrow().clone();
-    for address in addresses(world, cluster) {
+    for address in world.addresses(cluster) {
         match wire::ask(&credentials, &address, Some(cluster), ask).await {
             Ok((_, told)) => return told,
             Err(why) => last = why,
         }
     }
     Told::Refused { why: last }
-}
-
-/// Where a cluster's synchronizer is found, as its link says, and as it told itself by migrations.
-fn addresses(world: &World, cluster: &str) -> Vec<String> {
-    let mut all = world.link(cluster).map(|link| link.spec.addresses.clone()).unwrap_or_default();
-    for migration in world.migrations.state() {
-        let half = migration.status.as_ref().and_then(|status| status.peer.as_ref()?.half.clone());
-        let Some(half) = half.filter(|half| half.cluster == cluster) else { continue };
-        let named = migration.spec.send_to.as_ref().map(|to| to.connect_url.clone());
-        for address in half.address.into_iter().chain(named) {
-            if !all.contains(&address) {
-                all.push(address);
-            }
-        }
-    }
-    all
 }

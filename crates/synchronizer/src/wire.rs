@@ -15,6 +15,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
+use tokio_rustls::client::TlsStream;
 
 /// For a TCP connection and a TLS handshake, together.
 const CONNECT: Duration = Duration::from_secs(5);
@@ -93,6 +94,14 @@ pub enum Ask {
         /// The guest is here.
         succeeded: bool,
     },
+    /// The way to the gateway of a node. After the answer its bytes follow.
+    #[serde(rename = "passage/1")]
+    Passage {
+        /// The node's cluster.
+        cluster: String,
+        /// The node.
+        node: String,
+    },
     /// A handler's question to another cluster's synchronizer, asked of its own.
     #[serde(rename = "forward/1")]
     Forward {
@@ -160,6 +169,9 @@ pub enum Told {
         /// Its answer.
         response: Response,
     },
+    /// The way is open.
+    #[serde(rename = "open/1")]
+    Open,
     /// It may not be asked that.
     #[serde(rename = "refused/1")]
     Refused {
@@ -201,9 +213,8 @@ pub async fn ask_as_guest(
         let visited = tls::visit(trust, Role::Synchronizer, cluster, dial(address).await?).await;
         visited.map_err(|error| failed(address, "it is not believed", &with_source(&error)))
     });
-    let stream =
-        visited.await.map_err(|_| format!("{address}: no connection in {CONNECT:?}"))??;
-    exchange(stream, address, ask).await
+    let visited = visited.await.map_err(|_| format!("{address}: no connection in {CONNECT:?}"))?;
+    exchange(&mut visited?, address, ask).await
 }
 
 /// Asks the synchronizer at `address`: that of `cluster`, or of any cluster that is believed. Returns who
@@ -217,6 +228,19 @@ pub async fn ask(
     cluster: Option<&str>,
     ask: &Ask,
 ) -> Result<(SpiffeId, Told), String> {
+    let (mut stream, peer) = connect(credentials, address, cluster).await?;
+    Ok((peer, exchange(&mut stream, address, ask).await?))
+}
+
+/// Connects to the synchronizer at `address`, as [`ask`] does.
+///
+/// # Errors
+/// Why that cannot be done, for people.
+pub async fn connect(
+    credentials: &Credentials,
+    address: &str,
+    cluster: Option<&str>,
+) -> Result<(TlsStream<TcpStream>, SpiffeId), String> {
     let client = tls::Client::new(credentials.identity.clone(), credentials.trust.clone());
     let connected = timeout(CONNECT, async {
         let connected = client.connect_to(Role::Synchronizer, cluster, dial(address).await?).await;
@@ -224,9 +248,7 @@ pub async fn ask(
             failed(address, "it is not believed, or does not believe us", &with_source(&error))
         })
     });
-    let (stream, peer) =
-        connected.await.map_err(|_| format!("{address}: no connection in {CONNECT:?}"))??;
-    Ok((peer, exchange(stream, address, ask).await?))
+    connected.await.map_err(|_| format!("{address}: no connection in {CONNECT:?}"))?
 }
 
 fn failed(address: &str, what: &str, error: &dyn std::fmt::Display) -> String {
@@ -241,14 +263,17 @@ async fn dial(address: &str) -> Result<TcpStream, String> {
 }
 
 /// One question and one answer.
-async fn exchange(
-    mut stream: impl AsyncRead + AsyncWrite + Unpin,
+///
+/// # Errors
+/// Why there is no answer, for people.
+pub async fn exchange(
+    stream: &mut (impl AsyncRead + AsyncWrite + Unpin),
     address: &str,
     ask: &Ask,
 ) -> Result<Told, String> {
     let asked = async {
-        wire::write(&mut stream, ask).await?;
-        wire::read(&mut stream).await
+        wire::write(stream, ask).await?;
+        wire::read(stream).await
     };
     let told = timeout(NEWS + ANSWER, asked).await;
     let told = told.map_err(|_| format!("{address}: no answer in {:?}", NEWS + ANSWER))?;

@@ -132,6 +132,24 @@ impl World {
         self.links.get(&ObjectRef::new(cluster))
     }
 
+    /// Where a cluster's synchronizer is found, as its link says, and as it told itself by migrations.
+    pub fn addresses(&self, cluster: &str) -> Vec<String> {
+        let mut all =
+            self.link(cluster).map(|link| link.spec.addresses.clone()).unwrap_or_default();
+        for migration in self.migrations.state() {
+            let half =
+                migration.status.as_ref().and_then(|status| status.peer.as_ref()?.half.clone());
+            let Some(half) = half.filter(|half| half.cluster == cluster) else { continue };
+            let named = migration.spec.send_to.as_ref().map(|to| to.connect_url.clone());
+            for address in half.address.into_iter().chain(named) {
+                if !all.contains(&address) {
+                    all.push(address);
+                }
+            }
+        }
+        all
+    }
+
     /// Where this synchronizer is found.
     pub fn address(&self) -> String {
         self.address.lock().unwrap_or_else(PoisonError::into_inner).clone()

@@ -16,9 +16,11 @@ use handler::cluster::moves::Plan;
 use handler::cluster::serve::{self, Act};
 use handover::record::Swap;
 use serde_json::{Value, json};
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 use synchronizer::join::Token;
 use synchronizer::wire::{self, Ask, Told};
+use tokio::task::JoinHandle;
 
 /// Two clusters are linked by one command, and a VM goes with all that it needs by another, and back;
 /// whatever stands in its way is told at once, and one that failed leaves nothing.
@@ -490,5 +492,73 @@ async fn a_cluster_that_is_believed_may_not_speak_for_another_nor_reach_beyond_i
             ensure!(code == Some(403), "{id} was let do {act:?}: {code:?}");
         }
     }
+    Ok(())
+}
+
+/// A port before a gateway that lets everybody through but one.
+async fn a_wall(gateway: SocketAddr, but: IpAddr) -> Result<(SocketAddr, JoinHandle<()>)> {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await?;
+    let address = listener.local_addr()?;
+    let task = tokio::spawn(async move {
+        while let Ok((mut near, from)) = listener.accept().await {
+            if from.ip() == but {
+                continue;
+            }
+            tokio::spawn(async move {
+                if let Ok(mut far) = tokio::net::TcpStream::connect(gateway).await {
+                    let _ = tokio::io::copy_bidirectional(&mut near, &mut far).await;
+                }
+            });
+        }
+    });
+    Ok((address, task))
+}
+
+/// Where only the synchronizers reach each other, they pass on what goes from node to node.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_guest_goes_through_both_synchronizers_where_its_node_reaches_no_other() -> Result<()> {
+    let registry = Registry::start()?;
+    let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
+    // Its gateway dials from there.
+    let with_network = [&UP[..], &["--migration-network", "moves=127.92.0.0/24"]].concat();
+    let east = Cluster::named("east", PROGRAM, &with_network, &[]).await?;
+    let west = Cluster::named("west", PROGRAM, &UP, &[]).await?;
+    let moves = json!({"spec": {"configuration": {"migrations": {"network": "moves"}}}});
+    east.until(SETTINGS, |_| true).await?;
+    east.send("PATCH", SETTINGS, Some(moves)).await?;
+    for (cluster, at) in [(&east, "127.92.0.254:"), (&west, "127.0.0.1:")] {
+        let is_found = |s: &Value| {
+            let found = s["status"]["synchronizationAddresses"][0].as_str();
+            found.is_some_and(|found| found.starts_with(at))
+        };
+        cluster.until(SETTINGS, is_found).await?;
+    }
+    link(&east, &west)?;
+    let root = vec![json!({"name": "root", "dataVolume": {"name": "web-root"}})];
+    east.create(VMS, vm("web", "Always", root, vec![import("web-root", &image, storage())]))
+        .await?;
+    let web = format!("{VMS}/web");
+    east.until(&web, is_running).await?;
+    Oracle::begin(&mut east.terminal("web")?)?;
+
+    let node = "/api/v1/nodes/west-1";
+    let has = |node: &Value| node["metadata"]["annotations"]["godwit.dev/gateway"].is_string();
+    let found = west.until(node, has).await?;
+    let gateway = found["metadata"]["annotations"]["godwit.dev/gateway"].as_str().context("one")?;
+    let (wall, task) = a_wall(gateway.parse()?, "127.92.0.1".parse()?).await?;
+    let behind = json!({"metadata": {"annotations": {"godwit.dev/gateway": wall.to_string()}}});
+    west.send("PATCH", node, Some(behind)).await?;
+    let run = east.tries(&["migrate", "vm/web", "--to", "west", "--dry-run"])?;
+    let said = String::from_utf8_lossy(&run.stderr).into_owned();
+    ensure!(
+        run.status.success() && said.contains("through both clusters' synchronizers"),
+        "{said}"
+    );
+    east.does(&["migrate", "vm/web", "--to", "west"])?;
+    west.until(&web, is_running).await?;
+    Oracle::again(&mut west.console("web")?).check()?;
+    let events = east.send("GET", "/api/v1/namespaces/default/events", None).await?;
+    ensure!(events.to_string().contains("Relayed"), "nobody was told: {events}");
+    task.abort();
     Ok(())
 }

@@ -15,6 +15,7 @@ mod forecast;
 mod mobility;
 mod prepare;
 mod source;
+mod way;
 
 pub use forecast::{Elsewhere, Outlook, Plan, look};
 pub use prepare::Cluster;
@@ -26,6 +27,8 @@ use api::keys;
 use api::migration::{End, State};
 use api::vmi::{Phase, VirtualMachineInstance};
 use channel::gateway::Gateway;
+use channel::identity::SpiffeId;
+use channel::passage::Passage;
 use handover::ledger::Response;
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, Pod};
@@ -49,6 +52,8 @@ pub struct Moves {
     /// The way to other handlers, once it is open.
     pub gateway: OnceLock<Arc<Gateway>>,
     memory: Mutex<Memory>,
+    /// Ways through synchronizers, by the gateways to which they lead.
+    passages: tokio::sync::Mutex<HashMap<SpiffeId, Arc<Passage>>>,
 }
 
 #[derive(Default)]

@@ -2,6 +2,7 @@
 
 use super::super::Shared;
 use super::source::{gateway_of, policy};
+use super::way;
 use api::migration::Options;
 use channel::identity::{Role, SpiffeId};
 use launcher::client::Client as Launcher;
@@ -45,6 +46,9 @@ pub struct Outlook {
     pub way: Way,
     /// The move.
     pub forecast: Forecast,
+    /// Why the way goes through both clusters' synchronizers, where it does.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub through: Option<String>,
 }
 
 /// Measures the guest and the way, for a second or two.
@@ -53,22 +57,25 @@ pub struct Outlook {
 /// What cannot be measured, for people.
 pub async fn look(shared: &Shared, launcher: &Launcher, plan: &Plan) -> Result<Outlook, String> {
     let gateway = shared.moves.gateway.get().ok_or("the gateway is not open yet")?;
+    let mut through = None;
     let (address, id) = match &plan.elsewhere {
-        Some(Elsewhere { address, id }) => (address.clone(), id.clone()),
+        Some(Elsewhere { address, id }) => {
+            let found = way::find(shared, gateway, address, id).await?;
+            through = found.through;
+            (found.address, id.clone())
+        }
         None => {
             let id = SpiffeId::new(shared.config.id().cluster(), Role::Handler, &plan.node);
             (gateway_of(shared, &plan.node).await?, id.map_err(|error| error.to_string())?)
         }
     };
     if plan.only_reach {
-        let rtt = gateway.reach(&address, &id).await.map_err(|error| launcher::chain(&error))?;
-        let way = Way { rtt_ms: rtt.as_secs_f64() * 1e3, ..Way::default() };
-        return Ok(Outlook { way, ..Outlook::default() });
+        return Ok(Outlook { through, ..Outlook::default() });
     }
     // N.B. one after the other: each would slow the other down.
     let guest = launcher.measure().await.map_err(|error| launcher::chain(&error))?;
     let link = gateway.probe(&address, &id).await.map_err(|error| launcher::chain(&error))?;
     let way = Way { rtt_ms: link.rtt.as_secs_f64() * 1e3, rates: link.rates };
     let forecast = forecast(&guest, &way, &policy(Some(&plan.options)), plan.all);
-    Ok(Outlook { guest, way, forecast })
+    Ok(Outlook { guest, way, forecast, through })
 }

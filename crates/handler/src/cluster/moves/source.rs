@@ -3,6 +3,7 @@
 use super::super::Shared;
 use super::super::guests::{Guest, SOON};
 use super::prepare::{Ask, Told};
+use super::way::{self, Way};
 use api::conditions::moment;
 use api::keys;
 use api::migration::{COMPLETION_PER_GIB, VirtualMachineInstanceMigration};
@@ -53,7 +54,9 @@ impl Guest<'_> {
     /// Has the target prepared, and the launcher send.
     async fn set_out(&self, state: State, migration: &str) -> kube::Result<Next> {
         let policy = policy(state.migration_configuration.as_ref());
-        let ticket = match self.ask_target(&state, migration, &policy).await {
+        let asked = self.ask_target(&state, migration, &policy).await;
+        let (told, way) = asked.map_or_else(|why| (Err(why), None), |(told, way)| (Ok(told), way));
+        let mut ticket = match told {
             Ok(Told::Prepared { ticket }) => *ticket,
             Ok(Told::Refused { why }) => return self.fail(state, migration, &why).await,
             Ok(Told::NotYet { why }) | Err(why) => {
@@ -65,6 +68,11 @@ impl Guest<'_> {
                 return Ok(Next::After(SOON));
             }
         };
+        if let Some(Way { address, through: Some(why) }) = way {
+            // Its gateway is found by another way than it says.
+            ticket.peer.address = address;
+            self.say(Kind::Normal, "Relayed", &why).await;
+        }
         if let Err(error) = self.launcher.send(&SendRequest { ticket, policy }).await {
             return self.fail(state, migration, &launcher::chain(&error)).await;
         }
@@ -93,7 +101,7 @@ impl Guest<'_> {
         state: &State,
         migration: &str,
         policy: &Policy,
-    ) -> Result<Told, String> {
+    ) -> Result<(Told, Option<Way>), String> {
         let gateway = self.shared.moves.gateway.get().ok_or("the gateway is not open yet")?;
         let name = state.target_node.clone().unwrap_or_default();
         let own = self.shared.config.id();
@@ -114,12 +122,18 @@ impl Guest<'_> {
             name: named(there.map(|end| &end.domain_name), &self.key.1),
             migration: migration.to_owned(),
             pod: state.target_pod.clone().unwrap_or_default(),
-            from: Peer { address: gateway.local_addr().to_string(), id: own },
+            from: Peer { address: gateway.local_addr().to_string(), id: own.clone() },
             policy: policy.clone(),
         };
         let ask = serde_json::to_value(&ask).map_err(|error| error.to_string())?;
-        let told = gateway.ask(&address, &id, &ask).await.map_err(|e| launcher::chain(&e))?;
-        serde_json::from_value(told).map_err(|e| format!("node {name} answers nonsense: {e}"))
+        let way = match cluster == own.cluster() {
+            true => None,
+            false => Some(way::find(self.shared, gateway, &address, &id).await?),
+        };
+        let address = way.as_ref().map_or(&address, |way| &way.address);
+        let told = gateway.ask(address, &id, &ask).await.map_err(|e| launcher::chain(&e))?;
+        let told = serde_json::from_value(told);
+        Ok((told.map_err(|e| format!("node {name} answers nonsense: {e}"))?, way))
     }
 
     /// A move that has begun.
