@@ -77,10 +77,23 @@ impl Others {
         Self { cluster: cluster.into(), certificates, linked }
     }
 
-    /// Believes again whom the cluster believed before; but those whose links have gone meanwhile.
+    /// Believes again whom the cluster believed before; but those whose links have gone meanwhile. Ends once
+    /// that is known: what is published without it would forget those whom people have named.
     pub async fn recall(&mut self, client: &Client, sources: &Sources) {
         let maps: Api<ConfigMap> = Api::namespaced(client.clone(), api::NAMESPACE);
-        let Some(before) = maps.get_opt(BUNDLE).await.ok().flatten() else { return };
+        let before = loop {
+            match maps.get_opt(BUNDLE).await {
+                Ok(Some(before)) => break before,
+                Ok(None) => return,
+                Err(error) => {
+                    tracing::warn!(
+                        "ConfigMap {BUNDLE} cannot be read; trying again: {}",
+                        why(&error)
+                    );
+                    tokio::time::sleep(AGAIN).await;
+                }
+            }
+        };
         self.certificates = linked(&bundle_of(&before), &self.cluster, SystemTime::now());
         let were = before.annotations().get(LINKED).map(String::as_str).unwrap_or_default();
         self.linked = were.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect();
