@@ -10,9 +10,11 @@
 
 use crate::wire::{self, Ask, Told};
 use crate::world::World;
+use api::kubevirt::KubeVirt;
 use api::migration::Side;
 use channel::identity::{Credentials, Role, SpiffeId};
 use channel::passage::{Opening, Stream, join};
+use kube::runtime::reflector::Store;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
@@ -23,12 +25,12 @@ use tokio::time::timeout;
 const CONNECT: Duration = Duration::from_secs(5);
 
 /// The way to a node of another cluster, as this cluster's handlers take it.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Opener {
     /// The handler's.
     pub credentials: watch::Receiver<Credentials>,
-    /// Where the own synchronizer is found.
-    pub synchronizer: String,
+    /// The settings, which say where the own synchronizer is found: it may move.
+    pub settings: Store<KubeVirt>,
     /// The node's cluster.
     pub cluster: String,
     /// The node.
@@ -37,11 +39,15 @@ pub struct Opener {
 
 impl channel::passage::Opener for Opener {
     fn open(&self) -> Opening<'_> {
-        let Self { credentials, synchronizer, cluster, node } = self;
+        let Self { credentials, settings, cluster, node } = self;
         Box::pin(async move {
             let credentials = credentials.borrow().clone();
             let own = credentials.identity.id().cluster().to_owned();
-            open(&credentials, synchronizer, &own, cluster, node).await
+            let settings = settings.state().into_iter().next();
+            let status = settings.as_ref().and_then(|settings| settings.status.as_ref());
+            let address = status.and_then(|status| status.synchronization_addresses.first());
+            let address = address.ok_or("this cluster has no synchronizer")?;
+            open(&credentials, address, &own, cluster, node).await
         })
     }
 }
@@ -80,7 +86,9 @@ pub async fn serve(
         Ok(_) => Told::Open,
         Err(why) => Told::Refused { why: why.clone() },
     };
-    channel::wire::write(&mut near, &told).await.map_err(|error| error.to_string())?;
+    let sent = timeout(CONNECT, channel::wire::write(&mut near, &told)).await;
+    let sent = sent.map_err(|_| format!("{peer} does not take its answer"))?;
+    sent.map_err(|error| error.to_string())?;
     // A stream that is cut is seen by whoever uses it.
     drop(join(near, far.map_err(|why| format!("{peer}: {why}"))?).await);
     Ok(())

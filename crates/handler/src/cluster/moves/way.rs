@@ -52,12 +52,9 @@ async fn passage(shared: &Shared, id: &SpiffeId) -> Result<Arc<Passage>, String>
     if let Some(passage) = known.get(id) {
         return Ok(Arc::clone(passage));
     }
-    let settings = shared.settings.state();
-    let status = settings.first().and_then(|settings| settings.status.as_ref());
-    let synchronizer = status.and_then(|status| status.synchronization_addresses.first().cloned());
     let opener = Opener {
         credentials: shared.config.credentials.clone(),
-        synchronizer: synchronizer.ok_or("this cluster has no synchronizer")?,
+        settings: shared.settings.clone(),
         cluster: id.cluster().into(),
         node: id.instance().into(),
     };
