@@ -158,7 +158,7 @@ impl Status {
 
     /// Whether the guest has left for another VMI, which runs it or is about to.
     pub fn has_left(&self) -> Option<Ledger> {
-        self.other_ledger().filter(|_| self.state == "committed")
+        if self.state == "committed" { self.other_ledger() } else { None }
     }
 
     /// Whether the guest is known to have come to the VMI for which it has left. Until then it may yet be

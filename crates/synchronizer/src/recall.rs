@@ -46,13 +46,14 @@ struct Astray {
 
 impl Astray {
     fn of(world: &World, record: &OwnerRecord) -> Option<Self> {
-        let status = record.status.clone()?;
+        let status = record.status.as_ref()?;
+        let to = status.is_astray()?;
         let (namespace, name) = (record.namespace().unwrap_or_default(), record.name_any());
         Some(Self {
             record: OfVm { client: world.client.clone(), namespace, name },
             attempt: AttemptId(status.of.as_ref()?.attempt.clone()),
-            to: status.is_astray()?,
-            status,
+            status: status.clone(),
+            to,
         })
     }
 
