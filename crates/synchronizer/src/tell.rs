@@ -65,6 +65,7 @@ async fn teller(world: &World, uid: &str) {
     let mut pause = FIRST_PAUSE;
     let mut turn = 0;
     let mut over: Option<Instant> = None;
+    let mut heard = None;
     loop {
         changes.borrow_and_update();
         let Some(migration) = world.migration(uid) else { return };
@@ -91,7 +92,7 @@ async fn teller(world: &World, uid: &str) {
         }
         let address = addresses[turn % addresses.len()].clone();
         let next = tokio::select! {
-            next = tell(world, &migration, side, &half, &address) => next,
+            next = tell(world, &migration, &half, &address, &mut heard) => next,
             // What is told must be new.
             () = renewed(world, uid, &half) => Next::Again,
             // Nor is anybody waited for who is not believed any more.
@@ -148,21 +149,22 @@ async fn renewed(world: &World, uid: &str, said: &Half) {
     }
 }
 
+/// Tells it, and hears what is new to `heard`: the fingerprint of what was heard last.
 async fn tell(
     world: &World,
     migration: &Migration,
-    side: Side,
     half: &Half,
     address: &str,
+    heard: &mut Option<u64>,
 ) -> Next {
+    let Some((side, id)) = migration.spec.half() else { return Next::Over };
+
     let known = migration.status.as_ref().and_then(|status| status.peer.as_ref()?.half.as_ref());
     let credentials = world.credentials.borrow().clone();
-    let ask = Ask::Tell {
-        migration: migration.spec.half().map(|(_, id)| id.to_owned()).unwrap_or_default(),
-        side,
-        half: Box::new(half.clone()),
-        seen: known.map_or(0, fingerprint),
-    };
+    let is_over = migration.is_over();
+    // N.B. in one that is over nothing is written down any more.
+    let seen = heard.filter(|_| is_over).or(known.map(fingerprint)).unwrap_or_default();
+    let ask = Ask::Tell { migration: id.to_owned(), side, half: Box::new(half.clone()), seen };
     let cluster = known.map(|known| known.cluster.as_str());
     // N.B. one that has not begun may find another side.
     let cluster = cluster.filter(|_| migration.phase() > api::migration::Phase::Pending);
@@ -170,9 +172,9 @@ async fn tell(
         Ok(answer) => answer,
         Err(why) => return Next::Later(why),
     };
-    let is_over = migration.is_over();
     match told {
         Told::Half { half: Some(other) } => {
+            *heard = Some(fingerprint(&other));
             if let Err(why) = world.hear(migration, peer.cluster(), &other).await {
                 return Next::Later(why);
             }
