@@ -119,7 +119,7 @@ pub fn block(status: &Status) -> Vec<String> {
     }
     lines.push(figures(progress));
     if let Some(outcome) = &status.outcome {
-        lines.push(ending(outcome, status.paused_ms));
+        lines.push(ending(outcome, status));
     }
     lines
 }
@@ -127,7 +127,7 @@ pub fn block(status: &Status) -> Vec<String> {
 /// One line for a log.
 pub fn line(status: &Status) -> String {
     if let Some(outcome) = &status.outcome {
-        return ending(outcome, status.paused_ms);
+        return ending(outcome, status);
     }
     let waiting = waiting(status);
     let gap = if waiting.is_empty() { "" } else { "  " };
@@ -167,12 +167,18 @@ fn figures(progress: &Progress) -> String {
     parts.join(", ")
 }
 
-fn ending(outcome: &Outcome, paused_ms: Option<f64>) -> String {
+fn ending(outcome: &Outcome, status: &Status) -> String {
     match outcome {
-        Outcome::Succeeded => match paused_ms {
-            Some(pause) => format!("moved; the guest stood still for {pause:.0} ms"),
-            None => "moved".to_owned(),
-        },
+        Outcome::Succeeded => {
+            let mut text = "moved".to_owned();
+            if let Some(pause) = status.paused_ms {
+                text += &format!("; the guest stood still for {pause:.0} ms");
+            }
+            match status.progress.resumes {
+                0 => text,
+                resumes => format!("{text}; {resumes} broken streams went on"),
+            }
+        }
         Outcome::Failed { reason, resumable: true } => {
             format!("failed: {reason}. The guest runs where it ran; go on with --resume")
         }

@@ -15,6 +15,8 @@ pub struct Counters {
     pub sent: u64,
     /// Bytes that had to be sent again after a stream broke.
     pub again: u64,
+    /// How often a stream that had broken went on.
+    pub resumes: u64,
     /// Time that all streams spent reading the source, nanoseconds.
     pub read_ns: u64,
     /// … hashing and compressing.
@@ -38,6 +40,7 @@ impl Counters {
             read: self.read - before.read,
             sent: self.sent - before.sent,
             again: self.again - before.again,
+            resumes: self.resumes - before.resumes,
             read_ns: self.read_ns - before.read_ns,
             cpu_ns: self.cpu_ns - before.cpu_ns,
             wire_ns: self.wire_ns - before.wire_ns,

@@ -307,11 +307,15 @@ impl Shared {
 
     /// A stream's life: connect, send until it breaks, connect again.
     fn run(self: Arc<Self>, stream: u16) {
-        while !self.is_ended() {
+        for attempt in 0.. {
+            if self.is_ended() {
+                return;
+            }
             let connection = match self.connect.connect(stream) {
                 Ok(connection) => connection,
                 Err(why) => return self.end(Error::Lost { stream, why }),
             };
+            self.lock().counters.resumes += u64::from(attempt > 0);
             match self.serve(stream, connection) {
                 Err(Broken::Link(error)) => {
                     tracing::info!(stream, %error, "disk stream broke, connecting again");

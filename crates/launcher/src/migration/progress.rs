@@ -47,6 +47,9 @@ pub struct Progress {
     pub bytes_sent: u64,
     /// Bytes that were sent again after a broken link.
     pub bytes_again: u64,
+    /// How often a stream that had broken went on: of disks, of memory, or the control stream.
+    #[serde(default)]
+    pub resumes: u64,
     /// Bytes of disk per second that become safe.
     pub rate: u64,
     /// Bytes of disk per second that the guest dirties.
@@ -67,7 +70,8 @@ pub struct Progress {
 
 impl Progress {
     /// Takes over what the data path has counted.
-    pub(crate) fn count(&mut self, counters: &Counters) {
+    pub(crate) fn count(&mut self, counters: &Counters, other_resumes: u64) {
+        self.resumes = counters.resumes + other_resumes;
         self.bytes_total = counters.asked;
         self.bytes_sent = counters.sent;
         self.bytes_again = counters.again;

@@ -63,6 +63,7 @@ impl Shell {
         let disks: Vec<_> = disks.collect();
         let passed = self.begun.elapsed().as_secs_f64();
         let first = outlook.eta().zip(outlook.downtime(recorded));
+        let resumes = self.resumes();
         let first =
             first.map(|(left, downtime_ms)| Predicted { seconds: passed + left, downtime_ms });
         self.launcher.show(|status| {
@@ -70,7 +71,7 @@ impl Shell {
             migration.predicted = migration.predicted.or(first);
             let progress = &mut migration.progress;
             progress.disks = disks;
-            progress.count(&counters);
+            progress.count(&counters, resumes);
             progress.bytes_left = left;
             progress.rate = rate as u64;
             progress.dirty_rate = dirty_rate as u64;
@@ -81,6 +82,11 @@ impl Shell {
                 progress.memory = Some(memory.shown());
             }
         });
+    }
+
+    /// How often streams but those of disks have gone on after a break.
+    fn resumes(&self) -> u64 {
+        self.monitor.iter().chain(&self.memory_monitors).map(Monitor::reconnects).sum()
     }
 
     fn dirty_rate(&mut self, recorded: u64) -> f64 {
@@ -109,6 +115,7 @@ impl Shell {
         let paused = self.resumed.or_else(|| self.paused.map(|at| at.elapsed()));
         // N.B. what was shown while it moved may lack the last delta.
         let counters = self.sender.as_ref().map(|sender| sender.counters());
+        let resumes = self.resumes();
         self.launcher.show(|status| {
             let Some(migration) = &mut status.migration else { return };
             migration.phase = self.core.phase().to_owned();
@@ -116,7 +123,7 @@ impl Shell {
             migration.failpoint = None;
             migration.progress.throttle = None;
             if let Some(counters) = counters {
-                migration.progress.count(&counters);
+                migration.progress.count(&counters, resumes);
             }
             migration.paused_ms = paused.map(|p| p.as_secs_f64() * 1e3);
             migration.took_seconds = Some(self.begun.elapsed().as_secs_f64());
