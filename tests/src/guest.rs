@@ -22,6 +22,24 @@ pub fn image(name: &str) -> Result<PathBuf> {
     Ok(path)
 }
 
+/// All files below a folder.
+///
+/// # Errors
+/// When it cannot be read.
+pub fn files(folder: &Path) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        let entry = entry?;
+        let kind = entry.file_type()?;
+        match (kind.is_dir(), kind.is_file()) {
+            (true, _) => files.extend(self::files(&entry.path())?),
+            (_, true) => files.push(entry.path()),
+            _ => {}
+        }
+    }
+    Ok(files)
+}
+
 /// Where the guest may write raw, in bytes of the disk: see guest/README.md.
 pub const REGION: std::ops::Range<u64> = 32 << 20..48 << 20;
 

@@ -124,6 +124,9 @@ pub mod keys {
     pub const RECEIVES: &str = "kubevirt.io/create-migration-target";
     /// How long a migration waits for its other side, seconds.
     pub const SYNC_TIMEOUT: &str = "godwit.dev/synchronizationTimeoutSeconds";
+    /// Annotation of a migration, of the sending one where there are two: `true` has its disks compared
+    /// before the pod that the guest left goes.
+    pub const VERIFY: &str = "godwit.dev/verify";
     /// Annotation of a claim: what a DataVolume has done with it.
     pub const POD_PHASE: &str = "cdi.kubevirt.io/storage.pod.phase";
     /// Annotation of a claim: its content, `kubevirt` for a disk.

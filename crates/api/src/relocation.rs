@@ -35,6 +35,9 @@ pub struct Spec {
     /// What networks of the other cluster are called, by those of this one: where they differ.
     #[serde(skip_serializing_if = "BTreeMap::is_empty")]
     pub network_map: BTreeMap<String, String>,
+    /// Compare the disks that the guest leaves with those on which it runs then.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub verify: bool,
     /// Only find out what would make it fail, and what it would take.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub check_only: bool,

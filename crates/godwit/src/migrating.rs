@@ -6,13 +6,14 @@ use crate::vms::{Cluster, plain};
 use crate::{preflight, relocating};
 use anyhow::{Context, Result, bail, ensure};
 use api::conditions::{Is, types};
+use api::keys;
 use api::migration::{Phase, Spec, VirtualMachineInstanceMigration as Migration};
 use api::vm::VirtualMachine;
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
 use kube::api::{DynamicObject, ListParams, Patch, PatchParams, PostParams};
 use kube::core::ApiResource;
 use kube::{Api, ResourceExt};
-use launcher::migration::status::Status as Move;
+use launcher::migration::status::{Status as Move, Verified};
 use serde_json::{Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::process::ExitCode;
@@ -38,8 +39,8 @@ pub async fn run(arguments: Migrate) -> Result<ExitCode> {
         return preflight::run(&cluster, vm, node, class, arguments.output).await;
     }
     let migration = match &arguments.storage_class {
-        Some(class) => to_class(&cluster, vm, class).await?,
-        None => to_node(&cluster, vm, arguments.to_node.as_deref()).await?,
+        Some(class) => to_class(&cluster, vm, class, arguments.verify).await?,
+        None => to_node(&cluster, vm, arguments.to_node.as_deref(), arguments.verify).await?,
     };
     if arguments.no_wait {
         println!("{migration}");
@@ -91,7 +92,7 @@ async fn under_way(cluster: &Cluster, vm: &str) -> Result<Option<String>> {
     Ok(all.items.iter().find(open).map(ResourceExt::name_any))
 }
 
-async fn to_node(cluster: &Cluster, vm: &str, node: Option<&str>) -> Result<String> {
+async fn to_node(cluster: &Cluster, vm: &str, node: Option<&str>, verify: bool) -> Result<String> {
     let selector = node.map(|node| ("kubernetes.io/hostname".to_owned(), node.to_owned()));
     let spec = Spec {
         vmi_name: vm.to_owned(),
@@ -101,12 +102,15 @@ async fn to_node(cluster: &Cluster, vm: &str, node: Option<&str>) -> Result<Stri
     let mut migration = Migration::new("", spec);
     migration.metadata.name = None;
     migration.metadata.generate_name = Some(format!("{vm}-"));
+    if verify {
+        migration.annotations_mut().insert(keys::VERIFY.into(), "true".into());
+    }
     let made = api::<Migration>(cluster).create(&PostParams::default(), &migration).await;
     Ok(made.map_err(plain)?.name_any())
 }
 
 /// Lets all disks of a VM go to new claims of a class; returns the migration that does it.
-async fn to_class(cluster: &Cluster, vm: &str, class: &str) -> Result<String> {
+async fn to_class(cluster: &Cluster, vm: &str, class: &str, verify: bool) -> Result<String> {
     // N.B. as it is, with what the types here do not have: some of it is written back.
     let kind = ApiResource::erase::<VirtualMachine>(&());
     let vms: Api<DynamicObject> =
@@ -118,7 +122,15 @@ async fn to_class(cluster: &Cluster, vm: &str, class: &str) -> Result<String> {
     let patch = onto_class(cluster, &found, class).await?;
     vms.patch(vm, &PatchParams::default(), &Patch::Merge(&patch)).await.map_err(plain)?;
     match taken_up(cluster, vm).await {
-        Ok(migration) => Ok(migration),
+        Ok(migration) => {
+            if verify {
+                let wanted = json!({"metadata": {"annotations": {keys::VERIFY: "true"}}});
+                let (migrations, wanted) = (api::<Migration>(cluster), Patch::Merge(wanted));
+                let patched = migrations.patch(&migration, &PatchParams::default(), &wanted).await;
+                patched.map_err(plain).context("the disks move, but will not be compared")?;
+            }
+            Ok(migration)
+        }
         Err(why) => {
             // Its next start would be on the new disks, which are empty.
             let spec = &found.data["spec"];
@@ -203,7 +215,6 @@ fn free_name(claim: &str, class: &str, taken: &BTreeSet<String>) -> String {
 }
 
 /// Shows a migration until it is over.
-/// Shows a migration until it is over.
 ///
 /// # Errors
 /// When the cluster cannot be asked. One that fails is an exit code.
@@ -236,7 +247,7 @@ pub async fn follow(cluster: &Cluster, name: &str, mut view: View) -> Result<Exi
                     Some(cluster) => eprintln!("{vm} runs on node {node} of cluster {cluster}"),
                     None => eprintln!("{vm} runs on node {node}"),
                 }
-                return Ok(ExitCode::SUCCESS);
+                return Ok(verdict(&progress["verified"]));
             }
             Phase::Failed => {
                 let why = status["migrationState"]["failureReason"].as_str();
@@ -246,6 +257,18 @@ pub async fn follow(cluster: &Cluster, name: &str, mut view: View) -> Result<Exi
             }
             _ => tokio::time::sleep(LOOK).await,
         }
+    }
+}
+
+/// Tells what a comparison of the disks has shown, where there was one.
+fn verdict(verified: &Value) -> ExitCode {
+    let Ok(found) = serde_json::from_value::<Verified>(verified.clone()) else {
+        return ExitCode::SUCCESS;
+    };
+    eprintln!("{found}");
+    match found {
+        Verified::Verified { .. } => ExitCode::SUCCESS,
+        Verified::Differ { .. } | Verified::Unknown { .. } => ExitCode::FAILURE,
     }
 }
 

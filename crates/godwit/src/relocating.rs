@@ -28,6 +28,7 @@ pub async fn run(cluster: &Cluster, vm: &str, to: &str, arguments: &Migrate) -> 
         name: None,
         storage_class: arguments.storage_class.clone(),
         network_map: pairs(&arguments.network_map, "--network-map", "HERE=THERE")?,
+        verify: arguments.verify,
         check_only: arguments.dry_run,
     };
     let mut wanted = VirtualMachineMove::new("", spec);
@@ -40,7 +41,7 @@ pub async fn run(cluster: &Cluster, vm: &str, to: &str, arguments: &Migrate) -> 
         return Ok(ExitCode::SUCCESS);
     }
     let mut shown = Phase::Unset;
-    let mut watched = false;
+    let mut watched = None;
     loop {
         let found = moves.get(&name).await.map_err(plain)?;
         let status = found.status.unwrap_or_default();
@@ -50,12 +51,17 @@ pub async fn run(cluster: &Cluster, vm: &str, to: &str, arguments: &Migrate) -> 
         }
         match (&status.migration, status.phase) {
             (_, Phase::Succeeded | Phase::Failed) => {
-                return Ok(report(vm, to, &status, arguments));
+                let ended = report(vm, to, &status, arguments);
+                return Ok(if ended == ExitCode::SUCCESS {
+                    watched.unwrap_or(ended)
+                } else {
+                    ended
+                });
             }
-            (Some(migration), Phase::Moving) if !watched => {
-                watched = true;
-                // How it ends is the move's to tell.
-                let _ = follow(cluster, migration, View::new(arguments.output)).await?;
+            (Some(migration), Phase::Moving) if watched.is_none() => {
+                // How it ends is the move's to tell; what its disks are, the migration's.
+                let view = View::new(arguments.output);
+                watched = Some(follow(cluster, migration, view).await?);
             }
             _ => tokio::time::sleep(LOOK).await,
         }

@@ -246,7 +246,8 @@ impl Launcher {
     /// # Errors
     /// [`Error::Denied`].
     pub fn judge(&self, vm: &Vm, wish: Wish) -> Result<bool, Error> {
-        match judge(self.status.borrow().phase, vm.moving.is_some(), wish) {
+        let moves = vm.moving.as_ref().is_some_and(Moving::is_move);
+        match judge(self.status.borrow().phase, moves, wish) {
             Verdict::Accept => Ok(true),
             Verdict::Already => Ok(false),
             Verdict::Deny(why) => {

@@ -345,6 +345,9 @@ async fn prepare(world: &World, one: &VirtualMachineMove) -> Step {
     };
     let mut migration = Migration::new(&name, spec);
     migration.labels_mut().insert(offer::MOVE.into(), id(one));
+    if one.spec.verify {
+        migration.annotations_mut().insert(keys::VERIFY.into(), "true".into());
+    }
     match migrations.create(&PostParams::default(), &migration).await {
         Ok(_) => Step::To(Phase::Moving),
         Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {

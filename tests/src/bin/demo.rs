@@ -9,6 +9,7 @@ use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{MOVES, Oracle, VMIS, VMS, import, is_running, shows, vm};
 use godwit::view::bytes;
+use launcher::migration::status::Verified;
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::process::{Command, ExitCode};
@@ -108,6 +109,10 @@ impl Stage {
                 of["took_seconds"].as_f64().unwrap_or_default(),
                 of["paused_ms"].as_f64().unwrap_or_default(),
             );
+            // N.B. read by all that it may say: else the demo says so.
+            let verified: Verified = serde_json::from_value(of["verified"].clone())?;
+            println!("    {verified}");
+            ensure!(matches!(verified, Verified::Verified { .. }), "the disks are not verified");
         }
         Ok(())
     }
@@ -145,24 +150,25 @@ impl Stage {
         self.apply("godwit-west", "waits.json", &waits)?;
         let sync = |vmi: &Value| vmi["status"]["phase"] == "WaitingForSync";
         self.west.until(&format!("{VMIS}/web"), sync).await?;
-        let half = |part: Value| {
+        let half = |part: Value, verify: bool| {
+            let annotations = verify.then(|| json!({"godwit.dev/verify": "true"}));
             let mut spec = json!({"vmiName": "web"});
             for (field, value) in part.as_object().into_iter().flatten() {
                 spec[field] = value.clone();
             }
             json!({
                 "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstanceMigration",
-                "metadata": {"name": "to-west"}, "spec": spec,
+                "metadata": {"name": "to-west", "annotations": annotations}, "spec": spec,
             })
         };
         say("a migration that receives, and one that sends to where west's KubeVirt object says:");
-        let receive = half(json!({"receive": {"migrationID": "to-west"}}));
+        let receive = half(json!({"receive": {"migrationID": "to-west"}}), false);
         self.apply("godwit-west", "receive.json", &receive)?;
         let path = "jsonpath={.status.synchronizationAddresses[0]}";
         let place = ["--context", "godwit-west", "-n", "kubevirt", "get", "kubevirt", "kubevirt"];
         let address = self.run("kubectl", &[&place[..], &["-o", path]].concat())?;
-        let send =
-            half(json!({"sendTo": {"migrationID": "to-west", "connectURL": address.trim()}}));
+        let send = json!({"sendTo": {"migrationID": "to-west", "connectURL": address.trim()}});
+        let send = half(send, true);
         self.apply("godwit-east", "send.json", &send)?;
         println!("$ godwit watch vm/web --context godwit-east");
         let mut watch = Command::new(&self.program);
@@ -182,7 +188,8 @@ impl Stage {
     /// Godwit's way, by one command.
     async fn to_east(&self) -> Result<Value> {
         say("And back, by one command:");
-        self.run("godwit", &["migrate", "vm/web", "--to", "east", "--context", "godwit-west"])?;
+        let back = ["migrate", "vm/web", "--to", "east", "--verify", "--context", "godwit-west"];
+        self.run("godwit", &back)?;
         self.east.until(&format!("{VMS}/web"), is_running).await?;
         let moves = self.west.send("GET", MOVES, None).await?;
         let all = moves["items"].as_array().cloned().unwrap_or_default();

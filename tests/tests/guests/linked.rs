@@ -554,7 +554,9 @@ async fn a_guest_goes_through_both_synchronizers_where_its_node_reaches_no_other
         run.status.success() && said.contains("through both clusters' synchronizers"),
         "{said}"
     );
-    east.does(&["migrate", "vm/web", "--to", "west"])?;
+    let run = east.tries(&["migrate", "vm/web", "--to", "west", "--verify"])?;
+    let said = String::from_utf8_lossy(&run.stderr).into_owned();
+    ensure!(run.status.success() && said.contains("disks verified"), "{said}");
     west.until(&web, is_running).await?;
     Oracle::again(&mut west.console("web")?).check()?;
     let events = east.send("GET", "/api/v1/namespaces/default/events", None).await?;

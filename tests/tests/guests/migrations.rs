@@ -8,9 +8,12 @@ use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{
     CLAIMS, DISKS, MOVES, OWNERS, Oracle, PODS, SETTINGS, VMIS, VMS, holds, import, is_running,
-    migration, node, on_shared_storage, says, shows, vm,
+    migration, node, on_shared_storage, says, shows, until_at, vm,
 };
+use launcher::client::Client as Launcher;
 use serde_json::{Value, json};
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 
 const NODES: [&str; 4] = ["--nodes", "2", "--storage", "2Gi"];
 
@@ -168,12 +171,12 @@ async fn disks_go_to_other_storage_while_the_guest_runs() -> Result<()> {
 
 /// A disk that only its node can use follows its guest, without anybody being asked for anything, and
 /// returns to where it was; a container disk's content comes along. (Parity 53 has KubeVirt refuse
-/// it; 45, 56.)
+/// it; 45, 56.) Where the disks are compared, one that is wrong is found.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_disk_of_one_node_follows_its_guest_there_and_back() -> Result<()> {
     let registry = Registry::start()?;
     let image = registry.push("guest", "disk/guest.raw", &guest::image("disk.raw")?)?;
-    let cluster = Cluster::new(PROGRAM, &NODES).await?;
+    let cluster = Cluster::with(PROGRAM, &NODES, &[("GODWIT_FAILPOINTS", "1")]).await?;
     let storage = json!({
         "storageClassName": "local", "resources": {"requests": {"storage": "100Mi"}},
     });
@@ -193,7 +196,9 @@ async fn a_disk_of_one_node_follows_its_guest_there_and_back() -> Result<()> {
     let mut writes = 0;
     for round in 0..2 {
         let before = node(&cluster.send("GET", &vmi, None).await?).to_owned();
-        cluster.does(&["migrate", "vm/web"])?;
+        let verified = cluster.tries(&["migrate", "vm/web", "--verify"])?;
+        let told = String::from_utf8_lossy(&verified.stderr).into_owned();
+        ensure!(verified.status.success() && told.contains("disks verified"), "{told}");
         let after = cluster.send("GET", &vmi, None).await?;
         ensure!(node(&after) != before, "round {round}: it is where it was");
         cluster.until(&vmi, |vmi| vmi["status"]["migratedVolumes"].is_null()).await?;
@@ -222,7 +227,44 @@ async fn a_disk_of_one_node_follows_its_guest_there_and_back() -> Result<()> {
     let total = back.map(|back| back["status"]["progress"]["progress"]["bytes_total"].clone());
     let total = total.and_then(|total| total.as_u64()).context("no migration went back")?;
     ensure!(total < 50 << 20, "{total} bytes of disk were looked at on the way back");
+    // Its last sector is none of any file's.
+    let moved = goes_wrong(&cluster, |disk| {
+        let last = disk.metadata()?.len() - 512;
+        Ok(disk.write_all_at(b"not what was left", last)?)
+    });
+    let moved = moved.await?;
+    let found = &moved["status"]["progress"]["verified"];
+    ensure!(found["disks"] == "differ" && found["first"][0][0] == "root", "{moved}");
     Ok(())
+}
+
+/// Moves the guest with a comparison, and does something to its disk on the other node before it runs there.
+async fn goes_wrong(cluster: &Cluster, does: impl Fn(&File) -> Result<()>) -> Result<Value> {
+    let launcher = |node: &str, pod: &str| {
+        let folder = format!("machine/nodes/{node}/handler/pods/default_{pod}");
+        Launcher::new(&cluster.path(&folder), "default.web")
+    };
+    let text = |value: &Value| value.as_str().map(str::to_owned).context("no text");
+    let record = cluster.send("GET", &format!("{OWNERS}/web"), None).await?;
+    let status = &record["status"];
+    let leaves = launcher(&text(&status["node"])?, &text(&status["pod"])?);
+    leaves.arm("source:Seeding").await?;
+    let mut wanted = migration("wrong", "web");
+    wanted["metadata"]["annotations"] = json!({"godwit.dev/verify": "true"});
+    cluster.create(MOVES, wanted).await?;
+    until_at(&leaves, "source:Seeding").await?;
+    let found = cluster.send("GET", &format!("{MOVES}/wrong"), None).await?;
+    let state = &found["status"]["migrationState"];
+    let there = text(&state["targetNode"])?;
+    let comes = launcher(&there, &text(&state["targetPod"])?);
+    comes.arm("target:Activating").await?;
+    leaves.release().await?;
+    until_at(&comes, "target:Activating").await?;
+    for disk in guest::files(&cluster.path(&format!("machine/nodes/{there}/volumes")))? {
+        does(&File::options().write(true).open(disk)?)?;
+    }
+    comes.release().await?;
+    cluster.until_moved("wrong", "Succeeded").await
 }
 
 /// Parity 79 to 83: whenever it is cancelled, the guest is where it was; 49: a pod that finds no node

@@ -27,12 +27,15 @@ pub struct Migrate {
     /// The class of storage to which its disks are to go, while it runs.
     #[arg(long, conflicts_with = "to_node")]
     pub storage_class: Option<String>,
+    /// Compare the disks that the guest left with those on which it runs then, before the move is over.
+    #[arg(long)]
+    pub verify: bool,
     /// Do not wait for its end.
     #[arg(long)]
     pub no_wait: bool,
     /// Move nothing: tell all that would make it fail, what it would take, and how long the guest
     /// would stand still.
-    #[arg(long, conflicts_with = "no_wait")]
+    #[arg(long, conflicts_with_all = ["no_wait", "verify"])]
     pub dry_run: bool,
     /// How it is shown.
     #[arg(short, long, value_enum, default_value = "text")]

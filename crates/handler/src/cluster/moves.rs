@@ -15,6 +15,8 @@ mod forecast;
 mod mobility;
 mod prepare;
 mod source;
+mod there;
+mod verify;
 mod way;
 
 pub use forecast::{Elsewhere, Outlook, Plan, look};
@@ -84,11 +86,13 @@ struct Known {
     told: Option<(Instant, serde_json::Value)>,
     /// Whole GiB that it moves, once that is known.
     size: Option<i64>,
+    /// How far the comparison of its disks is, where one has begun.
+    check: Option<verify::Check>,
 }
 
 impl Default for Known {
     fn default() -> Self {
-        Self { since: Instant::now(), name: None, told: None, size: None }
+        Self { since: Instant::now(), name: None, told: None, size: None, check: None }
     }
 }
 
@@ -100,6 +104,11 @@ impl Moves {
     /// How long a migration has been known here.
     fn age(&self, migration: &str) -> Duration {
         self.memory().known.entry(migration.to_owned()).or_default().since.elapsed()
+    }
+
+    /// Notes how far the comparison of its disks is.
+    fn note(&self, migration: &str, check: verify::Check) {
+        self.memory().known.entry(migration.to_owned()).or_default().check = Some(check);
     }
 
     fn forget(&self, migration: &str) {
@@ -284,10 +293,13 @@ impl Guest<'_> {
             // The target's handler says it, or will.
             return Ok(Next::After(SOON));
         }
+        let migration = state.attempt().unwrap_or_default().to_owned();
+        if let Some(next) = self.verify(state, &migration).await? {
+            return Ok(next);
+        }
         self.mark_left(found).await?;
         state.completed = Some(true);
         state.end_timestamp = Some(moment(Timestamp::now()));
-        let migration = state.attempt().unwrap_or_default().to_owned();
         if let Some(end) = there {
             self.supersede(&end).await?;
             self.tell_arrival(&migration).await;

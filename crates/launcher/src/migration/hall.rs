@@ -139,7 +139,7 @@ async fn receive(launcher: Handle, stream: UnixStream) {
         Err(error) => return tracing::warn!(%error, "a stream was not understood"),
     };
     let gate = match &launcher.vm.lock().await.moving {
-        Some(Moving::Here(gate)) => Some(gate.clone()),
+        Some(Moving::Here(gate) | Moving::Compared(gate)) => Some(gate.clone()),
         _ => None,
     };
     let Some(gate) = gate else {

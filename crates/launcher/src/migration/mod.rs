@@ -64,4 +64,13 @@ pub enum Moving {
     Away(source::Remote),
     /// To here.
     Here(Arc<hall::Gate>),
+    /// None is: disks that the VM has left are compared with its own. It stands in nobody's way.
+    Compared(Arc<hall::Gate>),
+}
+
+impl Moving {
+    /// Whether the guest is on its way, and whatever else is wanted has to wait.
+    pub fn is_move(&self) -> bool {
+        !matches!(self, Self::Compared(_))
+    }
 }

@@ -121,7 +121,7 @@ fn unmovable(guest: &Guest) -> Vec<String> {
 pub async fn cancel(launcher: &Handle) -> Result<(), vm::Error> {
     let moving = launcher.vm.lock().await.moving.clone();
     match moving {
-        None => Ok(()),
+        None | Some(Moving::Compared(_)) => Ok(()),
         Some(Moving::Here(gate)) => {
             gate.cancel.notify_one();
             Ok(())

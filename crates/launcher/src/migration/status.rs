@@ -2,6 +2,7 @@
 
 use super::policy::Policy;
 use super::progress::Progress;
+use super::verify::VerifyReport;
 use handover::Deadline;
 use serde::{Deserialize, Serialize};
 
@@ -55,6 +56,61 @@ pub struct Predicted {
     pub downtime_ms: f64,
 }
 
+/// What a comparison of the disks that a guest left with those on which it runs has shown.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "disks", rename_all = "lowercase")]
+pub enum Verified {
+    /// They are the same, but for what the guest has written since.
+    Verified {
+        /// Bytes compared.
+        compared: u64,
+        /// Bytes that differ because the guest has written them since.
+        changed: u64,
+    },
+    /// They differ though the guest has not written there.
+    Differ {
+        /// Where first, on each disk: its name and the offset.
+        first: Vec<(String, u64)>,
+    },
+    /// They could not be compared.
+    Unknown {
+        /// Why.
+        why: String,
+    },
+}
+
+impl From<VerifyReport> for Verified {
+    fn from(report: VerifyReport) -> Self {
+        let VerifyReport { compared, changed, wrong } = report;
+        if wrong.is_empty() {
+            return Self::Verified { compared, changed };
+        }
+        let mut first: Vec<_> = wrong.into_iter().map(|w| (w.disk, w.extent.offset)).collect();
+        first.sort();
+        first.dedup_by(|later, earlier| later.0 == earlier.0);
+        Self::Differ { first }
+    }
+}
+
+impl std::fmt::Display for Verified {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Verified { compared, changed } => write!(
+                f,
+                "disks verified: {compared} bytes compared, {changed} of them changed by the guest since"
+            ),
+            Self::Differ { first } => {
+                write!(f, "DISKS DIFFER where the guest has not written since it came:")?;
+                first
+                    .iter()
+                    .try_for_each(|(disk, at)| write!(f, " disk {disk} from byte {at} on;"))?;
+                write!(f, " keep the disks that it left")
+            }
+            Self::Unknown { why } => write!(f, "disks could not be compared: {why}"),
+        }
+    }
+}
+
 /// A move at one moment.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Status {
@@ -78,6 +134,9 @@ pub struct Status {
     /// Seconds that it took, once it is over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub took_seconds: Option<f64>,
+    /// What a comparison of the disks has shown, where one was asked for: its handler tells it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub verified: Option<Verified>,
     /// Set when it is over.
     pub outcome: Option<Outcome>,
     /// The failpoint at which it stands, in a test.
@@ -97,6 +156,7 @@ impl Status {
             paused_ms: None,
             predicted: None,
             took_seconds: None,
+            verified: None,
             outcome: None,
             failpoint: None,
         }

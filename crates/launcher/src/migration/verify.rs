@@ -62,6 +62,15 @@ pub struct VerifyTicket {
     tokens: Vec<Token>,
 }
 
+impl VerifyTicket {
+    /// The same, for who finds the running launcher's gateway at another address than it says.
+    #[must_use]
+    pub fn at(mut self, address: String) -> Self {
+        self.peer.address = address;
+        self
+    }
+}
+
 /// Asks the launcher that was left to send its hashes.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -97,6 +106,15 @@ pub struct VerifyReport {
     pub wrong: Vec<Wrong>,
 }
 
+impl VerifyReport {
+    /// Adds what another part of the disks has shown.
+    pub fn add(&mut self, other: Self) {
+        self.compared += other.compared;
+        self.changed += other.changed;
+        self.wrong.extend(other.wrong);
+    }
+}
+
 /// A part of a disk that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Wrong {
@@ -118,7 +136,7 @@ pub async fn verify_begin(
     let Some(guest) = vm.guest.clone() else {
         return Err(Error::Verify("the VM does not run here".into()).into());
     };
-    if vm.moving.is_some() {
+    if vm.moving.as_ref().is_some_and(Moving::is_move) {
         return Err(Error::Verify("a move is under way; wait for its end".into()).into());
     }
     let mut names = Vec::new();
@@ -132,7 +150,7 @@ pub async fn verify_begin(
     let receiver = Arc::new(receiver);
     let gate = Gate::new(&request.migration, request.from.id);
     let tokens = (0..STREAMS).map(|n| gate.admit_disk(n, &receiver)).collect();
-    vm.moving = Some(Moving::Here(gate));
+    vm.moving = Some(Moving::Compared(gate));
     Ok(VerifyTicket {
         migration: request.migration,
         vm: launcher.config.vm.clone(),
@@ -164,7 +182,7 @@ pub async fn verify_send(
         let disk = Disk::source(path)?;
         match launcher.marks.get(&disk)? {
             Some(Mark::Superseded { vm, epoch, left_as, .. })
-                if vm == ticket.vm && left_as == disk.identity()? =>
+                if vm == launcher.config.vm && left_as == disk.identity()? =>
             {
                 epochs.push(epoch);
             }
@@ -226,7 +244,7 @@ pub async fn verify_judge(
     let guest = {
         let mut vm = launcher.vm.lock().await;
         match vm.moving.take() {
-            Some(Moving::Here(gate)) => gate.close(),
+            Some(Moving::Compared(gate)) => gate.close(),
             other => vm.moving = other,
         }
         vm.guest.clone().ok_or_else(|| fail("the VM does not run here".into()))?

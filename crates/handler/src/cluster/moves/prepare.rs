@@ -1,4 +1,4 @@
-//! What the source's handler asks of the target's, before anything moves.
+//! What the source's handler asks of the target's: before anything moves, and when all has.
 
 use super::super::{Shared, doors, guests};
 use super::{Arranged, annotate};
@@ -15,6 +15,7 @@ use launcher::client::Client as Launcher;
 use launcher::migration::PrepareRequest;
 use launcher::migration::policy::Policy;
 use launcher::migration::ticket::{Peer, Ticket};
+use launcher::migration::verify::{BeginRequest, Differing, VerifyReport, VerifyTicket};
 use launcher::status::Phase as Does;
 use reconcile::events::why;
 use serde::{Deserialize, Serialize};
@@ -22,25 +23,42 @@ use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
 
-/// A question of another handler.
+/// A question of another handler, about a guest that it sends or has sent.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Ask {
+    /// The VMI's.
+    pub namespace: String,
+    /// The VMI's.
+    pub name: String,
+    /// The migration's uid.
+    pub migration: String,
+    /// The target's pod.
+    pub pod: String,
+    /// Where the guest comes from.
+    pub from: Peer,
+    /// What is asked.
+    #[serde(flatten)]
+    pub what: What,
+}
+
+/// What is asked.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(tag = "ask")]
-pub enum Ask {
+pub enum What {
     /// Have a pod's launcher expect a guest.
     #[serde(rename = "prepare/1")]
     Prepare {
-        /// The VMI's.
-        namespace: String,
-        /// The VMI's.
-        name: String,
-        /// The migration's uid.
-        migration: String,
-        /// The target's pod.
-        pod: String,
-        /// Where the guest comes from.
-        from: Peer,
         /// How it is moved.
         policy: Policy,
+    },
+    /// Have it compare the disks that a guest has left with those on which it runs.
+    #[serde(rename = "compare/1")]
+    Compare,
+    /// Have it judge what differs.
+    #[serde(rename = "judge/1")]
+    Judge {
+        /// Part of that.
+        differing: Vec<Differing>,
     },
 }
 
@@ -53,6 +71,18 @@ pub enum Told {
     Prepared {
         /// For the source's launcher.
         ticket: Box<Ticket>,
+    },
+    /// The launcher waits for what the disks hold that the guest left.
+    #[serde(rename = "comparing/1")]
+    Comparing {
+        /// For the source's launcher.
+        ticket: Box<VerifyTicket>,
+    },
+    /// What differs was judged.
+    #[serde(rename = "judged/1")]
+    Judged {
+        /// So.
+        report: VerifyReport,
     },
     /// It does not yet: ask again.
     #[serde(rename = "not-yet/1")]
@@ -75,7 +105,7 @@ impl Service for Cluster {
     fn peer<'a>(&'a self, peer: &'a SpiffeId, request: Value) -> Answer<'a> {
         Box::pin(async move {
             let told = match serde_json::from_value(request) {
-                Ok(ask) => prepare(&self.0, peer, ask).await,
+                Ok(ask) => answer(&self.0, peer, ask).await,
                 Err(error) => Told::Refused { why: format!("it makes no sense: {error}") },
             };
             serde_json::to_value(told).unwrap_or_default()
@@ -99,26 +129,68 @@ impl Service for Cluster {
     }
 }
 
-async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
-    let Ask::Prepare { namespace, name, migration, pod, from, policy } = ask;
-    let refused = |why: String| Told::Refused { why };
-    let not_yet = |why: String| Told::NotYet { why };
-    if from.id != *peer {
-        return refused(format!("{peer} may not send a guest here"));
-    }
-    let key = (namespace, name);
-    let is = |found: &Arc<Pod>| {
-        guests::owner(found).as_ref() == Some(&key)
-            && found.name_any() == pod
-            && found.labels().get(keys::MIGRATION) == Some(&migration)
-    };
-    let Some(found) = shared.pods.state().into_iter().find(is) else {
-        return not_yet(format!("node {} has not seen pod {pod}", shared.config.node));
-    };
-    let state = match is_wanted(shared, peer, &key, &migration, &pod).await {
-        Ok(state) => state,
+/// A target's pod on this node, and what is known of the move to it.
+struct Here {
+    pod: Arc<Pod>,
+    launcher: Launcher,
+    /// What the VMI says.
+    state: State,
+}
+
+async fn answer(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
+    let here = match find(shared, peer, &ask).await {
+        Ok(here) => here,
         Err(why) => return why,
     };
+    let migration = ask.migration.clone();
+    match ask.what.clone() {
+        What::Prepare { policy } => prepare(shared, ask, here, policy).await,
+        What::Compare => {
+            let begin = BeginRequest { migration, from: ask.from };
+            match here.launcher.verify_begin(&begin).await {
+                Ok(ticket) => Told::Comparing { ticket: Box::new(ticket) },
+                // It has something to do for the move itself.
+                Err(error) => Told::NotYet { why: launcher::chain(&error) },
+            }
+        }
+        What::Judge { differing } => match here.launcher.verify_judge(&differing).await {
+            Ok(report) => Told::Judged { report },
+            Err(error) => Told::Refused { why: launcher::chain(&error) },
+        },
+    }
+}
+
+/// Finds the target, if the cluster wants that guest there from who asks.
+async fn find(shared: &Shared, peer: &SpiffeId, ask: &Ask) -> Result<Here, Told> {
+    let Ask { namespace, name, migration, pod, from, .. } = ask;
+    if from.id != *peer {
+        return Err(Told::Refused { why: format!("{peer} may not send a guest here") });
+    }
+    let key = (namespace.clone(), name.clone());
+    let is = |found: &Arc<Pod>| {
+        guests::owner(found).as_ref() == Some(&key)
+            && found.name_any() == *pod
+            && found.labels().get(keys::MIGRATION) == Some(migration)
+    };
+    let Some(found) = shared.pods.state().into_iter().find(is) else {
+        let why = format!("node {} has not seen pod {pod}", shared.config.node);
+        return Err(Told::NotYet { why });
+    };
+    let state = is_wanted(shared, peer, &key, migration, pod).await?;
+    let folder = doors::folder(&shared.config.pods(), &found);
+    let launcher = Launcher::new(&folder, &api::owner::vm_id(namespace, name));
+    Ok(Here { pod: found, launcher, state })
+}
+
+async fn prepare(shared: &Shared, ask: Ask, here: Here, policy: Policy) -> Told {
+    let refused = |why: String| Told::Refused { why };
+    let not_yet = |why: String| Told::NotYet { why };
+    let Here { pod: found, launcher, state } = here;
+    let Ask { namespace, name, migration, from, pod, .. } = ask;
+    if state.is_over() {
+        return refused(format!("the move of {namespace}/{name} to pod {pod} is over"));
+    }
+    let key = (namespace, name);
     let uid = found.uid().unwrap_or_default();
     let arranged = match shared.moves.memory().arranged.get(&uid).cloned() {
         Some(Ok(arranged)) => arranged,
@@ -131,9 +203,7 @@ async fn prepare(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
             ));
         }
     };
-    let folder = doors::folder(&shared.config.pods(), &found);
     let Arranged { vm: spec, copied, left } = arranged;
-    let launcher = Launcher::new(&folder, &spec.name);
     match launcher.status().await {
         Ok(status) if status.phase == Does::Receiving => {
             // Of an attempt whose source's handler did not hear the answer.
@@ -204,8 +274,7 @@ async fn is_wanted(
         && from.1.is_some_and(|node| node == peer.instance());
     let wanted = state.migration_uid.as_deref() == Some(migration)
         && state.target_pod.as_deref() == Some(pod)
-        && is_from
-        && !state.is_over();
+        && is_from;
     match wanted {
         true => Ok(state),
         false => Err(Told::Refused {

@@ -2,13 +2,13 @@
 
 use super::super::Shared;
 use super::super::guests::{Guest, SOON};
-use super::prepare::{Ask, Told};
-use super::way::{self, Way};
+use super::prepare::{Told, What};
+use super::there::There;
+use super::way::Way;
 use api::conditions::moment;
 use api::keys;
 use api::migration::{COMPLETION_PER_GIB, VirtualMachineInstanceMigration};
 use api::migration::{Compression as Zip, MAX_DOWNTIME_MS, Options, PROGRESS_TIMEOUT, State};
-use channel::identity::{Role, SpiffeId};
 use jiff::Timestamp;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::{ListParams, Patch, PatchParams};
@@ -16,7 +16,6 @@ use kube::{Api, ResourceExt};
 use launcher::migration::SendRequest;
 use launcher::migration::policy::Policy;
 use launcher::migration::status::{Half, Outcome, Status as Move};
-use launcher::migration::ticket::Peer;
 use launcher::spec::VmSpec;
 use launcher::status::Status as Found;
 use mover::codec::Compression;
@@ -54,11 +53,18 @@ impl Guest<'_> {
     /// Has the target prepared, and the launcher send.
     async fn set_out(&self, state: State, migration: &str) -> kube::Result<Next> {
         let policy = policy(state.migration_configuration.as_ref());
-        let asked = self.ask_target(&state, migration, &policy).await;
-        let (told, way) = asked.map_or_else(|why| (Err(why), None), |(told, way)| (Ok(told), way));
+        let there = There::find(self.shared, self.key, &state).await;
+        let told = match &there {
+            Ok(there) => there.ask(What::Prepare { policy: policy.clone() }).await,
+            Err(why) => Err(why.clone()),
+        };
         let mut ticket = match told {
             Ok(Told::Prepared { ticket }) => *ticket,
             Ok(Told::Refused { why }) => return self.fail(state, migration, &why).await,
+            Ok(Told::Comparing { .. } | Told::Judged { .. }) => {
+                let why = "the target's node answers what was not asked";
+                return self.fail(state, migration, why).await;
+            }
             Ok(Told::NotYet { why }) | Err(why) => {
                 if self.shared.moves.age(migration) > READY {
                     let why = format!("the target was not ready within {READY:?}: {why}");
@@ -68,7 +74,7 @@ impl Guest<'_> {
                 return Ok(Next::After(SOON));
             }
         };
-        if let Some(Way { address, through: Some(why) }) = way {
+        if let Ok(There { way: Some(Way { address, through: Some(why) }), .. }) = there {
             // Its gateway is found by another way than it says.
             ticket.peer.address = address;
             self.say(Kind::Normal, "Relayed", &why).await;
@@ -94,46 +100,6 @@ impl Guest<'_> {
         let message = format!("The VirtualMachineInstance is migrating to node {node}.");
         self.say(Kind::Normal, "Migrating", &message).await;
         Ok(Next::Rest)
-    }
-
-    async fn ask_target(
-        &self,
-        state: &State,
-        migration: &str,
-        policy: &Policy,
-    ) -> Result<(Told, Option<Way>), String> {
-        let gateway = self.shared.moves.gateway.get().ok_or("the gateway is not open yet")?;
-        let name = state.target_node.clone().unwrap_or_default();
-        let own = self.shared.config.id();
-        let there = state.target_state.as_ref();
-        let cluster = there.and_then(|end| end.cluster.as_deref()).unwrap_or(own.cluster());
-        let address = match there {
-            None => gateway_of(self.shared, &name).await?,
-            Some(end) => end.gateway.clone().ok_or_else(|| {
-                format!("cluster {cluster} does not say where the gateway of its node {name} is")
-            })?,
-        };
-        let id = SpiffeId::new(cluster, Role::Handler, &name).map_err(|e| e.to_string())?;
-        let named = |named: Option<&Option<String>>, own: &String| {
-            named.cloned().flatten().unwrap_or_else(|| own.clone())
-        };
-        let ask = Ask::Prepare {
-            namespace: named(there.map(|end| &end.domain_namespace), &self.key.0),
-            name: named(there.map(|end| &end.domain_name), &self.key.1),
-            migration: migration.to_owned(),
-            pod: state.target_pod.clone().unwrap_or_default(),
-            from: Peer { address: gateway.local_addr().to_string(), id: own.clone() },
-            policy: policy.clone(),
-        };
-        let ask = serde_json::to_value(&ask).map_err(|error| error.to_string())?;
-        let way = match cluster == own.cluster() {
-            true => None,
-            false => Some(way::find(self.shared, gateway, &address, &id).await?),
-        };
-        let address = way.as_ref().map_or(&address, |way| &way.address);
-        let told = gateway.ask(address, &id, &ask).await.map_err(|e| launcher::chain(&e))?;
-        let told = serde_json::from_value(told);
-        Ok((told.map_err(|e| format!("node {name} answers nonsense: {e}"))?, way))
     }
 
     /// A move that has begun.
@@ -258,7 +224,7 @@ impl Guest<'_> {
     }
 
     /// N.B. only told: nobody depends on it.
-    async fn tell_progress(&self, name: &str, progress: &Value) {
+    pub(super) async fn tell_progress(&self, name: &str, progress: &Value) {
         let migrations: Api<VirtualMachineInstanceMigration> =
             Api::namespaced(self.shared.client.clone(), &self.key.0);
         let patch = Patch::Merge(json!({"status": {"progress": progress}}));
@@ -267,17 +233,25 @@ impl Guest<'_> {
         }
     }
 
+    /// The migration that is under way here.
+    pub(super) async fn migration(
+        &self,
+        state: &State,
+    ) -> kube::Result<Option<VirtualMachineInstanceMigration>> {
+        let migrations: Api<VirtualMachineInstanceMigration> =
+            Api::namespaced(self.shared.client.clone(), &self.key.0);
+        let own = ListParams::default().labels(&format!("{}={}", keys::MIGRATES, self.key.1));
+        let all = migrations.list(&own).await?.items;
+        Ok(all.into_iter().find(|m| m.uid() == state.migration_uid))
+    }
+
     /// The name of the migration that is under way here, which has this attempt.
-    async fn migration_name(&self, state: &State, migration: &str) -> Option<String> {
+    pub(super) async fn migration_name(&self, state: &State, migration: &str) -> Option<String> {
         let known = |memory: &super::Memory| memory.known.get(migration)?.name.clone();
         if let Some(name) = known(&self.shared.moves.memory()) {
             return Some(name);
         }
-        let migrations: Api<VirtualMachineInstanceMigration> =
-            Api::namespaced(self.shared.client.clone(), &self.key.0);
-        let own = ListParams::default().labels(&format!("{}={}", keys::MIGRATES, self.key.1));
-        let all = migrations.list(&own).await.ok()?.items;
-        let name = all.iter().find(|m| m.uid() == state.migration_uid)?.name_any();
+        let name = self.migration(state).await.ok()??.name_any();
         let mut memory = self.shared.moves.memory();
         memory.known.entry(migration.to_owned()).or_default().name = Some(name.clone());
         Some(name)
