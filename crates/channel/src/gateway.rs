@@ -22,7 +22,6 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use rustix::net::sockopt;
 use serde_json::Value;
 use tokio::io::BufReader;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener};
@@ -31,6 +30,7 @@ use tokio::task::JoinSet;
 
 use crate::client::DialError;
 use crate::identity::{Identity, Role, SpiffeId, Trust};
+use crate::tcp;
 pub use crate::traffic::{Bytes, Counters};
 use crate::traffic::{Connection, Counted, Traffic};
 use crate::wire::GATEWAY_SOCKET;
@@ -119,7 +119,7 @@ impl Default for Limits {
             handshakes: 64,
             handshake: Duration::from_secs(5),
             answer: Duration::from_secs(10),
-            dead_peer: Duration::from_secs(5),
+            dead_peer: tcp::DEAD_PEER,
         }
     }
 }
@@ -310,21 +310,6 @@ impl Shared {
 
     fn client(&self) -> tls::Client {
         self.credentials.read().unwrap_or_else(PoisonError::into_inner).1.clone()
-    }
-
-    /// Options of every TCP connection: no delay, and a dead peer noticed in time.
-    fn tune(&self, tcp: &TcpStream) -> io::Result<()> {
-        let dead = self.limits.dead_peer;
-        let millis = u32::try_from(dead.as_millis()).unwrap_or(u32::MAX);
-        let second = Duration::from_secs(1);
-        tcp.set_nodelay(true)?;
-        sockopt::set_socket_keepalive(tcp, true)?;
-        // An idle connection is probed; one with bytes under way has the user timeout.
-        sockopt::set_tcp_keepidle(tcp, (dead * 2 / 5).max(second))?;
-        sockopt::set_tcp_keepintvl(tcp, (dead / 5).max(second))?;
-        sockopt::set_tcp_keepcnt(tcp, 3)?;
-        sockopt::set_tcp_user_timeout(tcp, millis)?;
-        Ok(())
     }
 }
 

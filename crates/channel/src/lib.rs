@@ -24,6 +24,7 @@ pub mod preface;
 pub mod relay;
 pub mod resumable;
 pub mod socket;
+pub mod tcp;
 pub mod tls;
 pub mod tokens;
 mod traffic;

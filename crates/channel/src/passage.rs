@@ -1,7 +1,7 @@
 //! A way to another gateway that goes through others: a port of this host, whose connections pass whatever is
 //! opened for each. Who answers at the other end is checked as ever: TLS goes from end to end.
 
-use crate::copy;
+use crate::{copy, tcp};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
@@ -10,6 +10,9 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+
+/// Connections that pass at the same time: as many as a gateway takes.
+const MOST: usize = 1024;
 
 /// A stream of bytes.
 pub trait Stream: AsyncRead + AsyncWrite + Send + Unpin {}
@@ -55,15 +58,20 @@ async fn serve(listener: TcpListener, opener: Arc<impl Opener>) {
     let mut passing = JoinSet::new();
     loop {
         while passing.try_join_next().is_some() {}
-        let Ok((tcp, from)) = listener.accept().await else {
+        let Ok((near, from)) = listener.accept().await else {
             tokio::time::sleep(Duration::from_millis(50)).await;
             continue;
         };
+        if passing.len() >= MOST {
+            tracing::warn!(%from, "{MOST} connections pass through others already: one is refused");
+            continue;
+        }
         let opener = Arc::clone(&opener);
         passing.spawn(async move {
-            let _ = tcp.set_nodelay(true);
+            // Without it a peer that is gone is noticed later.
+            let _ = tcp::tune(&near, tcp::DEAD_PEER);
             match opener.open().await {
-                Ok(far) => drop(copy::both_ways(tcp, far).await),
+                Ok(far) => drop(copy::both_ways(near, far).await),
                 Err(why) => tracing::warn!(%from, "the way through others is not open: {why}"),
             }
         });

@@ -186,9 +186,27 @@ async fn keep_secret(client: &Client, secret: Value) -> Result<()> {
     Ok(())
 }
 
+/// Takes away what nobody can use any more.
+async fn forget_old_invitations(client: &Client) -> Result<()> {
+    let secrets: Api<Secret> = Api::namespaced(client.clone(), api::NAMESPACE);
+    let is_over = |secret: &Secret| {
+        let until = secret.annotations().get(join::UNTIL);
+        until
+            .and_then(|until| until.parse::<Timestamp>().ok())
+            .is_some_and(|u| u < Timestamp::now())
+    };
+    let all = secrets.list(&ListParams::default()).await.map_err(plain)?;
+    for old in all.iter().filter(|secret| is_over(secret)) {
+        // Somebody else may have taken it away.
+        let _ = secrets.delete(&old.name_any(), &DeleteParams::default()).await;
+    }
+    Ok(())
+}
+
 /// Prints a token by which another cluster can join.
 async fn invite(invite: &Invite) -> Result<ExitCode> {
     let End { client, id, addresses, bundle } = here(&invite.place).await?;
+    forget_old_invitations(&client).await?;
     let invitation = Uuid::new_v4().to_string();
     let secret = format!("{}{}", Uuid::new_v4().simple(), Uuid::new_v4().simple());
     let until = Timestamp::now() + SignedDuration::from_mins(invite.minutes.into());

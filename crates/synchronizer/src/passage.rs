@@ -14,6 +14,7 @@ use api::kubevirt::KubeVirt;
 use api::migration::Side;
 use channel::identity::{Credentials, Role, SpiffeId};
 use channel::passage::{Opening, Stream, join};
+use channel::tcp::{DEAD_PEER, tune};
 use kube::runtime::reflector::Store;
 use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -126,6 +127,6 @@ async fn to_node(world: &World, from: &str, node: &str) -> Result<Box<dyn Stream
     let tcp = timeout(CONNECT, TcpStream::connect(&gateway)).await;
     let tcp = tcp.map_err(|_| failed("no connection in time".into()))?;
     let tcp = tcp.map_err(|error| failed(error.to_string()))?;
-    tcp.set_nodelay(true).map_err(|error| failed(error.to_string()))?;
+    tune(&tcp, DEAD_PEER).map_err(|error| failed(error.to_string()))?;
     Ok(Box::new(tcp))
 }

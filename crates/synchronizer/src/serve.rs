@@ -8,6 +8,7 @@ use crate::{join, links, passage};
 use api::migration::{Half, Side, VirtualMachineInstanceMigration as Migration};
 use api::owner::Ledger;
 use channel::identity::{Role, SpiffeId};
+use channel::tcp::{DEAD_PEER, tune};
 use channel::{tls, with_source};
 use handover::handler::Qemu;
 use handover::record::{HostId, Swap};
@@ -53,7 +54,7 @@ pub async fn run(world: Arc<World>, listener: TcpListener) {
 }
 
 async fn serve(world: &World, tcp: TcpStream) -> Result<(), String> {
-    tcp.set_nodelay(true).map_err(|error| error.to_string())?;
+    tune(&tcp, DEAD_PEER).map_err(|error| error.to_string())?;
     let credentials = world.credentials.borrow().clone();
     let roles = [Role::Synchronizer, Role::Handler];
     let server = tls::Server::new(&credentials.identity, credentials.trust, &roles);

@@ -6,6 +6,7 @@
 use crate::relocation::Offer;
 use api::migration::{Half, Side};
 use channel::identity::{Credentials, Role, SpiffeId, Trust};
+use channel::tcp::{DEAD_PEER, tune};
 use channel::{tls, wire, with_source};
 use handover::ledger::Response;
 use handover::record::{HostId, Swap};
@@ -258,7 +259,7 @@ fn failed(address: &str, what: &str, error: &dyn std::fmt::Display) -> String {
 async fn dial(address: &str) -> Result<TcpStream, String> {
     let no_way = |error| failed(address, "no connection", &error);
     let tcp = TcpStream::connect(address).await.map_err(no_way)?;
-    tcp.set_nodelay(true).map_err(no_way)?;
+    tune(&tcp, DEAD_PEER).map_err(no_way)?;
     Ok(tcp)
 }
 

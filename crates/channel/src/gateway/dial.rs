@@ -11,6 +11,7 @@ use tokio_rustls::client::TlsStream;
 use super::{Shared, TLS_BUFFER, Wire, wired};
 use crate::identity::SpiffeId;
 use crate::preface::{self, Opening, Preface, Refusal, Reply, code};
+use crate::tcp;
 use crate::tokens::Token;
 use crate::wire::Failure;
 use crate::{tls, wire, with_source};
@@ -81,7 +82,7 @@ pub(super) async fn connect(
         Ok(tcp) => tcp.map_err(|e| unreachable(address, &e))?,
         Err(_) => return Err(unreachable(address, &"no connection in time")),
     };
-    shared.tune(&tcp).map_err(|e| unreachable(address, &e))?;
+    tcp::tune(&tcp, shared.limits.dead_peer).map_err(|e| unreachable(address, &e))?;
     let io = wired(tcp, shared.traffic.connection());
     let client = shared.client();
     let mut tls = match timeout(patience, client.connect(expect, io)).await {

@@ -12,6 +12,7 @@ use super::{Shared, TLS_BUFFER, Wire, probe, wired};
 use crate::identity::SpiffeId;
 use crate::preface::{self, Delivery, Opening, Preface, Refusal, Reply, code};
 use crate::socket;
+use crate::tcp;
 use crate::{copy, wire, with_source};
 
 type Tls = TlsStream<Wire>;
@@ -28,7 +29,7 @@ pub(super) async fn serve(
         shared.traffic.count_refused();
         tracing::warn!(%from, "connection refused: {reason}");
     };
-    if let Err(error) = shared.tune(&tcp) {
+    if let Err(error) = tcp::tune(&tcp, shared.limits.dead_peer) {
         return refused(&error);
     }
     let server = shared.server();
