@@ -11,9 +11,10 @@ use proptest::prelude::*;
 use serde_json::{Value, json};
 use std::sync::Arc;
 
-const PHASES: [Phase; 8] = [
+const PHASES: [Phase; 9] = [
     Phase::Unset,
     Phase::Pending,
+    Phase::WaitingForSync,
     Phase::Scheduling,
     Phase::Scheduled,
     Phase::Running,
@@ -29,12 +30,15 @@ enum Owner {
     Never,
     Lives,
     Ended,
+    /// It came by a move, and has ended before anybody saw it run.
+    Came,
     /// It has ended, and a move may still bring the guest to its heir.
     Comes,
 }
 
 impl Owner {
-    const ALL: [Self; 5] = [Self::None, Self::Never, Self::Lives, Self::Ended, Self::Comes];
+    const ALL: [Self; 6] =
+        [Self::None, Self::Never, Self::Lives, Self::Ended, Self::Came, Self::Comes];
 
     /// Whether somebody may run the guest.
     fn may_run(self) -> bool {
@@ -94,6 +98,9 @@ fn snapshot(case: &Case) -> Snapshot {
         Owner::Lives => json!({"epoch": 1, "owner": "a", "state": "idle", "node": "n"}),
         Owner::Ended => json!({
             "epoch": 1, "owner": "a", "state": "idle", "node": "n", "ended": {"instance": "a"},
+        }),
+        Owner::Came => json!({
+            "epoch": 2, "owner": "a", "state": "idle", "node": "n", "ended": {"instance": "a"}, "told": "a",
         }),
         Owner::Comes => json!({
             "epoch": 1, "owner": "a", "state": "armed", "node": "n", "ended": {"instance": "a"},
@@ -183,5 +190,17 @@ proptest! {
         prop_assert!(!deletes || !with_guest);
         // Also where the VMI is said to have ended.
         prop_assert!(!deletes || case.owner != Owner::Comes);
+    }
+
+    #[test]
+    fn a_guest_that_came_and_ended_is_not_waited_for_and_any_other_is(case in cases()) {
+        let case = Case { phase: Phase::WaitingForSync, deleted: false, ..case };
+        let plan = plan(&snapshot(&case));
+        let fails = plan.actions.iter().any(|action| {
+            matches!(action, Action::PatchStatus(status) if status["status"]["phase"] == "Failed"
+                || status["phase"] == "Failed")
+        });
+        let lives = case.pod.is_some_and(|pod| pod != "Failed");
+        prop_assert_eq!(fails, case.owner == Owner::Came && !lives);
     }
 }

@@ -18,7 +18,7 @@ use serde_json::{Value, json};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
-use supervise::{doubt, supervise};
+use supervise::{doubt, expect, supervise};
 
 /// What nobody rings for is looked at again after this.
 const AGAIN: Duration = Duration::from_secs(2);
@@ -266,10 +266,7 @@ fn advance(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Option<S
             status.active_pods = active(snapshot);
             Some(status)
         }
-        Phase::WaitingForSync => {
-            status.active_pods = active(snapshot);
-            Some(status)
-        }
+        Phase::WaitingForSync => Some(expect(snapshot, status, plan)),
     }
 }
 

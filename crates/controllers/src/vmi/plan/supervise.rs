@@ -54,6 +54,24 @@ pub(super) fn supervise(
     Some(fail(snapshot, status, "PodFailed", &message, plan))
 }
 
+/// A VMI that waits for its guest. One whose guest has come and ended, before its handler could say that it was
+/// there, has ended: it begins anew on the disk that came.
+pub(super) fn expect(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
+    status.active_pods = active(snapshot);
+    let record = snapshot.owner.as_ref().and_then(|owner| owner.status.as_ref());
+    let came = record.is_some_and(|record| record.came_and_ended());
+    let lives = snapshot.launcher().is_some_and(|pod| !is_terminal(pod));
+    if !came || lives {
+        return status;
+    }
+    if let Some(state) = status.migration_state.as_mut().filter(|state| !state.is_over()) {
+        state.completed = Some(true);
+        state.end_timestamp = Some(conditions::moment(snapshot.now));
+    }
+    let message = "the guest came, and its pod ended before it was seen to run";
+    fail(snapshot, status, "PodFailed", message, plan)
+}
+
 /// A VMI whose guest has left for another VMI and ended here before it was known to be there: the record
 /// there is asked (by the synchronizer), and says that it came, or lets it go.
 fn stray(snapshot: &Snapshot, status: &mut Status, to: &Ledger, plan: &mut Plan) {
