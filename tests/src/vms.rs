@@ -123,6 +123,36 @@ pub fn kill(pid: i32) -> Result<()> {
     signal(pid, Signal::KILL)
 }
 
+/// Processes that stand still, as if their machine were off, and go on when this goes.
+#[derive(Debug, Default)]
+pub struct Standstill(Vec<i32>);
+
+impl Standstill {
+    /// Stops them.
+    ///
+    /// # Errors
+    /// When there is one that is not.
+    pub fn of(pids: Vec<i32>) -> Result<Self> {
+        let all = Self(pids);
+        all.0.iter().try_for_each(|pid| signal(*pid, Signal::STOP))?;
+        Ok(all)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl Drop for Standstill {
+    fn drop(&mut self) {
+        for pid in &self.0 {
+            // One that has ended does not stand still.
+            let _ = signal(*pid, Signal::CONT);
+        }
+    }
+}
+
 /// Whatever was killed in a move, it is settled by then.
 pub const SETTLED: Duration = Duration::from_secs(120);
 
@@ -131,9 +161,17 @@ pub const SETTLED: Duration = Duration::from_secs(120);
 /// # Errors
 /// When there is none.
 pub fn kill_launcher(qemu: i32) -> Result<()> {
+    kill(launcher_of(qemu)?)
+}
+
+/// The launcher of a QEMU.
+///
+/// # Errors
+/// When there is none.
+pub fn launcher_of(qemu: i32) -> Result<i32> {
     let stat = std::fs::read_to_string(format!("/proc/{qemu}/stat"))?;
     let rest = stat.rsplit_once(") ").context("no stat")?.1;
-    kill(rest.split(' ').nth(1).context("no parent")?.parse()?)
+    Ok(rest.split(' ').nth(1).context("no parent")?.parse()?)
 }
 
 /// Waits until a move stands at a failpoint of a launcher.

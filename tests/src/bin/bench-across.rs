@@ -2,16 +2,16 @@
 //! `bench-across RUNS` for other than 3 whole moves of each kind.
 
 use anyhow::{Context, Result, ensure};
-use channel::relay::DelayRelay;
 use e2e::bench::libvirt::Guest;
 use e2e::bench::{DISK_MIB, MEMORY_MIB, Run, fill, libvirt};
 use e2e::cluster::{Cluster, link};
+use e2e::detour::Detour;
 use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{MOVES, Oracle, SETTINGS, VMS, import, is_running, shows, vm};
 use serde_json::{Value, json};
 use std::fmt::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -144,7 +144,9 @@ impl World {
         // The disk is where its guest was started; it is filled while that does not run.
         self.east.does(&["vm", "stop", "web"])?;
         self.east.until(&web, shows("Stopped")).await?;
-        let disk = disk(self.east.dir(), DISK_MIB << 20)?.context("the disk is nowhere")?;
+        let has_size = |file: &PathBuf| file.metadata().is_ok_and(|f| f.len() == DISK_MIB << 20);
+        let disk = guest::files(self.east.dir())?.into_iter().find(has_size);
+        let disk = disk.context("the disk is nowhere")?;
         fill(&mut std::fs::OpenOptions::new().write(true).open(disk)?, DISK_MIB)?;
         self.east.does(&["vm", "start", "web"])?;
         self.east.until(&web, is_running).await?;
@@ -163,10 +165,16 @@ impl World {
     }
 
     async fn go(&self, from: &Cluster, to: &Cluster, name: &str, rtt: u64) -> Result<Way> {
-        let _far = if rtt > 0 { Some(far_away(to, name, rtt).await?) } else { None };
+        let far = match rtt {
+            0 => None,
+            rtt => Some(Detour::to(to, &format!("{name}-1"), Duration::from_millis(rtt)).await?),
+        };
         let began = Instant::now();
         from.does(&["migrate", "vm/web", "--to", name])?;
         let took = began.elapsed().as_secs_f64();
+        if let Some(far) = far {
+            far.end(to).await?;
+        }
         to.until(&format!("{VMS}/web"), is_running).await?;
         Oracle::again(&mut to.console("web")?).check()?;
         let moves = from.send("GET", MOVES, None).await?;
@@ -216,37 +224,6 @@ impl World {
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     }
-}
-
-/// Puts a link of this round trip before a cluster's one gateway. Its handler says where it really is once a
-/// minute: what has begun by then goes on.
-async fn far_away(cluster: &Cluster, name: &str, rtt: u64) -> Result<DelayRelay> {
-    let node = format!("/api/v1/nodes/{name}-1");
-    let found = cluster.send("GET", &node, None).await?;
-    let gateway = found["metadata"]["annotations"]["godwit.dev/gateway"].as_str();
-    let gateway = gateway.context("no gateway")?.parse()?;
-    let near = "127.0.0.1:0".parse()?;
-    let relay = DelayRelay::start(near, gateway, Duration::from_millis(rtt) / 2, None).await?;
-    let there = relay.local_addr().to_string();
-    let patch = json!({"metadata": {"annotations": {"godwit.dev/gateway": there}}});
-    cluster.send("PATCH", &node, Some(patch)).await?;
-    Ok(relay)
-}
-
-/// The file of this size below a folder.
-fn disk(folder: &Path, size: u64) -> Result<Option<PathBuf>> {
-    for entry in std::fs::read_dir(folder)? {
-        let entry = entry?;
-        let found = entry.file_type()?;
-        if found.is_dir() {
-            if let Some(disk) = disk(&entry.path(), size)? {
-                return Ok(Some(disk));
-            }
-        } else if found.is_file() && entry.metadata()?.len() == size {
-            return Ok(Some(entry.path()));
-        }
-    }
-    Ok(None)
 }
 
 fn median(values: impl Iterator<Item = f64>) -> f64 {

@@ -1,4 +1,4 @@
-//! Every part of two clusters is killed while a guest goes from one to the other: one owner, nothing that
+//! Every part of two clusters is killed, or cut off, while a guest goes from one to the other: one owner, nothing that
 //! was acknowledged lost, both sides know how it ended, and it can be tried again at once.
 //!
 //! All pairs of steps and parts with `GODWIT_SOAK=1` (`make soak`); else each step and each part in some.
@@ -6,11 +6,12 @@
 use crate::PROGRAM;
 use anyhow::{Context, Result, ensure};
 use e2e::cluster::{Cluster, link};
+use e2e::detour::Detour;
 use e2e::guest;
 use e2e::registry::Registry;
 use e2e::vms::{
-    MOVES, OWNERS, Oracle, SETTINGS, SETTLED, VMIS, VMS, import, is_running, kill, kill_launcher,
-    migration, until_at, vm,
+    MOVES, OWNERS, Oracle, SETTINGS, SETTLED, Standstill, VMIS, VMS, import, is_alive, is_running,
+    kill, kill_launcher, migration, until_at, vm,
 };
 use launcher::client::Client as Launcher;
 use serde_json::{Value, json};
@@ -31,6 +32,12 @@ enum Part {
     Launchers,
     /// Both synchronizers at once.
     Link,
+    /// All processes of a side at once, launchers and QEMUs too.
+    Power(End),
+    /// The process with the API: it stands still for a while.
+    Api(End),
+    /// What is between the clusters: nothing passes for a while.
+    Wire,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,7 +53,7 @@ enum Step {
     Target(&'static str),
 }
 
-const PARTS: [Part; 12] = [
+const PARTS: [Part; 17] = [
     Part::Role(End::Source, "synchronizer"),
     Part::Role(End::Target, "synchronizer"),
     Part::Role(End::Source, "controller"),
@@ -59,6 +66,11 @@ const PARTS: [Part; 12] = [
     Part::Launcher(End::Target),
     Part::Launchers,
     Part::Link,
+    Part::Power(End::Source),
+    Part::Power(End::Target),
+    Part::Api(End::Source),
+    Part::Api(End::Target),
+    Part::Wire,
 ];
 
 const STEPS: [Step; 8] = [
@@ -73,21 +85,27 @@ const STEPS: [Step; 8] = [
 ];
 
 /// Each step and each part at least once.
-const SOME: [(Step, Part); 13] = [
+const SOME: [(Step, Part); 16] = [
     (Step::Source("Seeding"), Part::Role(End::Source, "synchronizer")),
     (Step::Source("Seeding"), Part::Role(End::Target, "synchronizer")),
     (Step::Source("Converging"), Part::Handler(End::Source)),
     (Step::Source("Converging"), Part::Role(End::Target, "controller")),
+    (Step::Source("Converging"), Part::Wire),
     (Step::Source("Paused"), Part::Launcher(End::Target)),
     (Step::Target("Loaded"), Part::Launcher(End::Source)),
+    (Step::Target("Loaded"), Part::Api(End::Target)),
     (Step::Source("Committing"), Part::Link),
+    (Step::Source("Committing"), Part::Api(End::Source)),
     (Step::Source("Committed"), Part::Launcher(End::Target)),
     (Step::Source("Committed"), Part::Launchers),
-    (Step::Source("Committed"), Part::Cluster(End::Source)),
+    (Step::Source("Committed"), Part::Power(End::Source)),
     (Step::Target("Adopting"), Part::Handler(End::Target)),
     (Step::Target("Adopting"), Part::Launchers),
-    (Step::Target("Activating"), Part::Cluster(End::Target)),
+    (Step::Target("Activating"), Part::Power(End::Target)),
 ];
+
+/// What is cut off is so for this long.
+const CUT: Duration = Duration::from_secs(4);
 
 /// Two linked clusters, one guest, whose oracle works.
 struct World {
@@ -179,6 +197,11 @@ impl World {
                 && vmi["metadata"]["deletionTimestamp"].is_null()
         };
         let waiting = target.until(&format!("{VMIS}/web"), sync).await?;
+        let node = format!("{}-1", NAMES[to]);
+        let way = match part {
+            Part::Wire => Some(Detour::to(target, &node, Duration::ZERO).await?),
+            _ => None,
+        };
         let leaving = self.launcher(from, pod);
         leaving.arm("source:Seeding").await?;
         let id = format!("move-{number}");
@@ -211,15 +234,30 @@ impl World {
                 standing.push(there);
             }
         }
-        self.kill(part, from).await?;
+        if let Some(way) = &way {
+            way.relay.cut();
+        }
+        let cut = self.kill(part, from).await?;
         for launcher in standing {
             // One that was killed does not stand any more.
             let _ = launcher.release().await;
         }
-        self.settle(&id, [&vmi, &waiting], acknowledged).await
+        if !cut.is_empty() {
+            tokio::time::sleep(CUT).await;
+        }
+        drop(cut);
+        if let Some(way) = &way {
+            way.relay.restore();
+        }
+        self.settle(&id, [&vmi, &waiting], acknowledged).await?;
+        match way {
+            Some(way) => way.end(&self.clusters[to]).await,
+            None => Ok(()),
+        }
     }
 
-    async fn kill(&self, part: Part, from: usize) -> Result<()> {
+    /// Kills a part, or cuts it off.
+    async fn kill(&self, part: Part, from: usize) -> Result<Standstill> {
         let at = |end: End| if end == End::Source { from } else { 1 - from };
         let role = |at: usize, name: &str| -> Result<()> {
             let cluster = &self.clusters[at];
@@ -228,20 +266,34 @@ impl World {
             cluster.until_role(name, Some(pid)).map(|_| ())
         };
         match part {
-            Part::Role(end, name) => role(at(end), name),
-            Part::Handler(end) => role(at(end), &format!("handler-{}-1", NAMES[at(end)])),
-            Part::Link => {
-                role(from, "synchronizer")?;
-                role(1 - from, "synchronizer")
-            }
+            Part::Role(end, name) => role(at(end), name)?,
+            Part::Handler(end) => role(at(end), &format!("handler-{}-1", NAMES[at(end)]))?,
+            Part::Link => [0, 1].into_iter().try_for_each(|at| role(at, "synchronizer"))?,
             Part::Cluster(end) => {
                 let cluster = &self.clusters[at(end)];
                 cluster.kill()?;
-                cluster.up(&UP)
+                cluster.up(&UP)?;
             }
-            Part::Launcher(end) => kill_launcher(self.clusters[at(end)].until_qemus(1)?[0]),
-            Part::Launchers => self.qemus()?.into_iter().try_for_each(kill_launcher),
+            Part::Power(end) => {
+                let cluster = &self.clusters[at(end)];
+                let (roles, qemus) = (cluster.roles()?, cluster.qemus()?);
+                cluster.kill()?;
+                qemus.into_iter().try_for_each(kill_launcher)?;
+                for pid in roles.into_values().filter(|pid| is_alive(*pid)) {
+                    // It goes with the process that has just been killed.
+                    let _ = kill(pid);
+                }
+                cluster.up(&UP)?;
+            }
+            Part::Launcher(end) => kill_launcher(self.clusters[at(end)].until_qemus(1)?[0])?,
+            Part::Launchers => self.qemus()?.into_iter().try_for_each(kill_launcher)?,
+            Part::Api(end) => return Standstill::of(vec![self.clusters[at(end)].pid()?]),
+            Part::Wire => {
+                let of = |cluster: &Cluster| Some(*cluster.roles().ok()?.get("synchronizer")?);
+                return Standstill::of(self.clusters.iter().filter_map(of).collect());
+            }
         }
+        Ok(Standstill::default())
     }
 
     /// Both sides know how it ended, and it ended the same way; one guest runs, in one place; what it was
