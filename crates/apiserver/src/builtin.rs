@@ -78,6 +78,7 @@ const ROWS: &[Row] = &[
     row(WEBHOOKS, "ValidatingWebhookConfiguration", "validatingwebhookconfigurations", &[], "", "api.admissionregistration.v1.ValidatingWebhookConfiguration", &[]),
     row("apiextensions.k8s.io", "CustomResourceDefinition", "customresourcedefinitions", &["crd", "crds"], "s", "apiextensions-apiserver.pkg.apis.apiextensions.v1.CustomResourceDefinition", &[]),
     row("apiregistration.k8s.io", "APIService", "apiservices", &[], "s", "kube-aggregator.pkg.apis.apiregistration.v1.APIService", &[]),
+    row("apps", "ControllerRevision", "controllerrevisions", &[], "n", "api.apps.v1.ControllerRevision", &[]),
     row(AUTHN, "SelfSubjectReview", "selfsubjectreviews", &[], "q", "api.authentication.v1.SelfSubjectReview", &[]),
     row(AUTHN, "TokenReview", "tokenreviews", &[], "q", "api.authentication.v1.TokenReview", &[]),
     row(AUTHZ, "LocalSubjectAccessReview", "localsubjectaccessreviews", &[], "nq", "api.authorization.v1.LocalSubjectAccessReview", &[]),

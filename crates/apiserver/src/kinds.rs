@@ -83,6 +83,7 @@ pub fn kind(key: &str) -> &'static Kind {
         "secrets" => &misc::SECRET,
         "services" => &misc::SERVICE,
         "endpoints" => &misc::ENDPOINTS,
+        "controllerrevisions.apps" => &misc::REVISION,
         "leases.coordination.k8s.io" => &misc::LEASE,
         "persistentvolumes" => &storage::VOLUME,
         "persistentvolumeclaims" => &storage::CLAIM,

@@ -167,6 +167,11 @@ pub(super) static SECRET: Kind = Kind {
     ..PLAIN
 };
 
+pub(super) static REVISION: Kind = Kind {
+    validate_update: |new, old| immutable("data", &new["data"], &old["data"]).into_iter().collect(),
+    ..PLAIN
+};
+
 pub(super) static SERVICE: Kind = Kind {
     default: |service| {
         let spec = part(service, "spec");

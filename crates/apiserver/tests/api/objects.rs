@@ -36,6 +36,27 @@ async fn an_update_of_an_older_revision_is_refused_and_one_that_changes_nothing_
 }
 
 #[tokio::test]
+async fn what_a_revision_holds_stays_as_it_is() {
+    const REVISIONS: &str = "/apis/apps/v1/namespaces/default/controllerrevisions";
+    let world = World::new().await;
+    let revision = json!({
+        "apiVersion": "apps/v1", "kind": "ControllerRevision", "metadata": {"name": "a"},
+        "data": {"spec": {"any": ["thing"]}}, "revision": 1,
+    });
+    let made = world.create(REVISIONS, revision.clone()).await.unwrap();
+    assert_eq!(made["data"], revision["data"]);
+    let path = format!("{REVISIONS}/a");
+    let mut other = made.clone();
+    other["data"]["spec"]["any"] = json!([]);
+    let refused = world.put(&path, &other).await.unwrap_err();
+    assert_eq!(refused.code, 422, "{refused}");
+    assert!(refused.message.contains("field is immutable"), "{refused}");
+    let mut next = made;
+    next["revision"] = 2.into();
+    assert_eq!(world.put(&path, &next).await.unwrap()["revision"], 2);
+}
+
+#[tokio::test]
 async fn counters_that_many_raise_at_once_lose_nothing() {
     let world = World::new().await;
     world.create(MAPS, config_map("n", json!({"n": "0"}))).await.unwrap();
