@@ -11,6 +11,7 @@ pub mod datavolume;
 pub mod duration;
 pub mod eviction;
 pub mod import;
+pub mod instancetype;
 pub mod kubevirt;
 pub mod link;
 pub mod migration;
@@ -141,11 +142,15 @@ pub mod keys {
 
 /// All CRDs.
 pub fn crds() -> impl Iterator<Item = Value> {
-    const ALL: [&str; 11] = [
+    const ALL: [&str; 15] = [
         include_str!("../crds/virtualmachines.kubevirt.io.json"),
         include_str!("../crds/virtualmachineinstances.kubevirt.io.json"),
         include_str!("../crds/virtualmachineinstancemigrations.kubevirt.io.json"),
         include_str!("../crds/kubevirts.kubevirt.io.json"),
+        include_str!("../crds/virtualmachineinstancetypes.instancetype.kubevirt.io.json"),
+        include_str!("../crds/virtualmachineclusterinstancetypes.instancetype.kubevirt.io.json"),
+        include_str!("../crds/virtualmachinepreferences.instancetype.kubevirt.io.json"),
+        include_str!("../crds/virtualmachineclusterpreferences.instancetype.kubevirt.io.json"),
         include_str!("../crds/migrationpolicies.migrations.kubevirt.io.json"),
         include_str!("../crds/datavolumes.cdi.kubevirt.io.json"),
         include_str!("../crds/storageprofiles.cdi.kubevirt.io.json"),

@@ -5,11 +5,13 @@
 
 mod datavolume;
 mod disks;
+mod instancetype;
 mod machine;
 mod networks;
 pub mod unsupported;
 
 use crate::eviction::Strategy;
+use crate::instancetype::Taken;
 use crate::migration::{Options, Selectors};
 use crate::quantity;
 use crate::support::{self, Misfit};
@@ -20,6 +22,7 @@ use serde_json::Value;
 use std::collections::BTreeSet;
 
 pub use datavolume::data_volume;
+pub use instancetype::{instancetype, preference};
 
 /// One thing that is wrong.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,8 +113,8 @@ pub fn is_label(name: &str) -> bool {
         && !name.ends_with('-')
 }
 
-/// A whole VM.
-pub fn virtual_machine(object: &Value, cluster: &kubevirt::Spec) -> Report {
+/// A whole VM, with what there is of what it takes.
+pub fn virtual_machine(object: &Value, cluster: &kubevirt::Spec, taken: &[Taken]) -> Report {
     let mut report = Report::default();
     check_name(&mut report, object);
     let (spec, unknown) = match support::parse::<VmSpec>(&object["spec"]) {
@@ -123,7 +126,7 @@ pub fn virtual_machine(object: &Value, cluster: &kubevirt::Spec) -> Report {
     };
     unsupported::judge(&mut report, "spec", &object["spec"], &unknown);
     strategy(&mut report, object, &spec, cluster);
-    let volumes = spec_of(&mut report, "spec.template.spec", &spec.template.spec, cluster);
+    let volumes = instancetype::template(&mut report, object, &spec, cluster, taken);
     let named = |name: &str| {
         volumes.as_ref().is_none_or(|spec| {
             spec.volumes.iter().any(|v| v.data_volume.as_ref().is_some_and(|d| d.name == name))

@@ -1,6 +1,7 @@
 //! VirtualMachine: what a person wants to run, and when.
 
 use crate::conditions::Condition;
+use crate::instancetype::{Matcher, Pinned};
 use crate::vmi::MigratedVolume;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::ObjectMeta;
 use kube::CustomResource;
@@ -29,6 +30,12 @@ pub struct Spec {
     /// What a change of volumes means.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub update_volumes_strategy: Option<String>,
+    /// What its guest has, if the template does not say it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instancetype: Option<Matcher>,
+    /// How that is shown to the guest, where the template does not say it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preference: Option<Matcher>,
     /// Its VMI.
     pub template: Template,
     /// Its disks, which live as long as it does.
@@ -110,6 +117,12 @@ pub struct Status {
     /// The strategy that is followed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run_strategy: Option<RunStrategy>,
+    /// Which instancetype it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instancetype_ref: Option<Pinned>,
+    /// Which preference it has.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub preference_ref: Option<Pinned>,
     /// Disks that are on their way to others. N.B. always said: `null` removes it.
     pub volume_update_state: Option<VolumeUpdateState>,
 }

@@ -1,5 +1,6 @@
 //! What Godwit's own parts may do in a cluster, whoever's it is.
 
+use api::instancetype::{self, Kind};
 use serde_json::{Value, json};
 use webapi::registration::registered;
 
@@ -19,6 +20,11 @@ fn rule(groups: &[&str], resources: &[&str], verbs: &[&str]) -> Value {
     json!({"apiGroups": groups, "resources": resources, "verbs": verbs})
 }
 
+/// The resources of kinds of instancetypes and preferences.
+fn types(kinds: impl IntoIterator<Item = &'static Kind>) -> Vec<&'static str> {
+    kinds.into_iter().map(|kind| kind.plural).collect()
+}
+
 fn role(part: &str, rules: Vec<Value>) -> Value {
     json!({
         "apiVersion": "rbac.authorization.k8s.io/v1", "kind": "ClusterRole",
@@ -33,6 +39,9 @@ pub fn controller() -> Value {
         CONTROLLER,
         vec![
             rule(&own, &["*"], &["*"]),
+            rule(&[instancetype::GROUP], &types(&instancetype::KINDS), &READ),
+            // What a VM takes is pinned.
+            rule(&["apps"], &["controllerrevisions"], &["get", "list", "watch", "create"]),
             rule(&[""], &["pods", "persistentvolumeclaims"], &["*"]),
             rule(&[""], &["pods/log"], &["get"]),
             rule(&[""], &["pods/eviction"], &["create"]),
@@ -97,6 +106,13 @@ pub fn synchronizer() -> Value {
                 &["get", "list", "create", "patch", "delete"],
             ),
             rule(&[""], &["secrets", "configmaps"], &["get", "list", "create", "delete"]),
+            rule(&[instancetype::GROUP], &types(&instancetype::KINDS), &["get"]),
+            rule(
+                &[instancetype::GROUP],
+                &types(instancetype::KINDS.iter().filter(|kind| kind.namespaced)),
+                &["list", "create", "delete"],
+            ),
+            rule(&["apps"], &["controllerrevisions"], &["get", "create"]),
             // Where a guest that comes would find its place.
             rule(
                 &[""],
@@ -125,6 +141,9 @@ pub fn api() -> Value {
         rule(&["kubevirt.io"], &statuses, &["patch"]),
         rule(&["kubevirt.io"], &moves, &["list", "create"]),
         rule(&["kubevirt.io"], &["kubevirts"], &["list"]),
+        // What VMs take.
+        rule(&[instancetype::GROUP], &types(&instancetype::KINDS), &["get"]),
+        rule(&["apps"], &["controllerrevisions"], &["get"]),
         rule(&["migrations.kubevirt.io"], &["migrationpolicies"], &["list"]),
         rule(&["godwit.dev"], &["ownerrecords"], &["get"]),
         rule(&[""], &["nodes"], &["get", "list"]),

@@ -5,6 +5,7 @@ pub mod events;
 pub mod kept;
 pub mod lease;
 pub mod queue;
+pub mod taken;
 
 pub use events::why;
 pub use queue::Queue;

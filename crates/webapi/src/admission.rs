@@ -6,6 +6,7 @@ mod migration;
 mod writers;
 
 use api::datavolume::FromClaim;
+use api::instancetype::{self, Taken};
 use api::kubevirt;
 use api::migration::VirtualMachineInstanceMigration;
 use api::validate::{self, Report};
@@ -28,6 +29,8 @@ pub struct Facts {
     pub vmi: Option<VirtualMachineInstance>,
     /// Of a new migration: all of that VMI.
     pub migrations: Vec<VirtualMachineInstanceMigration>,
+    /// Of a VM: what there is of what it takes.
+    pub taken: Vec<Taken>,
     /// The claims that it clones though it may not.
     pub forbidden: Vec<FromClaim>,
 }
@@ -72,7 +75,7 @@ impl Denied {
 }
 
 /// What is judged: groups, resources and their kinds.
-pub const KINDS: [(&str, &str, &str); 7] = [
+pub const KINDS: [(&str, &str, &str); 11] = [
     (api::KUBEVIRT, "virtualmachines", "VirtualMachine"),
     (api::KUBEVIRT, "virtualmachineinstances", "VirtualMachineInstance"),
     (api::KUBEVIRT, "virtualmachineinstancemigrations", "VirtualMachineInstanceMigration"),
@@ -80,6 +83,14 @@ pub const KINDS: [(&str, &str, &str); 7] = [
     ("migrations.kubevirt.io", "migrationpolicies", "MigrationPolicy"),
     (api::CDI, "datavolumes", "DataVolume"),
     ("godwit.dev", "ownerrecords", "OwnerRecord"),
+    (instancetype::GROUP, "virtualmachineinstancetypes", "VirtualMachineInstancetype"),
+    (
+        instancetype::GROUP,
+        "virtualmachineclusterinstancetypes",
+        "VirtualMachineClusterInstancetype",
+    ),
+    (instancetype::GROUP, "virtualmachinepreferences", "VirtualMachinePreference"),
+    (instancetype::GROUP, "virtualmachineclusterpreferences", "VirtualMachineClusterPreference"),
 ];
 
 /// The kind of a resource that is judged; None of others.
@@ -137,7 +148,13 @@ pub fn judge(
 /// What is wrong with an object by itself.
 fn content(review: &Review<'_>, object: &Value, facts: &Facts) -> Report {
     match kind(review.group, review.resource) {
-        Some("VirtualMachine") => validate::virtual_machine(object, &facts.cluster),
+        Some("VirtualMachine") => validate::virtual_machine(object, &facts.cluster, &facts.taken),
+        Some("VirtualMachineInstancetype" | "VirtualMachineClusterInstancetype") => {
+            validate::instancetype(object, &facts.cluster)
+        }
+        Some("VirtualMachinePreference" | "VirtualMachineClusterPreference") => {
+            validate::preference(object, &facts.cluster)
+        }
         Some("VirtualMachineInstance") => validate::instance(object, &facts.cluster),
         Some("DataVolume") => validate::data_volume(object),
         Some("KubeVirt") => validate::settings(object),

@@ -25,6 +25,7 @@ mod webhooks;
 
 use admission::Facts;
 use api::datavolume::FromClaim;
+use api::instancetype::Taken;
 use api::keys;
 use api::migration::VirtualMachineInstanceMigration;
 use api::vmi::VirtualMachineInstance;
@@ -36,6 +37,7 @@ use apiserver::status::Failure;
 use k8s_openapi::api::core::v1::Node;
 use kube::api::ListParams;
 use kube::{Api, Client};
+use reconcile::taken::taken;
 use serde_json::Value;
 use settings::Settings;
 use std::collections::BTreeMap;
@@ -171,6 +173,14 @@ impl WebApi {
             let own = ListParams::default().labels(&format!("{}={name}", keys::MIGRATES));
             facts.migrations = migrations.list(&own).await.map_err(failure)?.items;
         }
+        let is_judged = |vm: &&Value| {
+            review.resource == "virtualmachines"
+                && review.subresource.is_empty()
+                && review.old.is_none_or(|old| old["spec"] != vm["spec"])
+        };
+        if let Some(vm) = object.filter(is_judged) {
+            facts.taken = self.taken(review.namespace, vm).await?;
+        }
         let askers = admission::clones::askers(review, object);
         for source in admission::clones::foreign(review, object) {
             if !self.may_clone(&askers, &source).await? {
@@ -178,6 +188,14 @@ impl WebApi {
             }
         }
         Ok(facts)
+    }
+
+    /// What a VM takes from its instancetype and its preference, and what there is of it.
+    async fn taken(&self, namespace: &str, vm: &Value) -> Result<Vec<Taken>, Failure> {
+        // One that cannot be read is refused for that.
+        let Ok((spec, _)) = api::support::parse(&vm["spec"]) else { return Ok(Vec::new()) };
+        let status = serde_json::from_value(vm["status"].clone()).unwrap_or_default();
+        taken(&self.client, namespace, &spec, Some(&status)).await.map_err(failure)
     }
 
     /// Whether one of some users may clone a claim.

@@ -1,5 +1,6 @@
 //! What people may do, as KubeVirt and CDI grant it of what is served here.
 
+use api::instancetype::{self, Kind};
 use api::{CDI, KUBEVIRT, SUBRESOURCES};
 use serde_json::{Value, json};
 
@@ -9,6 +10,8 @@ const READ: [&str; 3] = ["get", "list", "watch"];
 const KINDS: [&str; 2] = ["virtualmachines", "virtualmachineinstances"];
 const MIGRATIONS: &str = "virtualmachineinstancemigrations";
 const POLICIES: (&str, &str) = ("migrations.kubevirt.io", "migrationpolicies");
+/// What everybody may who is known: to read the instancetypes and preferences that are for all.
+const VIEW: &str = "instancetype.kubevirt.io:view";
 const DEFAULT: &str = "kubevirt.io:default";
 const MOVING: [&str; 4] = [
     "virtualmachines/migrate",
@@ -57,12 +60,20 @@ fn operating() -> Vec<Value> {
     vec![rule(SUBRESOURCES, &reads, &["get"]), rule(SUBRESOURCES, &writes, &["update"])]
 }
 
+/// Instancetypes and preferences, of which kinds it may be.
+fn types(which: impl Fn(&Kind) -> bool, verbs: &[&str]) -> Value {
+    let kinds = instancetype::KINDS.iter().filter(|kind| which(kind));
+    let plurals: Vec<&str> = kinds.map(|kind| kind.plural).collect();
+    rule(instancetype::GROUP, &plurals, verbs)
+}
+
 fn kubevirt() -> Vec<Value> {
     let settings = || rule(KUBEVIRT, &["kubevirts"], &["get", "list"]);
     let policies = || rule(POLICIES.0, &[POLICIES.1], &READ);
     let admin = [
         operating(),
         vec![rule(KUBEVIRT, &KINDS, &ALL), rule(KUBEVIRT, &[MIGRATIONS], &READ), policies()],
+        vec![types(|_| true, &ALL)],
     ];
     // All but deletes of whole collections.
     let most = &ALL[..7];
@@ -73,6 +84,7 @@ fn kubevirt() -> Vec<Value> {
             rule(KUBEVIRT, &[MIGRATIONS], &READ),
             settings(),
             policies(),
+            types(|_| true, most),
         ],
     ];
     let view = vec![
@@ -80,6 +92,7 @@ fn kubevirt() -> Vec<Value> {
         rule(SUBRESOURCES, &["virtualmachines/expand-spec"], &["get"]),
         rule(KUBEVIRT, &[KINDS[0], KINDS[1], MIGRATIONS], &READ),
         policies(),
+        types(|_| true, &READ),
     ];
     vec![
         part("kubevirt.io", "admin", admin.concat()),
@@ -113,7 +126,8 @@ pub fn roles() -> Vec<Value> {
         "kubevirt.io:migrate",
         vec![rule(SUBRESOURCES, &MOVING, &["update"]), rule(KUBEVIRT, &[MIGRATIONS], &ALL)],
     );
-    let mut all = vec![default, migrate];
+    let view = role(VIEW, vec![types(|kind| !kind.namespaced, &READ)]);
+    let mut all = vec![default, migrate, view];
     all.extend(kubevirt());
     all.extend(cdi());
     all
@@ -122,9 +136,12 @@ pub fn roles() -> Vec<Value> {
 /// Their bindings: what everybody may who is known.
 pub fn bindings() -> Vec<Value> {
     let group = "rbac.authorization.k8s.io";
-    let mut binding = named("ClusterRoleBinding", DEFAULT);
-    binding["roleRef"] = json!({"apiGroup": group, "kind": "ClusterRole", "name": DEFAULT});
-    binding["subjects"] =
-        json!([{"apiGroup": group, "kind": "Group", "name": "system:authenticated"}]);
-    vec![binding]
+    let bound = |name: &str| {
+        let mut binding = named("ClusterRoleBinding", name);
+        binding["roleRef"] = json!({"apiGroup": group, "kind": "ClusterRole", "name": name});
+        binding["subjects"] =
+            json!([{"apiGroup": group, "kind": "Group", "name": "system:authenticated"}]);
+        binding
+    };
+    vec![bound(DEFAULT), bound(VIEW)]
 }

@@ -8,6 +8,7 @@ mod preflight;
 
 use crate::{Act, WebApi, failure, is_name};
 use api::SUBRESOURCES;
+use api::instancetype::{self, What};
 use api::vm::VirtualMachine;
 use api::vmi::VirtualMachineInstance;
 use apiserver::body::{self, Answer};
@@ -205,13 +206,25 @@ fn accepted() -> Answer {
     body::answer(StatusCode::ACCEPTED, "application/json", Bytes::new())
 }
 
-/// A VM as it is: there are no instance types that would add to it.
+/// A VM with all that it takes in its template, as it is made its VMI of.
 async fn expanded(target: &Target<'_>) -> Result<Answer, Failure> {
     let (namespace, name) = (target.namespace, target.name);
     let path = format!("/apis/kubevirt.io/v1/namespaces/{namespace}/virtualmachines/{name}");
     let request = http::Request::get(path).body(Vec::new());
     let request = request.map_err(|error| Failure::internal(error.to_string()))?;
-    let vm: Value = target.web.client.request(request).await.map_err(failure)?;
+    let mut vm: Value = target.web.client.request(request).await.map_err(failure)?;
+    let taken = target.web.taken(namespace, &vm).await?;
+    let (spec, _) =
+        api::support::parse(&vm["spec"]).map_err(|misfit| target.conflict(&misfit.to_string()))?;
+    let expanded = instancetype::template(&spec, &taken);
+    let expanded = expanded.map_err(|trouble| target.conflict(&trouble.message))?;
+    vm["spec"]["template"]["spec"] = expanded.spec;
+    if !expanded.annotations.is_empty() {
+        vm["spec"]["template"]["metadata"]["annotations"] = json!(expanded.annotations);
+    }
+    if let Some(spec) = vm["spec"].as_object_mut() {
+        spec.retain(|field, _| What::ALL.iter().all(|what| what.field() != field));
+    }
     Ok(body::json(StatusCode::OK, &vm))
 }
 

@@ -7,8 +7,8 @@ use serde_json::Value;
 /// Without these a guest would not be what its owner expects: they are refused. All others are
 /// warned of.
 const REFUSED: [(&str, &str); 37] = [
-    ("instancetype", "instancetypes are not built: write cpu and memory into the template"),
-    ("preference", "preferences are not built: write what it would say into the template"),
+    ("instancetype.inferFromVolume", "it is not found by a volume: name it"),
+    ("preference.inferFromVolume", "it is not found by a volume: name it"),
     ("utilityVolumes", "utility volumes are not built"),
     ("accessCredentials", "access credentials are not built: put keys into cloud-init's user data"),
     ("resourceClaims", "claims of devices are not built"),

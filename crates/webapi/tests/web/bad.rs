@@ -14,8 +14,15 @@ pub const VM: &[Row] = &[
     ("/spec/running", "true", "spec.running", "exclude"),
     ("/spec/template", "", "spec.template", "Required"),
     ("/spec/updateVolumesStrategy", r#""Move""#, "spec.updateVolumesStrategy", "Replacement"),
-    ("/spec/instancetype", r#"{"name": "u1.small"}"#, "spec.instancetype", "not built"),
-    ("/spec/preference", r#"{"name": "fedora"}"#, "spec.preference", "not built"),
+    (
+        "/spec/instancetype",
+        r#"{"name": "u1.small"}"#,
+        "spec.template.spec.domain.memory.guest",
+        "instancetype",
+    ),
+    ("/spec/instancetype", r#"{"kind": "Size", "name": "s"}"#, "spec.instancetype.kind", "Cluster"),
+    ("/spec/preference", r#"{"kind": ""}"#, "spec.preference.name", "empty"),
+    ("/spec/preference", r#"{"inferFromVolume": "root"}"#, "spec.preference.inferFrom", "name it"),
     ("/metadata/name", r#""VM""#, "metadata.name", "lower case"),
     (
         "/metadata/name",
@@ -216,6 +223,39 @@ pub const VM: &[Row] = &[
     ("~/evictionStrategy", r#""Live""#, "evictionStrategy", "LiveMigrateIfPossible"),
     ("~/architecture", r#""arm64""#, "architecture", "amd64"),
     ("~/hostname", r#""My_Host""#, "hostname", "a-z"),
+];
+
+/// Of an instancetype.
+pub const INSTANCETYPE: &[Row] = &[
+    ("/spec/cpu/guest", "0", "spec.cpu.guest", "number"),
+    ("/spec/cpu/guest", "1000", "spec.cpu.guest", "512"),
+    ("/spec/cpu/model", r#""a,b""#, "spec.cpu.model", "host-model"),
+    ("/spec/cpu/maxSockets", "1", "spec.cpu", "maxSockets"),
+    ("/spec/cpu/dedicatedCPUPlacement", "true", "spec.cpu.dedicatedCPUPlacement", "dedicated"),
+    ("/spec/cpu/numa", r#"{"guestMappingPassthrough": {}}"#, "spec.cpu.numa", "NUMA"),
+    ("/spec/memory/guest", r#""lots""#, "spec.memory.guest", "lots"),
+    ("/spec/memory/hugepages", r#"{"pageSize": "2Mi"}"#, "spec.memory.hugepages", "huge"),
+    ("/spec/memory/overcommitPercent", "101", "spec.memory.overcommitPercent", "100"),
+    ("/spec/ioThreadsPolicy", r#""auto""#, "spec.ioThreadsPolicy", "I/O threads"),
+    ("/spec/launchSecurity", r#"{"sev": {}}"#, "spec.launchSecurity", "confidential"),
+    ("/spec/gpus", r#"[{"name": "g", "deviceName": "v/d"}]"#, "spec.gpus", "GPU"),
+    ("/spec/hostDevices", r#"[{"name": "h", "deviceName": "v/d"}]"#, "spec.hostDevices", "host"),
+];
+
+/// Of a preference.
+pub const PREFERENCE: &[Row] = &[
+    ("/spec/cpu", r#"{"preferredCPUTopology": "ring"}"#, "preferredCPUTopology", "spread"),
+    ("/spec/cpu", r#"{"preferredCPUFeatures": [{"name": "a"}]}"#, "preferredCPUFeatures", "one by"),
+    ("/spec/devices", r#"{"preferredDiskBus": "ide"}"#, "spec.devices.preferredDiskBus", "virtio"),
+    ("/spec/devices", r#"{"preferredCdromBus": "usb"}"#, "spec.devices.preferredCdromBus", "scsi"),
+    ("/spec/devices", r#"{"preferredInterfaceModel": "e1000e"}"#, "InterfaceModel", "virtio"),
+    ("/spec/devices", r#"{"preferredInputType": "mouse"}"#, "preferredInputType", "tablet"),
+    ("/spec/devices", r#"{"preferredTPM": {}}"#, "spec.devices.preferredTPM", "TPM"),
+    ("/spec/features", r#"{"preferredSmm": {}}"#, "spec.features.preferredSmm", "SMM"),
+    ("/spec/features", r#"{"preferredHyperv": {"relaxed": {}}}"#, "preferredHyperv", "Hyper-V"),
+    ("/spec/firmware", r#"{"preferredUseEfi": true}"#, "firmware.preferredUseEfi", "Secure Boot"),
+    ("/spec/machine", r#"{"preferredMachineType": "virt"}"#, "preferredMachineType", "q35"),
+    ("/spec/preferredArchitecture", r#""arm64""#, "spec.preferredArchitecture", "amd64"),
 ];
 
 /// Of a DataVolume.

@@ -8,5 +8,6 @@ mod evictions;
 mod lifecycle;
 mod manifests;
 mod site;
+mod types;
 mod webhooks;
 mod world;

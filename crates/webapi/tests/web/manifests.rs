@@ -1,6 +1,7 @@
 //! What people get wrong: each is refused with its field, and with words that help.
 
-use crate::bad::{Row, VM, VOLUME};
+use crate::bad::{INSTANCETYPE, PREFERENCE, Row, VM, VOLUME};
+use crate::types::{INSTANCETYPES, PREFERENCES, instancetype, preference};
 use crate::world::{MOVES, VMIS, VMS, VOLUMES, World, admin, migration, user, vm, vmi, volume};
 use http::Method;
 use serde_json::{Value, json};
@@ -50,6 +51,12 @@ async fn each_is_refused(path: &str, good: Value, table: &[Row]) {
 #[tokio::test]
 async fn each_bad_vm_is_refused_with_its_field_and_a_remedy() {
     each_is_refused(VMS, vm(), VM).await;
+}
+
+#[tokio::test]
+async fn each_bad_instancetype_and_preference_is_refused_with_its_field_and_a_remedy() {
+    each_is_refused(INSTANCETYPES, instancetype(), INSTANCETYPE).await;
+    each_is_refused(PREFERENCES, preference(), PREFERENCE).await;
 }
 
 #[tokio::test]
