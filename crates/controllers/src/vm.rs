@@ -5,6 +5,8 @@ mod elsewhere;
 mod laws;
 mod plan;
 mod printable;
+mod shape;
+mod taken;
 mod volumes;
 
 use crate::AT_ONCE;
@@ -42,6 +44,7 @@ async fn reconcile(world: World, key: Key) -> Next {
         owner: get(&world.owners, key),
         volumes: volumes(world, &vm),
         claims: claims(world, &vm),
+        taken: taken::taken(world, &vm),
         moves: world.moves_of(key),
         cluster: world.cluster(),
         now,
@@ -92,6 +95,7 @@ async fn act(world: &World, snapshot: &Snapshot, action: &Action) -> kube::Resul
     let vmis: Api<VirtualMachineInstance> = world.api(&namespace);
     let create = PostParams::default();
     match action {
+        Action::Pin(object) => taken::pin(world, &namespace, object).await?,
         Action::CreateVolume(object) => {
             let volumes: Api<DataVolume> = world.api(&namespace);
             let volume = made(object)?;

@@ -2,6 +2,10 @@
 
 use crate::components;
 use api::datavolume::{CDIConfig, DataVolume, StorageProfile};
+use api::instancetype::{
+    OBJECT_KIND, VirtualMachineClusterInstancetype, VirtualMachineClusterPreference,
+    VirtualMachineInstancetype, VirtualMachinePreference, wanted,
+};
 use api::keys;
 use api::kubevirt::KubeVirt;
 use api::migration::{MigrationPolicy, VirtualMachineInstanceMigration};
@@ -9,6 +13,7 @@ use api::owner::OwnerRecord;
 use api::vm::VirtualMachine;
 use api::vmi::{Phase, VirtualMachineInstance};
 use k8s_openapi::NamespaceResourceScope;
+use k8s_openapi::api::apps::v1::ControllerRevision;
 use k8s_openapi::api::core::v1::{Namespace, Node, ObjectReference, PersistentVolumeClaim, Pod};
 use k8s_openapi::api::storage::v1::StorageClass;
 use kube::api::PostParams;
@@ -27,9 +32,10 @@ use std::time::{Duration, Instant};
 /// A namespace and a name.
 pub type Key = (String, String);
 
-/// What was just made is seen within this time, and looked for this often.
-const SEEN: Duration = Duration::from_secs(5);
-const LOOK: Duration = Duration::from_millis(20);
+/// What was just made is seen within this time.
+pub const SEEN: Duration = Duration::from_secs(5);
+/// It is looked for this often.
+pub const LOOK: Duration = Duration::from_millis(20);
 /// A write that another has outrun is tried again after this.
 const SOON: Duration = Duration::from_millis(100);
 
@@ -49,6 +55,8 @@ pub struct World {
     pub vms: Store<VirtualMachine>,
     /// VMIs.
     pub vmis: Store<VirtualMachineInstance>,
+    /// What VMs take.
+    pub types: TypeStores,
     /// DataVolumes.
     pub volumes: Store<DataVolume>,
     /// Claims.
@@ -89,6 +97,21 @@ pub struct World {
     pub volume_queue: Queue<Key>,
     /// The settings to be looked at.
     pub settings_queue: Queue<()>,
+}
+
+/// What VMs take from objects of their own.
+#[derive(Clone)]
+pub struct TypeStores {
+    /// Instancetypes of namespaces.
+    pub instancetypes: Store<VirtualMachineInstancetype>,
+    /// Instancetypes of the cluster.
+    pub cluster_instancetypes: Store<VirtualMachineClusterInstancetype>,
+    /// Preferences of namespaces.
+    pub preferences: Store<VirtualMachinePreference>,
+    /// Preferences of the cluster.
+    pub cluster_preferences: Store<VirtualMachineClusterPreference>,
+    /// Revisions that hold them as they were.
+    pub revisions: Store<ControllerRevision>,
 }
 
 /// The key of an object.
@@ -223,6 +246,28 @@ impl World {
                 vmis.state().iter().for_each(|vmi| leaves.ring(key(&**vmi)));
             }
         });
+        let types = TypeStores {
+            instancetypes: keeper.keep_and(Api::all(client.clone()), all(), {
+                let (vms, vm) = (vms.clone(), vm.clone());
+                move |object: &VirtualMachineInstancetype| ring_takers(&vms, &vm, object)
+            }),
+            cluster_instancetypes: keeper.keep_and(Api::all(client.clone()), all(), {
+                let (vms, vm) = (vms.clone(), vm.clone());
+                move |object: &VirtualMachineClusterInstancetype| ring_takers(&vms, &vm, object)
+            }),
+            preferences: keeper.keep_and(Api::all(client.clone()), all(), {
+                let (vms, vm) = (vms.clone(), vm.clone());
+                move |object: &VirtualMachinePreference| ring_takers(&vms, &vm, object)
+            }),
+            cluster_preferences: keeper.keep_and(Api::all(client.clone()), all(), {
+                let (vms, vm) = (vms.clone(), vm.clone());
+                move |object: &VirtualMachineClusterPreference| ring_takers(&vms, &vm, object)
+            }),
+            revisions: keeper.keep_and(Api::all(client.clone()), all().labels(OBJECT_KIND), {
+                let (vms, vm) = (vms.clone(), vm.clone());
+                move |object: &ControllerRevision| ring_takers(&vms, &vm, object)
+            }),
+        };
         let classes = keeper.keep_and(Api::all(client.clone()), all(), {
             let kv = kv.clone();
             move |_: &StorageClass| kv.ring(())
@@ -241,6 +286,7 @@ impl World {
             image: image.into(),
             vms,
             vmis,
+            types,
             volumes,
             claims,
             pods,
@@ -270,6 +316,20 @@ impl World {
         let Self { vms, vmis, volumes, claims, pods, owners, .. } = self;
         let Self { nodes, classes, profiles, imports, settings, .. } = self;
         let Self { migrations, policies, namespaces, components, .. } = self;
+        let TypeStores {
+            instancetypes,
+            cluster_instancetypes,
+            preferences,
+            cluster_preferences,
+            revisions,
+        } = &self.types;
+        reconcile::ready!(
+            instancetypes,
+            cluster_instancetypes,
+            preferences,
+            cluster_preferences,
+            revisions,
+        );
         reconcile::ready!(
             vms, vmis, volumes, claims, pods, owners, nodes, classes, profiles, imports, settings,
             migrations, policies, namespaces, components
@@ -356,6 +416,17 @@ impl World {
         let owned = |pod: &Arc<Pod>| pod.owner_references().iter().any(|owner| owner.uid == uid);
         self.pods.state().into_iter().filter(owned).collect()
     }
+}
+
+/// Rings for the VMs that take an object, or have a revision.
+fn ring_takers(vms: &Store<VirtualMachine>, queue: &Queue<Key>, object: &impl ResourceExt) {
+    let (namespace, name) = (object.namespace(), object.name_any());
+    let takes = |vm: &VirtualMachine| {
+        let all = wanted(&vm.spec, vm.status.as_ref());
+        (namespace.is_none() || vm.namespace() == namespace)
+            && all.iter().any(|one| one.name == name || one.revision.as_ref() == Some(&name))
+    };
+    vms.state().iter().filter(|vm| takes(vm)).for_each(|vm| queue.ring(key(&**vm)));
 }
 
 /// Rings for the VMs whose disks are to move to a claim.

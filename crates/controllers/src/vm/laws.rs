@@ -1,6 +1,7 @@
 //! What holds of every plan for a VM.
 
 use super::plan::{Action, Snapshot, plan};
+use api::instancetype::wanted;
 use api::keys;
 use api::kubevirt::KubeVirt;
 use api::vm::{Printable, RunStrategy, Status, VirtualMachine};
@@ -99,6 +100,7 @@ fn snapshot(case: &Case) -> Snapshot {
         made::<KubeVirt>(json!({"metadata": {"name": "k", "namespace": "kubevirt"}, "spec": {}}));
     Snapshot {
         claims: Vec::new(),
+        taken: Vec::new(),
         moves: Vec::new(),
         vm,
         vmi,
@@ -202,4 +204,73 @@ proptest! {
             }
         }
     }
+}
+
+/// A VM that takes an instancetype of the cluster, with what is found of it.
+fn taker(case: &Case, held: Option<Value>, live: Option<Value>) -> Snapshot {
+    let mut snapshot = snapshot(case);
+    let mut vm = (*snapshot.vm).clone();
+    vm.spec.template.spec = json!({"domain": {}});
+    vm.spec.instancetype = Some(serde_json::from_value(json!({"name": "u1"})).expect("a matcher"));
+    let all = wanted(&vm.spec, vm.status.as_ref());
+    snapshot.taken = all.into_iter().map(|one| one.found(held.clone(), live.clone())).collect();
+    snapshot.vm = Arc::new(vm);
+    snapshot
+}
+
+fn written(actions: &[Action]) -> Status {
+    let status = actions.iter().rev().find_map(|action| match action {
+        Action::PatchStatus(status) => Some(status.clone()),
+        _ => None,
+    });
+    serde_json::from_value(status.expect("it is written")).expect("a status")
+}
+
+#[test]
+fn a_vm_starts_from_what_is_pinned_and_says_what_it_waits_for() {
+    let case = Case {
+        strategy: RunStrategy::Always,
+        vmi: None,
+        start: false,
+        stop: false,
+        failures: 0,
+        deleted: false,
+        owned: false,
+    };
+    let object = json!({
+        "apiVersion": "instancetype.kubevirt.io/v1beta1", "kind": "VirtualMachineClusterInstancetype",
+        "metadata": {"name": "u1", "uid": "7", "generation": 3},
+        "spec": {"cpu": {"guest": 4}, "memory": {"guest": "128Mi"}},
+    });
+    // It is not there.
+    let first = plan(&taker(&case, None, None)).actions;
+    assert!(!starts(&first), "{first:?}");
+    let told = first.iter().any(|action| {
+        matches!(action, Action::Say { reason: "FailedFindInstancetype", message, .. } if message.contains("u1"))
+    });
+    let status = written(&first);
+    let failure = status.conditions.iter().find(|c| c.kind == "Failure").expect("a condition");
+    assert!(told && failure.reason.as_deref() == Some("FailedFindInstancetype"), "{first:?}");
+    // It is, and is held before it is used.
+    let second = plan(&taker(&case, None, Some(object.clone()))).actions;
+    let [Action::Pin(revision), Action::PatchStatus(_)] = &second[..] else {
+        panic!("{second:?}");
+    };
+    assert_eq!(revision["metadata"]["name"], "web-u1-v1beta1-7-3");
+    assert_eq!(revision["metadata"]["ownerReferences"][0]["uid"], "0");
+    assert_eq!(revision["data"]["spec"], object["spec"]);
+    let pinned = written(&second).instancetype_ref.and_then(|held| held.controller_revision_ref);
+    assert_eq!(pinned.map(|held| held.name).as_deref(), Some("web-u1-v1beta1-7-3"));
+    // What was held counts, whatever has become of it.
+    let mut later = object.clone();
+    later["spec"]["cpu"]["guest"] = 8.into();
+    let third = plan(&taker(&case, Some(object), Some(later))).actions;
+    let vmi = third.iter().find_map(|action| match action {
+        Action::Start(vmi) => Some(vmi),
+        _ => None,
+    });
+    let domain = &vmi.expect("it starts")["spec"]["domain"];
+    assert_eq!(domain["cpu"], json!({"sockets": 4, "cores": 1, "threads": 1}));
+    assert_eq!(domain["memory"]["guest"], "128Mi");
+    assert!(written(&third).conditions.iter().all(|c| c.kind != "Failure"));
 }

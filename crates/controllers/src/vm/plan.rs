@@ -2,9 +2,11 @@
 
 use super::elsewhere;
 use super::printable::printable;
+use super::shape::{self, Shape};
 use super::volumes::{self, Change};
 use api::conditions::{self, Condition, types};
 use api::datavolume::DataVolume;
+use api::instancetype::{Expanded, Taken};
 use api::keys;
 use api::kubevirt::KubeVirt;
 use api::migration::VirtualMachineInstanceMigration;
@@ -39,6 +41,8 @@ pub struct Snapshot {
     pub volumes: Vec<(String, Option<Arc<DataVolume>>)>,
     /// The claims that it and its VMI name, and those of them that are there.
     pub claims: Vec<(String, Option<Arc<PersistentVolumeClaim>>)>,
+    /// What it takes from its instancetype and its preference.
+    pub taken: Vec<Taken>,
     /// Its VMI's migrations.
     pub moves: Vec<Arc<VirtualMachineInstanceMigration>>,
     /// The cluster's settings.
@@ -59,6 +63,8 @@ pub struct Plan {
 /// One thing to be done.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Action {
+    /// Make a revision that holds what it takes.
+    Pin(Value),
     /// Make a DataVolume.
     CreateVolume(Value),
     /// Make the VMI.
@@ -117,6 +123,9 @@ impl Action {
 impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Action::Pin(object) => {
+                write!(f, "create ControllerRevision {}", object["metadata"]["name"])
+            }
             Action::CreateVolume(object) => {
                 write!(f, "create DataVolume {}", object["metadata"]["name"])
             }
@@ -176,16 +185,24 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
         return plan;
     }
     let mut status = vm.status.clone().unwrap_or_default();
-    make_volumes(snapshot, &mut plan);
+    if shape::pin(snapshot, &mut status, &mut plan) {
+        write(snapshot, status, &mut plan);
+        return plan;
+    }
+    let shape = shape::shape(snapshot);
+    match &shape {
+        Ok(shape) => make_volumes(snapshot, shape, &mut plan),
+        Err(trouble) => shape::tell(trouble, &status, &mut plan),
+    }
     if let Some(patch) = elsewhere::settle(snapshot) {
         plan.actions.push(Action::Patch(patch));
     }
     count_failures(snapshot, &mut status);
     let change = volumes::follow(snapshot, &mut status, &mut plan);
     let wish = wish(snapshot, &status);
-    let done = follow(snapshot, &wish, &mut plan);
+    let done = follow(snapshot, &wish, &shape, &mut plan);
     status.state_change_requests = left_over(snapshot, &status.state_change_requests);
-    show(snapshot, &wish, done, &change, &mut status);
+    show(snapshot, &wish, done, &shape, &change, &mut status);
     write(snapshot, status, &mut plan);
     plan
 }
@@ -219,7 +236,7 @@ fn leave(snapshot: &Snapshot, plan: &mut Plan) {
     }
 }
 
-fn make_volumes(snapshot: &Snapshot, plan: &mut Plan) {
+fn make_volumes(snapshot: &Snapshot, shape: &Expanded, plan: &mut Plan) {
     let vm = &snapshot.vm;
     let missing = |name: &str| snapshot.volumes.iter().any(|(n, v)| n == name && v.is_none());
     for template in &vm.spec.data_volume_templates {
@@ -235,7 +252,7 @@ fn make_volumes(snapshot: &Snapshot, plan: &mut Plan) {
         prune(&mut metadata);
         plan.actions.push(Action::CreateVolume(json!({
             "apiVersion": "cdi.kubevirt.io/v1beta1", "kind": "DataVolume",
-            "metadata": metadata, "spec": template.spec,
+            "metadata": metadata, "spec": shape.disk(&template.spec),
         })));
     }
 }
@@ -358,7 +375,7 @@ fn wish(snapshot: &Snapshot, status: &Status) -> Wish {
 }
 
 /// Plans what is wished. Whether there is a VMI then.
-fn follow(snapshot: &Snapshot, wish: &Wish, plan: &mut Plan) -> bool {
+fn follow(snapshot: &Snapshot, wish: &Wish, shape: &Shape, plan: &mut Plan) -> bool {
     match wish {
         Wish::Nothing => {}
         Wish::StartAt(at) => plan.again = Some(*at),
@@ -378,8 +395,9 @@ fn follow(snapshot: &Snapshot, wish: &Wish, plan: &mut Plan) -> bool {
                 plan.actions.push(Action::Patch(volumes::template_with(snapshot, &followed)));
                 return false;
             }
+            let Ok(shape) = shape else { return false };
             let claims = volumes::not_left(snapshot);
-            plan.actions.push(Action::Start(instance(&snapshot.vm, *paused, &claims)));
+            plan.actions.push(Action::Start(instance(&snapshot.vm, shape, *paused, &claims)));
             return true;
         }
         Wish::Stop(why) => {
@@ -390,12 +408,18 @@ fn follow(snapshot: &Snapshot, wish: &Wish, plan: &mut Plan) -> bool {
     snapshot.vmi.is_some()
 }
 
-/// The VMI of a VM; `claims` are its disks where the template names others.
-fn instance(vm: &VirtualMachine, paused: bool, claims: &BTreeMap<String, String>) -> Value {
+/// The VMI of a VM, of its template with all that it takes; `claims` are its disks where the template names
+/// others.
+fn instance(
+    vm: &VirtualMachine,
+    shape: &Expanded,
+    paused: bool,
+    claims: &BTreeMap<String, String>,
+) -> Value {
     let template = vm.spec.template.metadata.clone().unwrap_or_default();
     let mut labels = template.labels.unwrap_or_default();
     labels.insert(keys::VM.into(), vm.name_any());
-    let mut spec = vm.spec.template.spec.clone();
+    let mut spec = shape.spec.clone();
     if !claims.is_empty() {
         spec["volumes"] = volumes::with_claims(&spec["volumes"], claims);
     }
@@ -409,16 +433,18 @@ fn instance(vm: &VirtualMachine, paused: bool, claims: &BTreeMap<String, String>
         let uuid = uuid::Uuid::new_v5(&uuid::Uuid::NAMESPACE_OID, name.as_bytes());
         firmware["uuid"] = uuid.to_string().into();
     }
-    let mut annotations = template.annotations;
+    let mut annotations = shape.annotations.clone();
     if vm.spec.strategy() == RunStrategy::WaitAsReceiver {
         let receives = (keys::RECEIVES.to_owned(), "true".to_owned());
-        annotations.get_or_insert_default().extend([receives]);
+        annotations.extend([receives]);
     }
     let mut metadata = json!({
         "name": vm.name_any(), "namespace": vm.namespace(), "labels": labels,
-        "annotations": annotations,
         "ownerReferences": [vm.controller_owner_ref(&())],
     });
+    if !annotations.is_empty() {
+        metadata["annotations"] = json!(annotations);
+    }
     prune(&mut metadata);
     json!({
         "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachineInstance",
@@ -447,7 +473,14 @@ fn left_over(snapshot: &Snapshot, requests: &[Request]) -> Vec<Request> {
     requests.iter().filter(open).cloned().collect()
 }
 
-fn show(snapshot: &Snapshot, wish: &Wish, created: bool, change: &Change, status: &mut Status) {
+fn show(
+    snapshot: &Snapshot,
+    wish: &Wish,
+    created: bool,
+    shape: &Shape,
+    change: &Change,
+    status: &mut Status,
+) {
     let vm = &snapshot.vm;
     let found = snapshot.vmi.as_ref().and_then(|vmi| vmi.status.clone());
     let ready = found.as_ref().is_some_and(|s| conditions::is(&s.conditions, types::READY));
@@ -473,20 +506,23 @@ fn show(snapshot: &Snapshot, wish: &Wish, created: bool, change: &Change, status
         new.extend(mirrored.cloned());
     }
     gone.extend([types::RESTART_REQUIRED, types::UNSUPPORTED_FIELDS, types::FAILURE]);
-    if needs_restart(snapshot) {
+    if shape.as_ref().is_ok_and(|shape| needs_restart(snapshot, shape)) {
         let message = "the template has changed since the virtual machine instance was started";
         new.push(Condition::new(types::RESTART_REQUIRED, true, "SpecChanged", message));
     } else if let Change::Restart(why) = change {
         new.push(Condition::new(types::RESTART_REQUIRED, true, "VolumesChanged", why));
     }
-    let template = api::support::parse::<api::vmi::Spec>(&vm.spec.template.spec);
+    let whole = shape.as_ref().map_or(&vm.spec.template.spec, |shape| &shape.spec);
+    let template = api::support::parse::<api::vmi::Spec>(whole);
     if let Ok((_, unknown)) = &template
         && !unknown.is_empty()
     {
         let message = format!("these have no effect: {}", unknown.join(", "));
         new.push(Condition::new(types::UNSUPPORTED_FIELDS, true, "NotSupported", &message));
     }
-    if let Some(failure) = &status.start_failure
+    if let Err(trouble) = shape {
+        new.push(shape::condition(trouble));
+    } else if let Some(failure) = &status.start_failure
         && !created
     {
         let message = format!(
@@ -500,12 +536,12 @@ fn show(snapshot: &Snapshot, wish: &Wish, created: bool, change: &Change, status
 }
 
 /// Whether the VMI is of an older template.
-fn needs_restart(snapshot: &Snapshot) -> bool {
+fn needs_restart(snapshot: &Snapshot, shape: &Expanded) -> bool {
     let Some(vmi) = snapshot.vmi.as_ref().filter(|v| v.metadata.deletion_timestamp.is_none())
     else {
         return false;
     };
-    let mut wanted = instance(&snapshot.vm, false, &Default::default())["spec"].clone();
+    let mut wanted = instance(&snapshot.vm, shape, false, &Default::default())["spec"].clone();
     // Other claims are not a restart's matter alone: see `volumes`.
     let has = vmi.parse().map(|spec| spec.claims()).unwrap_or_default();
     wanted["volumes"] = volumes::with_claims(&wanted["volumes"], &has);
@@ -550,7 +586,7 @@ fn write(snapshot: &Snapshot, status: Status, plan: &mut Plan) {
     }
     let mut value = serde_json::to_value(&status).unwrap_or_default();
     // A merge patch removes what is null.
-    for field in ["startFailure"] {
+    for field in ["startFailure", "instancetypeRef", "preferenceRef"] {
         if value.get(field).is_none() {
             value[field] = Value::Null;
         }
