@@ -9,9 +9,11 @@
 //!
 //! Whatever phase it is found in, it goes on from there: each step can be done twice.
 
+mod along;
 mod checks;
 mod offer;
 mod receive;
+mod types;
 
 pub use offer::Offer;
 pub(crate) use receive::{offered, settle};
@@ -33,13 +35,12 @@ use api::vmi::VirtualMachineInstance;
 use channel::identity::soonest_end;
 use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::PersistentVolumeClaim;
-use kube::api::{
-    ApiResource, DeleteParams, DynamicObject, ListParams, Patch, PatchParams, PostParams,
-};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams};
 use kube::{Api, ResourceExt};
 use reconcile::Queue;
 use reconcile::events::why;
 use reconcile::queue::Next;
+use reconcile::taken::{object, taken};
 use serde_json::{Value, json};
 use std::sync::Arc;
 use std::time::Duration;
@@ -251,7 +252,8 @@ async fn check(world: &World, one: &VirtualMachineMove, status: &mut Status) -> 
         }
     };
     let (Some(offer), true) = (offered, faults.is_empty()) else { return Step::Fail(faults) };
-    status.warnings = checks::networks(cluster, &offer.vm["spec"]["template"]["spec"]);
+    status.warnings = offer.warnings.clone();
+    status.warnings.extend(checks::networks(cluster, &offer.vm["spec"]["template"]["spec"]));
     if let Err((is_fault, why)) = certificates(world, cluster) {
         if is_fault { faults.push(why) } else { status.warnings.push(why) }
     }
@@ -479,12 +481,14 @@ async fn gather(world: &World, one: &VirtualMachineMove) -> Result<Offer, Vec<St
     let mut migrations = migrations.list(&of_vmi).await.map_err(failed)?.items;
     let own = id(one);
     migrations.retain(|migration| migration.labels().get(offer::MOVE) != Some(&own));
+    let taken = taken(client, &namespace, &vm.spec, vm.status.as_ref()).await.map_err(failed)?;
     let facts = offer::Facts {
         id: &own,
         wanted: &one.spec,
         vm: &vm,
         vmi: &vmi,
         claims: &claims,
+        taken: &taken,
         migrations: &migrations,
     };
     let mut offer = offer::offer(&facts)?;
@@ -496,23 +500,20 @@ async fn gather(world: &World, one: &VirtualMachineMove) -> Result<Offer, Vec<St
             Err(why) => faults.push(format!("{kind} {name}, which the VM names: {why}")),
         }
     }
+    // N.B. as they are: what the guest has is in the revisions. One that is gone is not missed.
+    for one in taken.iter().filter(|_| !offer.revisions.is_empty()) {
+        let kind = one.wanted.kind;
+        let live = object(client, kind, &namespace, &one.wanted.name).await.map_err(failed)?;
+        let place = Some(&*offer.namespace).filter(|_| kind.namespaced);
+        let live = live.map(|live| types::brought(&live, place, &own));
+        offer.brings.extend(live);
+    }
     if faults.is_empty() { Ok(offer) } else { Err(faults) }
 }
 
-/// The API of Secrets or ConfigMaps of a namespace.
-pub(super) fn core(world: &World, kind: &str, namespace: &str) -> Api<DynamicObject> {
-    let plural = if kind == "Secret" { "secrets" } else { "configmaps" };
-    let resource = ApiResource {
-        group: String::new(),
-        version: "v1".into(),
-        api_version: "v1".into(),
-        kind: kind.into(),
-        plural: plural.into(),
-    };
-    Api::namespaced_with(world.client.clone(), namespace, &resource)
-}
-
 async fn read(world: &World, kind: &str, namespace: &str, name: &str) -> Result<Value, String> {
-    let found = core(world, kind, namespace).get(name).await.map_err(|error| why(&error))?;
+    let kind = along::Kind::named(kind).ok_or("it is of no kind that goes along")?;
+    let api = kind.api(world.client.clone(), namespace);
+    let found = api.get(name).await.map_err(|error| why(&error))?;
     serde_json::to_value(found).map_err(|error| error.to_string())
 }

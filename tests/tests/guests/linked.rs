@@ -2,6 +2,7 @@
 
 use crate::PROGRAM;
 use crate::across::{MAPS, UP, World, believe, bundle, storage};
+use crate::types::{came_along, differs, takes};
 use anyhow::{Context, Result, ensure};
 use api::migration::{Half, Side};
 use channel::identity::{Ca, Credentials, Role, SpiffeId, Trust};
@@ -39,9 +40,8 @@ async fn one_command_links_clusters_and_another_takes_a_vm_there_with_all_that_i
         json!({"name": "files", "configMap": {"name": "files"}}),
     ];
     let template = import("web-root", &image, storage());
-    east.create(VMS, vm("web", "Always", volumes, vec![template])).await?;
+    takes(&east, vm("web", "Always", volumes, vec![template])).await?;
     let web = format!("{VMS}/web");
-    east.until(&web, is_running).await?;
     let mut console = east.terminal("web")?;
     Oracle::begin(&mut console)?;
     drop(console);
@@ -63,6 +63,7 @@ async fn one_command_links_clusters_and_another_takes_a_vm_there_with_all_that_i
     ];
     let told = east.refuses(&wrong)?;
     ensure!(told.contains("no namespace none") && told.contains("class nonesuch"), "{told}");
+    differs(&east, &west).await?;
     let told = east.does(&["migrate", "vm/web", "--to", "west", "--dry-run"])?;
     ensure!(told.contains("nothing speaks against it"), "{told}");
     let none = |vms: &Value| vms["items"].as_array().is_some_and(Vec::is_empty);
@@ -73,6 +74,7 @@ async fn one_command_links_clusters_and_another_takes_a_vm_there_with_all_that_i
     east.until(&web, shows("Stopped")).await?;
     west.until("/api/v1/namespaces/default/configmaps/files", |map| map["data"]["a"] == "b")
         .await?;
+    came_along(&west).await?;
     let mut console = west.console("web")?;
     Oracle::again(&mut console).check()?;
     drop(console);

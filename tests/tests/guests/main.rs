@@ -17,6 +17,7 @@ mod refusals;
 mod roles;
 mod segments;
 mod shapes;
+mod types;
 mod uefi;
 mod vms;
 mod volumes;

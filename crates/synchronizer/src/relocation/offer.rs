@@ -1,7 +1,9 @@
 //! What a VM that goes to another cluster is there. Pure.
 
 use super::checks::PROTOCOL;
+use super::types::{Naming, naming};
 use api::conditions::{Is, types};
+use api::instancetype::Taken;
 use api::keys;
 use api::migration::VirtualMachineInstanceMigration as Migration;
 use api::relocation::Spec as Wanted;
@@ -31,13 +33,19 @@ pub struct Offer {
     pub name: String,
     /// The VM, which waits for its guest.
     pub vm: Value,
-    /// Secrets and ConfigMaps that it names.
+    /// What it names: Secrets and ConfigMaps, its instancetype and its preference.
     pub brings: Vec<Value>,
+    /// What holds the latter two as the guest has them.
+    #[serde(default)]
+    pub revisions: Vec<Value>,
     /// What its node must have.
     pub selectors: BTreeMap<String, String>,
     /// What the sender speaks.
     #[serde(default)]
     pub protocol: u32,
+    /// What is worth knowing of it here.
+    #[serde(skip)]
+    pub warnings: Vec<String>,
 }
 
 /// A VM and what there is of it.
@@ -52,6 +60,8 @@ pub struct Facts<'a> {
     pub vmi: &'a VirtualMachineInstance,
     /// The claims of its namespace.
     pub claims: &'a [PersistentVolumeClaim],
+    /// What the VM takes from its instancetype and its preference.
+    pub taken: &'a [Taken],
     /// The VMI's migrations.
     pub migrations: &'a [Migration],
 }
@@ -81,7 +91,16 @@ pub fn offer(facts: &Facts<'_>) -> Result<Offer, Vec<String>> {
     let mut labels = vm.labels().clone();
     labels.insert(MOVE.into(), (*id).to_owned());
     let template = vm.spec.template.metadata.clone().unwrap_or_default();
-    let object = json!({
+    let mut warnings = Vec::new();
+    let named = naming(vm, &spec, facts.taken, &namespace);
+    let named = named.unwrap_or_else(|why| {
+        warnings.push(format!(
+            "what its instancetype and its preference say is in the template of the VM there, which names \
+             neither: {why}"
+        ));
+        Naming { template: spec, ..Naming::default() }
+    });
+    let mut object = json!({
         "apiVersion": "kubevirt.io/v1", "kind": "VirtualMachine",
         "metadata": {
             "name": name, "namespace": namespace, "labels": labels, "annotations": annotations,
@@ -90,10 +109,13 @@ pub fn offer(facts: &Facts<'_>) -> Result<Offer, Vec<String>> {
             "runStrategy": "WaitAsReceiver", "dataVolumeTemplates": templates,
             "template": {
                 "metadata": {"labels": template.labels, "annotations": template.annotations},
-                "spec": spec,
+                "spec": named.template,
             },
         },
     });
+    for (field, matcher) in named.matchers {
+        object["spec"][field] = json!(matcher);
+    }
     let from_name = vm.name_any();
     Ok(Offer {
         from_namespace,
@@ -101,6 +123,8 @@ pub fn offer(facts: &Facts<'_>) -> Result<Offer, Vec<String>> {
         namespace,
         name,
         vm: object,
+        revisions: named.revisions,
+        warnings,
         protocol: PROTOCOL,
         ..Offer::default()
     })
@@ -264,6 +288,7 @@ mod test {
             vm: &vm,
             vmi: &vmi,
             claims: &[claim],
+            taken: &[],
             migrations: &[],
         };
         let offer = offer(&facts).expect("it can go");

@@ -1,10 +1,13 @@
 //! The other cluster's part of a VM that comes with all that it needs.
 
+use super::along::{self, bring};
 use super::checks::{self, PROTOCOL};
 use super::offer::{MOVE, Offer};
+use super::types::{machine, what};
 use crate::ground::Arrival;
 use crate::wire::{Spot, Told};
 use crate::world::World;
+use api::instancetype::revision;
 use api::keys;
 use api::migration::{
     Receive, Spec as MigrationSpec, VirtualMachineInstanceMigration as Migration,
@@ -14,8 +17,9 @@ use api::vm::VirtualMachine;
 use api::vmi::{Phase, VirtualMachineInstance};
 use channel::identity::{Role, SpiffeId};
 use jiff::Timestamp;
+use k8s_openapi::api::apps::v1::ControllerRevision;
 use kube::api::{ApiResource, DeleteParams, DynamicObject, Patch, PatchParams, PostParams};
-use kube::{Api, ResourceExt};
+use kube::{Api, Resource, ResourceExt};
 use reconcile::events::why;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -147,12 +151,12 @@ impl Place {
         let failed = |error: serde_json::Error| vec![error.to_string()];
         let mut vmi = json!({
             "metadata": offer.vm["spec"]["template"]["metadata"],
-            "spec": offer.vm["spec"]["template"]["spec"],
+            "spec": machine(&offer.vm["spec"]["template"]["spec"], &offer.revisions),
         });
         let mut templates = offer.vm["spec"]["dataVolumeTemplates"].clone();
         if let Some(vm) = self.vm.as_ref().filter(|_| self.returns) {
             // It has disks there already.
-            vmi["spec"] = vm.spec.template.spec.clone();
+            vmi["spec"] = machine(&vm.spec.template.spec, &offer.revisions);
             templates = Value::Null;
         }
         vmi["metadata"]["name"] = offer.name.as_str().into();
@@ -254,6 +258,9 @@ async fn make(
         bring(world, brought, offer, id, false).await?;
     }
     there.make(world, cluster, id, offer, false).await?;
+    if !there.returns {
+        pin(world, offer).await?;
+    }
     let Offer { namespace, name, .. } = offer;
     let vmis: Api<VirtualMachineInstance> = Api::namespaced(world.client.clone(), namespace);
     let vmi = vmis.get_opt(name).await.map_err(|error| why(&error))?;
@@ -280,40 +287,35 @@ fn migration_name(id: &str) -> String {
     format!("receive-{id}")
 }
 
-/// Makes a Secret or a ConfigMap that a VM names; or tries only whether it could. What is there already
-/// is let be, and told of where it is another. Returns what is worth knowing.
-async fn bring(
-    world: &World,
-    object: &Value,
-    offer: &Offer,
-    id: &str,
-    try_only: bool,
-) -> Result<Option<String>, String> {
-    let kind = object["kind"].as_str().filter(|kind| ["Secret", "ConfigMap"].contains(kind));
-    let kind = kind.ok_or("only Secrets and ConfigMaps come along")?;
-    let text = |field: &str| object["metadata"][field].as_str().unwrap_or_default();
-    let (namespace, name) = (text("namespace"), text("name"));
-    if namespace != offer.namespace {
-        return Err(format!("{kind} {namespace}/{name} is not of the VM's namespace"));
+/// Makes the revisions that a VM names: they are the VM's, and go with it.
+async fn pin(world: &World, offer: &Offer) -> Result<(), String> {
+    let Offer { namespace, name, .. } = offer;
+    let revisions: Api<ControllerRevision> = Api::namespaced(world.client.clone(), namespace);
+    for sent in offer.revisions.iter().filter(|sent| what(&sent["data"]).is_some()) {
+        let called = sent["metadata"]["name"].as_str().unwrap_or_default();
+        // N.B. of what was sent its data alone: what else a revision says is whose it is.
+        let made = revision(namespace, called, &sent["data"]);
+        let mut made: ControllerRevision =
+            serde_json::from_value(made).map_err(|error| error.to_string())?;
+        let vms: Api<VirtualMachine> = Api::namespaced(world.client.clone(), namespace);
+        let vm = vms.get(name).await.map_err(|error| why(&error))?;
+        made.metadata.owner_references = vm.owner_ref(&()).map(|owner| vec![owner]);
+        match revisions.create(&PostParams::default(), &made).await {
+            Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => {
+                let there = revisions.get(called).await.map_err(|error| why(&error))?;
+                if there.data != made.data {
+                    return Err(format!(
+                        "ControllerRevision {namespace}/{called} is there already, and holds \
+                         something else: delete it"
+                    ));
+                }
+            }
+            other => {
+                other.map_err(|error| format!("ControllerRevision {called}: {}", why(&error)))?;
+            }
+        }
     }
-    let api = super::core(world, kind, namespace);
-    if let Some(there) = api.get_opt(name).await.map_err(|error| why(&error))? {
-        let same = ["data", "binaryData"].iter().all(|field| {
-            object.get(*field).unwrap_or(&Value::Null)
-                == there.data.get(*field).unwrap_or(&Value::Null)
-        });
-        let own = there.labels().get(MOVE).is_some_and(|of| of == id);
-        let other =
-            format!("{kind} {namespace}/{name} is there already, and is another: it is kept");
-        return Ok((!same && !own).then_some(other));
-    }
-    let made: DynamicObject =
-        serde_json::from_value(object.clone()).map_err(|error| error.to_string())?;
-    let params = PostParams { dry_run: try_only, ..PostParams::default() };
-    match api.create(&params, &made).await {
-        Err(kube::Error::Api(status)) if status.reason == "AlreadyExists" => Ok(None),
-        other => other.map(|_| None).map_err(|error| format!("{kind} {name}: {}", why(&error))),
-    }
+    Ok(())
 }
 
 /// Forgets a move. One that failed takes away what it made: if the guest is not here for certain.
@@ -379,12 +381,6 @@ async fn undo(
         }));
         return vms.patch(name, &PatchParams::default(), &back).await.map(|_| ()).map_err(failed);
     }
-    for kind in ["Secret", "ConfigMap"] {
-        let made = kube::api::ListParams::default().labels(&format!("{MOVE}={id}"));
-        let api = super::core(world, kind, namespace);
-        for object in api.list(&made).await.map_err(failed)? {
-            let _ = api.delete(&object.name_any(), &DeleteParams::default()).await;
-        }
-    }
+    along::take_away(world, namespace, id).await?;
     vms.delete(name, &DeleteParams::default()).await.map(|_| ()).map_err(failed)
 }
