@@ -269,12 +269,13 @@ impl Wanted {
     pub fn found(self, held: Option<Value>, live: Option<Value>) -> Taken {
         let Self { kind, name, revision, fixed } = &self;
         let revision = revision.as_deref().unwrap_or_default();
-        let held = held.filter(|held| held["kind"] == kind.name);
+        let is_it = |held: &Value| held["kind"] == kind.name && held["metadata"]["name"] == **name;
+        let held = held.filter(is_it);
         let found = match (held, live) {
             (Some(held), _) => Found::Pinned(held),
             (None, _) if *fixed => Found::Missing(format!(
-                "there is no ControllerRevision {revision} that holds a {}: drop revisionName to \
-                 take {name} as it is",
+                "there is no ControllerRevision {revision} that holds {} {name}: drop \
+                 revisionName to take that as it is",
                 kind.name
             )),
             (None, Some(live)) => Found::Live(live),
@@ -411,7 +412,9 @@ mod test {
             "kind": "VirtualMachineClusterInstancetype",
             "metadata": {"name": "u1", "uid": "1", "generation": 2},
         });
-        let held = json!({"kind": "VirtualMachineClusterInstancetype"});
+        let held = json!({
+            "kind": "VirtualMachineClusterInstancetype", "metadata": {"name": "u1"},
+        });
         let first = wanted(&spec(matcher(None, None)), None).remove(0);
         let first = first.found(None, Some(live.clone()));
         assert_eq!(first.found, Found::Live(live.clone()));
@@ -428,6 +431,10 @@ mod test {
         assert_eq!(again(matcher(Some("virtualmachineinstancetype"), None)).revision, None);
         let chosen = again(matcher(None, Some("old")));
         assert_eq!(chosen.revision.as_deref(), Some("old"));
-        assert!(matches!(chosen.found(None, Some(live)).found, Found::Missing(_)));
+        assert!(matches!(chosen.clone().found(None, Some(live)).found, Found::Missing(_)));
+        let other = json!({
+            "kind": "VirtualMachineClusterInstancetype", "metadata": {"name": "u2"},
+        });
+        assert!(matches!(chosen.found(Some(other), None).found, Found::Missing(_)));
     }
 }

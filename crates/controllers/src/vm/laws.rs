@@ -249,6 +249,7 @@ fn a_vm_starts_from_what_is_pinned_and_says_what_it_waits_for() {
         matches!(action, Action::Say { reason: "FailedFindInstancetype", message, .. } if message.contains("u1"))
     });
     let status = written(&first);
+    assert_eq!(status.printable_status, Printable::Stopped);
     let failure = status.conditions.iter().find(|c| c.kind == "Failure").expect("a condition");
     assert!(told && failure.reason.as_deref() == Some("FailedFindInstancetype"), "{first:?}");
     // It is, and is held before it is used.

@@ -199,7 +199,7 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
     }
     count_failures(snapshot, &mut status);
     let change = volumes::follow(snapshot, &mut status, &mut plan);
-    let wish = wish(snapshot, &status);
+    let wish = shape::as_it_can(wish(snapshot, &status), &shape);
     let done = follow(snapshot, &wish, &shape, &mut plan);
     status.state_change_requests = left_over(snapshot, &status.state_change_requests);
     show(snapshot, &wish, done, &shape, &change, &mut status);

@@ -1,6 +1,6 @@
 //! A VM's template with all that it takes from its instancetype and its preference. Pure.
 
-use super::plan::{Action, Plan, Snapshot};
+use super::plan::{Action, Plan, Snapshot, Wish};
 use api::conditions::{Condition, types};
 use api::instancetype::{Expanded, Found, Trouble, What, revision, template};
 use api::vm::Status;
@@ -37,6 +37,14 @@ pub(super) fn pin(snapshot: &Snapshot, status: &mut Status, plan: &mut Plan) -> 
         plan.actions.push(Action::Pin(made));
     }
     plan.actions.iter().any(|action| matches!(action, Action::Pin(_)))
+}
+
+/// A wish as far as it can be followed: a VM that cannot have what it takes does not start.
+pub(super) fn as_it_can(wish: Wish, shape: &Shape) -> Wish {
+    match wish {
+        Wish::Start { .. } if shape.is_err() => Wish::Nothing,
+        other => other,
+    }
 }
 
 /// What is told of a VM that cannot have what it takes.
