@@ -190,7 +190,8 @@ pub async fn verify(arguments: cli::Verify) -> Result<ExitCode> {
     let request = verify::SendRequest { ticket, paths: way.disks.iter().cloned().collect() };
     let sent = left.verify_send(&request).await;
     // N.B. also after a failure: it ends the comparison there.
-    let judged = running.verify_judge(sent.as_deref().unwrap_or(&[])).await;
+    let differing = sent.as_deref().unwrap_or_default().to_vec();
+    let judged = running.verify_judge(&verify::JudgeRequest { differing, more: false }).await;
     sent?;
     let report = judged?;
     match way.output {

@@ -346,10 +346,10 @@ async fn verify_send(
 
 async fn verify_judge(
     State(launcher): State<Handle>,
-    body: Body<Vec<Differing>>,
+    body: Body<verify::JudgeRequest>,
 ) -> Answer<VerifyReport> {
-    let Json(differing) = body?;
-    finish(async move { verify::verify_judge(&launcher, differing).await }).await.map(Json)
+    let Json(request) = body?;
+    finish(async move { verify::verify_judge(&launcher, request).await }).await.map(Json)
 }
 
 async fn arm(State(launcher): State<Handle>, body: Body<FailpointRequest>) -> Answer<Status> {

@@ -256,8 +256,11 @@ impl Client {
     ///
     /// # Errors
     /// [`Error`].
-    pub async fn verify_judge(&self, differing: &[Differing]) -> Result<VerifyReport, Error> {
-        self.post("/v1/verify/judge", &differing, ANSWER).await
+    pub async fn verify_judge(
+        &self,
+        request: &verify::JudgeRequest,
+    ) -> Result<VerifyReport, Error> {
+        self.post("/v1/verify/judge", request, ANSWER).await
     }
 
     /// Has the next move stop at a point.

@@ -82,6 +82,17 @@ pub struct SendRequest {
     pub paths: BTreeMap<String, PathBuf>,
 }
 
+/// Asks the launcher where the VM runs to judge what differs.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct JudgeRequest {
+    /// All of it, or a part.
+    pub differing: Vec<Differing>,
+    /// There is more to come: the comparison goes on.
+    #[serde(default)]
+    pub more: bool,
+}
+
 /// What differs on one disk.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Differing {
@@ -232,20 +243,25 @@ pub async fn verify_send(
         .collect())
 }
 
-/// Judges what differs: what the guest has written since is no fault. Ends the comparison.
+/// Judges what differs: what the guest has written since is no fault. Ends the comparison, unless there is more.
 ///
 /// # Errors
-/// When the bitmaps do not reach back to where the disks were left.
+/// When nothing is compared, or the bitmaps do not reach back to where the disks were left.
 pub async fn verify_judge(
     launcher: &Handle,
-    differing: Vec<Differing>,
+    request: JudgeRequest,
 ) -> Result<VerifyReport, vm::Error> {
     let fail = |why: String| vm::Error::from(Error::Verify(why));
     let guest = {
         let mut vm = launcher.vm.lock().await;
-        match vm.moving.take() {
-            Some(Moving::Compared(gate)) => gate.close(),
-            other => vm.moving = other,
+        // N.B. what a guest writes is told to nobody who did not come to compare.
+        match (&vm.moving, request.more) {
+            (Some(Moving::Compared(_)), true) => {}
+            (Some(Moving::Compared(gate)), false) => {
+                gate.close();
+                vm.moving = None;
+            }
+            _ => return Err(fail("nothing is compared; a move that began has ended it".into())),
         }
         vm.guest.clone().ok_or_else(|| fail("the VM does not run here".into()))?
     };
@@ -260,7 +276,7 @@ pub async fn verify_judge(
     let bitmaps = Bitmaps::new(guest.qemu.qmp.clone(), &launcher.folder, all);
     let recorded = bitmaps.look(&since_name(own)).await.map_err(|e| fail(e.to_string()))?;
     let mut report = VerifyReport::default();
-    for found in differing {
+    for found in request.differing {
         let at = opened.iter().position(|(name, ..)| *name == found.disk);
         let recorded = at.and_then(|i| recorded.get(i)).cloned().unwrap_or_default();
         let since = guest.history.since(found.epoch, &found.disk, &recorded).ok_or_else(|| {

@@ -8,6 +8,7 @@ use api::vmi::VirtualMachineInstance;
 use channel::gateway::{Answer, Service};
 use channel::identity::SpiffeId;
 use handover::ledger::Response;
+use jiff::{SignedDuration, Timestamp};
 use k8s_openapi::api::core::v1::Pod;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, ResourceExt};
@@ -15,13 +16,16 @@ use launcher::client::Client as Launcher;
 use launcher::migration::PrepareRequest;
 use launcher::migration::policy::Policy;
 use launcher::migration::ticket::{Peer, Ticket};
-use launcher::migration::verify::{BeginRequest, Differing, VerifyReport, VerifyTicket};
+use launcher::migration::verify::{BeginRequest, JudgeRequest, VerifyReport, VerifyTicket};
 use launcher::status::Phase as Does;
 use reconcile::events::why;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use std::path::PathBuf;
 use std::sync::Arc;
+
+/// A comparison begins within this time after a guest has come from another VMI.
+const COMPARABLE: SignedDuration = SignedDuration::from_mins(10);
 
 /// A question of another handler, about a guest that it sends or has sent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -56,10 +60,7 @@ pub enum What {
     Compare,
     /// Have it judge what differs.
     #[serde(rename = "judge/1")]
-    Judge {
-        /// Part of that.
-        differing: Vec<Differing>,
-    },
+    Judge(JudgeRequest),
 }
 
 /// Its answer.
@@ -145,6 +146,9 @@ async fn answer(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
     let migration = ask.migration.clone();
     match ask.what.clone() {
         What::Prepare { policy } => prepare(shared, ask, here, policy).await,
+        What::Compare if !is_comparable(&here.state) => Told::Refused {
+            why: "the move is over for long: its disks are not compared any more".into(),
+        },
         What::Compare => {
             let begin = BeginRequest { migration, from: ask.from };
             match here.launcher.verify_begin(&begin).await {
@@ -153,11 +157,18 @@ async fn answer(shared: &Shared, peer: &SpiffeId, ask: Ask) -> Told {
                 Err(error) => Told::NotYet { why: launcher::chain(&error) },
             }
         }
-        What::Judge { differing } => match here.launcher.verify_judge(&differing).await {
+        What::Judge(request) => match here.launcher.verify_judge(&request).await {
             Ok(report) => Told::Judged { report },
             Err(error) => Told::Refused { why: launcher::chain(&error) },
         },
     }
+}
+
+/// Whether who has sent the guest may still learn what its disks hold.
+fn is_comparable(state: &State) -> bool {
+    let ended = state.end_timestamp.as_deref().and_then(|at| at.parse::<Timestamp>().ok());
+    let late = ended.is_none_or(|at| Timestamp::now().duration_since(at) > COMPARABLE);
+    !state.is_over() || !late
 }
 
 /// Finds the target, if the cluster wants that guest there from who asks.

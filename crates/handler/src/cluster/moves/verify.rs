@@ -12,7 +12,9 @@ use api::migration::State;
 use kube::ResourceExt;
 use launcher::client::Client as Launcher;
 use launcher::migration::status::Verified;
-use launcher::migration::verify::{Differing, SendRequest, VerifyReport, VerifyTicket};
+use launcher::migration::verify::{
+    Differing, JudgeRequest, SendRequest, VerifyReport, VerifyTicket,
+};
 use mover::extent::ExtentSet;
 use reconcile::events::Kind;
 use reconcile::queue::Next;
@@ -106,15 +108,13 @@ impl Comparison {
         }
         let request = SendRequest { ticket, paths: BTreeMap::new() };
         let sent = self.launcher.verify_send(&request).await;
+        let found = match sent {
+            Ok(differing) => judge_all(&there, parts(differing)).await,
+            Err(error) => Err(launcher::chain(&error)),
+        };
         // N.B. also after a failure: it ends the comparison there.
-        let mut report = judge(&there, Vec::new()).await;
-        let differing = sent.map_err(|error| launcher::chain(&error))?;
-        for part in parts(differing) {
-            if let Ok(report) = &mut report {
-                report.add(judge(&there, vec![part]).await?);
-            }
-        }
-        report
+        let over = judge(&there, JudgeRequest::default()).await;
+        found.and_then(|report| over.map(|_| report))
     }
 
     async fn begin(&self, there: &There) -> Result<VerifyTicket, String> {
@@ -131,8 +131,16 @@ impl Comparison {
     }
 }
 
-async fn judge(there: &There, differing: Vec<Differing>) -> Result<VerifyReport, String> {
-    match there.ask(What::Judge { differing }).await? {
+async fn judge_all(there: &There, parts: Vec<Differing>) -> Result<VerifyReport, String> {
+    let mut report = VerifyReport::default();
+    for part in parts {
+        report.add(judge(there, JudgeRequest { differing: vec![part], more: true }).await?);
+    }
+    Ok(report)
+}
+
+async fn judge(there: &There, request: JudgeRequest) -> Result<VerifyReport, String> {
+    match there.ask(What::Judge(request)).await? {
         Told::Judged { report } => Ok(report),
         Told::Refused { why } | Told::NotYet { why } => Err(why),
         Told::Prepared { .. } | Told::Comparing { .. } => Err(unasked()),
