@@ -5,6 +5,7 @@ use crate::duration;
 use crate::migration::Options;
 use kube::CustomResource;
 use serde::{Deserialize, Serialize};
+use std::sync::Arc;
 use std::time::Duration;
 
 /// What is wanted.
@@ -29,6 +30,11 @@ pub struct Spec {
     /// The port at which other clusters find the synchronizer; none: 9185.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub synchronization_port: Option<String>,
+}
+
+/// The settings that count, where there are several: the first by namespace and name.
+pub fn foremost(all: Vec<Arc<KubeVirt>>) -> Option<Arc<KubeVirt>> {
+    all.into_iter().min_by_key(|one| (one.metadata.namespace.clone(), one.metadata.name.clone()))
 }
 
 /// What becomes of guests whose launchers are of an earlier version.

@@ -41,6 +41,8 @@ async fn reconcile(world: &World) -> kube::Result<()> {
     }
     for settings in world.settings.state() {
         observe(world, &settings).await?;
+    }
+    if let Some(settings) = world.cluster() {
         synchronizer::follow(&world.client, &settings.spec).await?;
     }
     Ok(())

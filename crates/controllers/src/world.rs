@@ -7,7 +7,7 @@ use api::instancetype::{
     VirtualMachineInstancetype, VirtualMachinePreference, wanted,
 };
 use api::keys;
-use api::kubevirt::KubeVirt;
+use api::kubevirt::{self, KubeVirt};
 use api::migration::{MigrationPolicy, VirtualMachineInstanceMigration};
 use api::owner::OwnerRecord;
 use api::vm::VirtualMachine;
@@ -359,7 +359,7 @@ impl World {
 
     /// The cluster's settings; None as long as there are none.
     pub fn cluster(&self) -> Option<Arc<KubeVirt>> {
-        self.settings.state().into_iter().min_by_key(|settings| key(&**settings))
+        kubevirt::foremost(self.settings.state())
     }
 
     /// The migrations of a VMI.

@@ -7,7 +7,7 @@ use handler::cluster::moves::{Elsewhere, Plan};
 use kube::Client;
 use reconcile::why;
 use serde_json::Value;
-use synchronizer::ground::{Arrival, Departure, Later, Spot};
+use synchronizer::ground::{Arrival, Departure, Later, Place};
 use tokio::sync::watch;
 
 /// The rest of the cluster.
@@ -33,7 +33,7 @@ impl Ground {
 }
 
 impl synchronizer::ground::Ground for Ground {
-    fn place(&self, arrival: Arrival) -> Later<'_, Spot> {
+    fn place(&self, arrival: Arrival) -> Later<'_, Place> {
         Box::pin(async move {
             let Arrival { vmi, claims, selectors, settings } = arrival;
             let (client, now) = (&self.client, Lately::default());
@@ -41,7 +41,7 @@ impl synchronizer::ground::Ground for Ground {
             let facts = facts.map_err(|error| why(&error))?;
             let found = check_arrival(&facts, &claims);
             let faults = found.faults.into_iter().map(|fault| fault.message).collect();
-            Ok(Spot { node: found.node, faults })
+            Ok(Place { node: found.node, faults })
         })
     }
 

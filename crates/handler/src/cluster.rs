@@ -25,7 +25,7 @@ mod way;
 pub use way::address_of;
 
 use crate::watch::Watch;
-use api::kubevirt::KubeVirt;
+use api::kubevirt::{self, KubeVirt};
 use api::owner::OwnerRecord;
 use api::vmi::VirtualMachineInstance;
 use channel::gateway::{Config as GatewayConfig, Gateway, Limits};
@@ -107,6 +107,13 @@ pub struct Shared {
     pub moves: Arc<moves::Moves>,
     /// VMIs to be looked at.
     pub queue: Queue<(String, String)>,
+}
+
+impl Shared {
+    /// The cluster's settings; None as long as there are none.
+    fn cluster(&self) -> Option<Arc<KubeVirt>> {
+        kubevirt::foremost(self.settings.state())
+    }
 }
 
 /// Why a handler does not run.

@@ -26,7 +26,7 @@ pub struct Arrival {
 
 /// Whether there is a place for it.
 #[derive(Debug, Clone, Default, PartialEq)]
-pub struct Spot {
+pub struct Place {
     /// The node that it would get.
     pub node: Option<String>,
     /// All that stands in its way.
@@ -53,7 +53,7 @@ pub struct Departure<'a> {
 /// The rest of a cluster: wired up where all parts are put together.
 pub trait Ground: Send + Sync {
     /// Looks for a place for a guest that comes.
-    fn place(&self, arrival: Arrival) -> Later<'_, Spot>;
+    fn place(&self, arrival: Arrival) -> Later<'_, Place>;
 
     /// Whether a guest's node reaches the gateway, and is believed there. Takes a moment. Returns why the way
     /// goes through both clusters' synchronizers, where it does.

@@ -10,7 +10,7 @@
 
 use crate::wire::{self, Ask, Told};
 use crate::world::World;
-use api::kubevirt::KubeVirt;
+use api::kubevirt::{self, KubeVirt};
 use api::migration::Side;
 use channel::identity::{Credentials, Role, SpiffeId};
 use channel::passage::{Opening, Stream, join};
@@ -44,7 +44,7 @@ impl channel::passage::Opener for Opener {
         Box::pin(async move {
             let credentials = credentials.borrow().clone();
             let own = credentials.identity.id().cluster().to_owned();
-            let settings = settings.state().into_iter().next();
+            let settings = kubevirt::foremost(settings.state());
             let status = settings.as_ref().and_then(|settings| settings.status.as_ref());
             let address = status.and_then(|status| status.synchronization_addresses.first());
             let address = address.ok_or("this cluster has no synchronizer")?;

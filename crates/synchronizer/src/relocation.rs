@@ -18,6 +18,7 @@ mod types;
 pub use offer::Offer;
 pub(crate) use receive::{offered, settle};
 
+use self::checks::Finding;
 use crate::ground::Departure;
 use crate::records::OfVm;
 use crate::wire::{self, Ask, Spot, Told};
@@ -254,8 +255,10 @@ async fn check(world: &World, one: &VirtualMachineMove, status: &mut Status) -> 
     let (Some(offer), true) = (offered, faults.is_empty()) else { return Step::Fail(faults) };
     status.warnings = offer.warnings.clone();
     status.warnings.extend(checks::networks(cluster, &offer.vm["spec"]["template"]["spec"]));
-    if let Err((is_fault, why)) = certificates(world, cluster) {
-        if is_fault { faults.push(why) } else { status.warnings.push(why) }
+    match certificates(world, cluster) {
+        Some(Finding::Fault(why)) => faults.push(why),
+        Some(Finding::Warning(why)) => status.warnings.push(why),
+        None => {}
     }
     let ask = Ask::Offer { id: id(one), offer: Box::new(offer), check: true };
     let asked = Timestamp::now();
@@ -282,7 +285,7 @@ async fn check(world: &World, one: &VirtualMachineMove, status: &mut Status) -> 
 }
 
 /// Whether a cluster's CAs will be believed for a while.
-fn certificates(world: &World, cluster: &str) -> Result<(), (bool, String)> {
+fn certificates(world: &World, cluster: &str) -> Option<Finding> {
     let link = world.link(cluster);
     let ends = link.and_then(|link| soonest_end(&link.spec.ca_bundle));
     let ends = ends.and_then(|at| Timestamp::try_from(at).ok());

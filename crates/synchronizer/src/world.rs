@@ -6,7 +6,7 @@ use crate::place::Wanted;
 use crate::wire::fingerprint;
 use crate::{Advertise, Config};
 use api::keys;
-use api::kubevirt::{Configuration, KubeVirt};
+use api::kubevirt::{self, Configuration, KubeVirt};
 use api::link::ClusterLink;
 use api::migration::{Half, Phase, Side, VirtualMachineInstanceMigration as Migration};
 use api::owner::OwnerRecord;
@@ -116,8 +116,7 @@ impl World {
 
     /// Where the settings want a synchronizer. None: they want none.
     pub fn wanted(&self) -> Option<Wanted> {
-        let settings = self.settings.state();
-        let settings = settings.iter().min_by_key(|one| (one.namespace(), one.name_any()))?;
+        let settings = kubevirt::foremost(self.settings.state())?;
         let port = settings.spec.synchronizer()?;
         Some(Wanted { port, network: settings.spec.configuration.migrations.network.clone() })
     }
@@ -222,8 +221,7 @@ impl World {
     }
 
     pub fn configuration(&self) -> Configuration {
-        let settings = self.settings.state();
-        let settings = settings.iter().min_by_key(|one| (one.namespace(), one.name_any()));
+        let settings = kubevirt::foremost(self.settings.state());
         settings.map(|settings| settings.spec.configuration.clone()).unwrap_or_default()
     }
 

@@ -23,7 +23,8 @@
 //! Needs root and [`PACKAGES`]. `libvirt-daemon-system` is not needed: the daemons
 //! are started here, with their own settings.
 
-use super::{DISK_MIB, Run, SOON, full_disk, load, whole};
+use super::{DISK_MIB, MEMORY_MIB, Run, SOON, full_disk, load, whole};
+use crate::guest;
 use crate::witness::Witness;
 use anyhow::{Context, Result, bail, ensure};
 use std::fs;
@@ -53,30 +54,40 @@ const SHORT: Duration = Duration::from_secs(60);
 const LONG: Duration = Duration::from_secs(900);
 const POLL: Duration = Duration::from_millis(5);
 
-/// What the guest is made of.
+/// What the guest is made of; paths are of this machine.
 #[derive(Debug, Clone)]
 pub struct Guest {
-    /// Its kernel, a path on this machine.
-    pub kernel: PathBuf,
-    /// Its initramfs, a path on this machine.
-    pub initrd: PathBuf,
-    /// The kernel's command line.
-    pub cmdline: String,
-    /// Its memory.
-    pub memory_mib: u64,
-    /// Its virtual CPUs.
-    pub cpus: u32,
+    kernel: PathBuf,
+    initrd: PathBuf,
+    cmdline: String,
+    memory_mib: u64,
+    cpus: u32,
 }
 
-/// Moves a guest with a full disk.
+impl Guest {
+    /// The test guest, with its oracle.
+    fn test() -> Result<Self> {
+        let cmdline = fs::read_to_string(guest::image("cmdline")?)?;
+        Ok(Self {
+            kernel: guest::image("vmlinuz")?,
+            initrd: guest::image("initramfs.img")?,
+            cmdline: cmdline.trim().to_owned(),
+            memory_mib: MEMORY_MIB,
+            cpus: 1,
+        })
+    }
+}
+
+/// Moves the test guest with a full disk.
 ///
 /// # Errors
 /// When libvirt does not, or something is lost.
-pub fn run(guest: &Guest) -> Result<Run> {
+pub fn run() -> Result<Run> {
+    let guest = Guest::test()?;
     let folder = tempfile::Builder::new().prefix("lv-").tempdir()?;
     let pair = Pair::start(folder.path())?;
     full_disk(&pair.source_disk(), DISK_MIB)?;
-    pair.boot(guest)?;
+    pair.boot(&guest)?;
     let witness = Witness::new();
     let mut line = witness.listen(&pair.source_serial())?;
     load(&witness, &mut line)?;

@@ -2,7 +2,6 @@
 //! `bench-across RUNS` for other than 3 whole moves of each kind.
 
 use anyhow::{Context, Result, ensure};
-use e2e::bench::libvirt::Guest;
 use e2e::bench::{DISK_MIB, MEMORY_MIB, Run, fill, libvirt};
 use e2e::cluster::{Cluster, link};
 use e2e::detour::Detour;
@@ -45,7 +44,7 @@ fn bench() -> Result<()> {
             trip.there.took, trip.back.took
         );
         ours.push(trip);
-        let run = libvirt_run()?;
+        let run = libvirt::run()?;
         eprintln!("run {number} of {runs}: libvirt {:.1} s", run.took.as_secs_f64());
         theirs.push(run);
     }
@@ -63,17 +62,6 @@ fn bench() -> Result<()> {
     print!("{report}");
     let path = guest::root().join("docs/benchmarks-across.md");
     std::fs::write(&path, report).with_context(|| format!("cannot write {}", path.display()))
-}
-
-fn libvirt_run() -> Result<Run> {
-    let cmdline = std::fs::read_to_string(guest::image("cmdline")?)?;
-    libvirt::run(&Guest {
-        kernel: guest::image("vmlinuz")?,
-        initrd: guest::image("initramfs.img")?,
-        cmdline: cmdline.trim().to_owned(),
-        memory_mib: MEMORY_MIB,
-        cpus: 1,
-    })
 }
 
 /// One way of a guest.

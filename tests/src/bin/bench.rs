@@ -2,10 +2,8 @@
 //! one machine. Written to docs/benchmarks.md.
 
 use anyhow::{Context, Result};
-use e2e::bench::libvirt::Guest;
 use e2e::bench::report::{Figures, Rates, write_down};
-use e2e::bench::{MEMORY_MIB, Run, godwit, libvirt, qemu, wire};
-use e2e::guest;
+use e2e::bench::{Run, godwit, libvirt, qemu, wire};
 use e2e::world::World;
 use std::path::Path;
 use std::process::ExitCode;
@@ -38,7 +36,7 @@ fn measure(program: &Path) -> Result<Figures> {
     for n in 1..=RUNS {
         moves[0].push(told(n, "Godwit", godwit::run(program))?);
         moves[1].push(told(n, "QEMU's own way", qemu::run(program))?);
-        moves[2].push(told(n, "libvirt", libvirt_run())?);
+        moves[2].push(told(n, "libvirt", libvirt::run())?);
         bare.push(qemu::bare_pause(program)?);
     }
     let mut rates =
@@ -68,15 +66,4 @@ fn told(n: usize, who: &str, run: Result<Run>) -> Result<Run> {
     let took = run.took.as_secs_f64();
     eprintln!("run {n} of {RUNS}: {who} {took:.1} s, pause {pause} ms, longest stall {stall} ms");
     Ok(run)
-}
-
-fn libvirt_run() -> Result<Run> {
-    let cmdline = std::fs::read_to_string(guest::image("cmdline")?)?;
-    libvirt::run(&Guest {
-        kernel: guest::image("vmlinuz")?,
-        initrd: guest::image("initramfs.img")?,
-        cmdline: cmdline.trim().to_owned(),
-        memory_mib: MEMORY_MIB,
-        cpus: 1,
-    })
 }

@@ -8,7 +8,7 @@
 
 use crate::trust::{self, Others, Sources};
 use anyhow::{Context, Result, anyhow};
-use api::kubevirt::KubeVirt;
+use api::kubevirt::{self, KubeVirt};
 use channel::identity::{Ca, Credentials, SpiffeId, Validity};
 use controllers::certificates::{Authority, Held, Leaf, Plan, Step, Terms, plan};
 use kube::runtime::watcher;
@@ -94,8 +94,7 @@ impl Certificates {
         sources.ready().await;
         self.others.recall(&client, &sources).await;
         loop {
-            let found =
-                settings.state().into_iter().min_by_key(|one| (one.namespace(), one.name_any()));
+            let found = kubevirt::foremost(settings.state());
             let strategy = found.map(|one| one.spec.certificate_rotate_strategy.clone());
             self.terms = Terms::of(&strategy.unwrap_or_default());
             let text = sources.external();

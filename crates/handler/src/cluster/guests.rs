@@ -266,7 +266,7 @@ impl Guest<'_> {
 
     /// Prepares what the guest needs and starts it.
     async fn begin(&self) -> kube::Result<Next> {
-        let Some(cluster) = self.shared.settings.state().into_iter().next() else {
+        let Some(cluster) = self.shared.cluster() else {
             return Ok(Next::After(SOON));
         };
         match self.try_begin(&cluster).await {

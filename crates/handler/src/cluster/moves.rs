@@ -261,7 +261,7 @@ impl Guest<'_> {
         if matches!(self.shared.moves.memory().arranged.get(&uid), Some(Ok(_))) {
             return Ok(Next::Rest);
         }
-        let Some(cluster) = self.shared.settings.state().into_iter().next() else {
+        let Some(cluster) = self.shared.cluster() else {
             return Ok(Next::After(SOON));
         };
         let arranged = self.arrange(&cluster).await;

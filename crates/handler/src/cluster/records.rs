@@ -249,7 +249,7 @@ impl OfVm {
         };
         if cluster != self.shared.config.id().cluster() {
             let ask = Ask::Owner { asker: own, namespace, name, change };
-            let settings = self.shared.settings.state().into_iter().next();
+            let settings = self.shared.cluster();
             let status = settings.as_ref().and_then(|settings| settings.status.as_ref());
             let address = status.and_then(|status| status.synchronization_addresses.first());
             let credentials = &self.shared.config.credentials;

@@ -75,8 +75,8 @@ fn relocate(shared: &Shared, gateway: &Gateway, ip: IpAddr) -> Result<SocketAddr
 
 /// The node's address in the network for migrations, or in the cluster's where there is none.
 async fn place(shared: &Shared) -> Result<IpAddr, String> {
-    let settings = shared.settings.state();
-    let named = settings.first().and_then(|s| s.spec.configuration.migrations.network.clone());
+    let settings = shared.cluster();
+    let named = settings.and_then(|s| s.spec.configuration.migrations.network.clone());
     let Some(network) = named.filter(|name| !name.is_empty()) else {
         return Ok(shared.config.listen.ip());
     };

@@ -40,27 +40,29 @@ pub fn clocks(
     })
 }
 
-/// Whether a cluster's CAs, of which the first ends then, will be believed for a while: a fault, or a
-/// warning.
-pub fn certificates(
-    cluster: &str,
-    ends: Option<Timestamp>,
-    now: Timestamp,
-) -> Result<(), (bool, String)> {
+/// What was found, for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Finding {
+    /// The move cannot be made.
+    Fault(String),
+    /// It can.
+    Warning(String),
+}
+
+/// Whether a cluster's CAs, of which the first ends then, will be believed for a while.
+pub fn certificates(cluster: &str, ends: Option<Timestamp>, now: Timestamp) -> Option<Finding> {
     let Some(left) = ends.map(|ends| ends.duration_since(now)) else {
-        return Err((true, format!("no CA of cluster {cluster} is known: link it anew")));
+        return Some(Finding::Fault(format!("no CA of cluster {cluster} is known: link it anew")));
     };
     if left <= SignedDuration::ZERO {
-        return Err((true, format!("the CA of cluster {cluster} has ended: link it anew")));
+        return Some(Finding::Fault(format!(
+            "the CA of cluster {cluster} has ended: link it anew"
+        )));
     }
     let hours = left.as_hours();
-    if left < SOON {
-        return Err((
-            false,
-            format!("a CA of cluster {cluster} ends in {hours} h: is it renewed?"),
-        ));
-    }
-    Ok(())
+    (left < SOON).then(|| {
+        Finding::Warning(format!("a CA of cluster {cluster} ends in {hours} h: is it renewed?"))
+    })
 }
 
 /// What becomes of a guest's addresses and connections in another cluster, by its VMI's spec there.
@@ -110,11 +112,12 @@ mod test {
     #[test]
     fn a_ca_that_has_ended_is_a_fault_and_one_that_ends_soon_a_warning() {
         let now = at(0);
-        assert_eq!(certificates("west", Some(at(30 * 24 * 3600)), now), Ok(()));
-        let (fault, soon) = certificates("west", Some(at(3 * 3600)), now).expect_err("soon");
-        assert!(!fault && soon.contains("3 h"), "{soon}");
-        assert!(certificates("west", Some(at(-1)), now).expect_err("ended").0);
-        assert!(certificates("west", None, now).expect_err("none").0);
+        let found = |ends| certificates("west", ends, now);
+        assert_eq!(found(Some(at(30 * 24 * 3600))), None);
+        let Some(Finding::Warning(soon)) = found(Some(at(3 * 3600))) else { panic!("not warned") };
+        assert!(soon.contains("3 h"), "{soon}");
+        assert!(matches!(found(Some(at(-1))), Some(Finding::Fault(_))));
+        assert!(matches!(found(None), Some(Finding::Fault(_))));
     }
 
     #[test]
