@@ -261,6 +261,11 @@ async fn a_guest_with_every_kind_of_disk_and_device_moves_again_and_again() -> R
             let (said, is) = (&how[field], &state["migrationConfiguration"][field]);
             ensure!(said.is_null() || said == is, "{name}: {field} is {is}");
         }
+        if let Some(most) = how["maxDowntimeMs"].as_u64() {
+            let source = state["sourcePod"].as_str().context("no pod")?;
+            let told = cluster.log(source, "").await?;
+            ensure!(told.contains(&format!("max_downtime_ms={most} ")), "{name}: {told}");
+        }
         took.push(duration(&after)?);
         let pod = state["targetPod"].as_str().context("no pod")?;
         let pod = cluster.send("GET", &format!("{PODS}/{pod}"), None).await?;

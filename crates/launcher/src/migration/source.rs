@@ -95,6 +95,16 @@ pub async fn send(launcher: &Handle, request: SendRequest) -> Result<(), vm::Err
     peers::remember(&launcher.config.host, &request.ticket.peer).map_err(|error| {
         Error::Request(format!("where the target is cannot be written down: {error}"))
     })?;
+    let Policy { bandwidth, compression, rounds, .. } = &request.policy;
+    let mover::rounds::Policy { downtime_ms, max_downtime_ms, throttle, .. } = rounds;
+    tracing::info!(
+        bandwidth,
+        ?compression,
+        downtime_ms,
+        max_downtime_ms,
+        throttle,
+        "the guest is to go"
+    );
     let (inputs, received) = mpsc::channel(64);
     let (uncancellable, seen) = watch::channel(None);
     vm.moving = Some(Moving::Away(Remote { inputs: inputs.clone(), uncancellable: seen }));
