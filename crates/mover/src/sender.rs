@@ -63,8 +63,6 @@ pub struct Options {
     pub bucket: Arc<SharedBucket>,
     /// Whether to compress.
     pub compression: Compression,
-    /// Round-trip time of the link; the window is sized by it.
-    pub rtt: Duration,
 }
 
 /// How work is to be brought over.
@@ -284,6 +282,11 @@ enum Next {
     Flush(u64),
 }
 
+fn flush(mut connection: &UnixStream, seq: u64) -> Result<(), Broken> {
+    let head = Head { seq, disk: 0, extent: Extent::new(0, 0), kind: Kind::Flush, payload: 0 };
+    Ok(wire::write_frame(&mut connection, &head, &[])?)
+}
+
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
@@ -349,16 +352,20 @@ impl Shared {
 
     fn send(&self, stream: u16, connection: &UnixStream) -> Result<(), Broken> {
         let mut buffers = Buffers::default();
-        let mut flushed = self.lock().work.last_seq(stream);
+        let mut flushed = {
+            let mut state = self.lock();
+            let seq = state.work.next_seq(stream);
+            state.window.asks(stream, seq);
+            seq
+        };
+        flush(connection, flushed)?;
         loop {
             match self.next(stream, flushed)? {
                 Next::Work(item, codec) => {
                     self.send_item(stream, item, codec, connection, &mut buffers)?;
                 }
                 Next::Flush(seq) => {
-                    let extent = Extent::new(0, 0);
-                    let head = Head { seq, disk: 0, extent, kind: Kind::Flush, payload: 0 };
-                    wire::write_frame(&mut &*connection, &head, &[])?;
+                    flush(connection, seq)?;
                     flushed = seq;
                 }
             }
@@ -522,7 +529,7 @@ impl Shared {
                     state.counters.safe += bytes;
                     state.target_ns[usize::from(stream)] = busy_ns;
                     let safe = state.counters.safe;
-                    state.window.update(safe, self.options.rtt);
+                    state.window.update(stream, seq, safe);
                     self.changed.notify_all();
                 }
                 Ok(Reply::Differ { seq, blocks }) => {

@@ -1,5 +1,8 @@
 //! How many bytes may be on their way: bandwidth times delay.
+//!
+//! The delay is that of a flush that is the first thing on a new connection: nothing is before it.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 /// The bytes that may be on their way on all streams.
@@ -10,38 +13,87 @@ pub struct Window {
     since: Instant,
     safe: u64,
     rate: f64,
+    /// The shortest time in which a first flush was answered; zero while unknown.
+    delay: Duration,
+    /// First flushes of streams that were not answered yet: of which frame, and when.
+    asked: HashMap<u16, (u64, Instant)>,
 }
 
 /// Below this the window never falls: a disk needs some depth even without a link.
 const MIN_WINDOW: u64 = 16 << 20;
 /// The most memory that is spent on what is on its way.
 const MAX_WINDOW: u64 = 512 << 20;
-/// What an fsync and the turn of the streams add to a round trip.
+/// What an fsync of data and the turn of the streams add to that.
 const SYNC_TIME: Duration = Duration::from_millis(25);
 
 /// Bandwidth times delay, doubled so that a growing rate finds room.
-fn window_for(rate: f64, rtt: Duration) -> u64 {
-    ((2.0 * rate * (rtt + SYNC_TIME).as_secs_f64()) as u64).clamp(MIN_WINDOW, MAX_WINDOW)
+fn window_for(rate: f64, delay: Duration) -> u64 {
+    ((2.0 * rate * (delay + SYNC_TIME).as_secs_f64()) as u64).clamp(MIN_WINDOW, MAX_WINDOW)
 }
 
 impl Default for Window {
     fn default() -> Self {
-        Self { bytes: MIN_WINDOW, since: Instant::now(), safe: 0, rate: 0.0 }
+        Self {
+            bytes: MIN_WINDOW,
+            since: Instant::now(),
+            safe: 0,
+            rate: 0.0,
+            delay: Duration::ZERO,
+            asked: HashMap::new(),
+        }
     }
 }
 
 impl Window {
-    /// Measures again, a round trip or more after the last time. `safe`: bytes
-    /// acknowledged so far.
-    pub fn update(&mut self, safe: u64, rtt: Duration) {
+    /// A stream has a new connection, and the flush of frame `seq` is the first thing on it.
+    pub fn asks(&mut self, stream: u16, seq: u64) {
+        self.asked.insert(stream, (seq, Instant::now()));
+    }
+
+    /// A stream's frame `seq` was acknowledged. Measures again, a round trip or more after the last time.
+    /// `safe`: bytes acknowledged so far.
+    pub fn update(&mut self, stream: u16, seq: u64, safe: u64) {
+        if let Some((_, at)) = self.asked.get(&stream).copied().filter(|(asked, _)| *asked <= seq) {
+            self.asked.remove(&stream);
+            let delay = at.elapsed();
+            self.delay = if self.delay.is_zero() { delay } else { self.delay.min(delay) };
+        }
         let span = self.since.elapsed();
-        if span < (rtt + SYNC_TIME).max(Duration::from_millis(100)) {
+        if span < (self.delay + SYNC_TIME).max(Duration::from_millis(100)) {
             return;
         }
         let rate = (safe - self.safe) as f64 / span.as_secs_f64();
         // A pause between rounds is no slow link: fall slowly.
         self.rate = rate.max(0.8 * self.rate);
-        self.bytes = window_for(self.rate, rtt);
+        self.bytes = window_for(self.rate, self.delay);
         (self.since, self.safe) = (Instant::now(), safe);
+    }
+}
+
+#[cfg(test)]
+mod test {
+    use super::*;
+
+    #[test]
+    fn a_long_way_has_room_for_what_it_carries_once_a_first_flush_has_measured_it() {
+        let mut window = Window::default();
+        let ago = |ms| Instant::now().checked_sub(Duration::from_millis(ms)).expect("a time");
+        window.asked.insert(0, (1, ago(100)));
+        window.since = ago(1000);
+        // 100 MB a second, of which 10 MB are on a way of 100 ms at any time.
+        window.update(0, 1, 100_000_000);
+        assert!((20_000_000..40_000_000).contains(&window.bytes), "{}", window.bytes);
+        assert!(window.asked.is_empty(), "it is measured by the first flush alone");
+    }
+
+    #[test]
+    fn what_was_sent_before_a_first_flush_does_not_answer_it() {
+        let mut window = Window::default();
+        window.asks(1, 7);
+        window.update(1, 6, 0);
+        window.update(0, 9, 0);
+        assert_eq!(window.delay, Duration::ZERO);
+        window.update(1, 8, 0);
+        assert!(window.delay > Duration::ZERO);
     }
 }

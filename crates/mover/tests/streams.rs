@@ -56,7 +56,7 @@ fn relay(mut from: UnixStream, mut to: UnixStream, cut: Option<usize>) {
 
 fn options(streams: u16, compression: Compression) -> Options {
     let bucket = Arc::new(SharedBucket::new(None));
-    Options { streams, bucket, compression, rtt: Duration::ZERO }
+    Options { streams, bucket, compression }
 }
 
 struct World {

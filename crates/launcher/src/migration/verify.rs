@@ -221,7 +221,6 @@ pub async fn verify_send(
         streams: STREAMS,
         bucket: Arc::new(SharedBucket::new(None)),
         compression: Compression::Off,
-        rtt: Duration::ZERO,
     };
     let sizes: Vec<u64> = disks.iter().map(|disk| disk.size()).collect();
     let sender = Sender::start(disks, Arc::new(connect), options);

@@ -51,7 +51,6 @@ impl Shell {
             streams: self.request.policy.disk_streams,
             bucket: self.bucket.clone(),
             compression: self.request.policy.compression,
-            rtt: self.rtt(),
         };
         let is_copied =
             |(number, _): &(usize, _)| prepared.disks.get(*number) != Some(&Holds::Shared);
