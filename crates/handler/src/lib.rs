@@ -43,12 +43,10 @@ impl Handler {
                     (answer, told.cloned())
                 }))
             }
-            Request::Watch { instance, pid, start_time } => {
-                match self.watch.add(instance, *pid, *start_time) {
-                    Ok(()) => Response::Watching,
-                    Err(error) => failed(&error),
-                }
-            }
+            Request::Watch { instance, process } => match self.watch.add(instance, process) {
+                Ok(()) => Response::Watching,
+                Err(error) => failed(&error),
+            },
         }
     }
 

@@ -6,7 +6,9 @@
 //! what it knew before; after a reboot it knows that all have ended.
 
 use handover::handler::Qemu;
+use handover::ledger;
 use handover::record::InstanceId;
+use launcher::qemu::{pid_namespace, start_time};
 use rustix::event::{PollFd, PollFlags, Timespec};
 use rustix::process::{Pid, PidfdFlags};
 use serde::{Deserialize, Serialize};
@@ -81,10 +83,11 @@ impl Watch {
     /// ended: its id was given to another.
     ///
     /// # Errors
-    /// When the kernel gives no descriptor for a process that lives, or the
-    /// list cannot be written.
-    pub fn add(&self, instance: &InstanceId, pid: u32, start_time: u64) -> io::Result<()> {
-        let boot = self.boot.clone();
+    /// When the process is of another namespace and not seen from this one, the
+    /// kernel gives no descriptor for a process that lives, or the list cannot be
+    /// written.
+    pub fn add(&self, instance: &InstanceId, told: &ledger::Process) -> io::Result<()> {
+        let (pid, start_time, boot) = (own_pid(told)?, told.start_time, self.boot.clone());
         let process = Process { instance: instance.clone(), pid, start_time, boot };
         let mut guard = self.lock();
         let list = &mut *guard;
@@ -140,6 +143,38 @@ impl Watched {
     }
 }
 
+/// A process by the id that it has here: a launcher in a pod knows another one.
+///
+/// N.B. one of another namespace that is not seen may have ended, or this handler does not see that
+/// namespace. It is not said to have ended.
+fn own_pid(told: &ledger::Process) -> io::Result<u32> {
+    let ledger::Process { pid, start_time: began, namespace } = *told;
+    let Some(namespace) = namespace.filter(|there| pid_namespace(None) != Some(*there)) else {
+        return Ok(pid);
+    };
+    let is_meant = |candidate: &u32| {
+        innermost_pid(*candidate) == Some(pid)
+            && pid_namespace(Some(*candidate)) == Some(namespace)
+            && start_time(*candidate) == Some(began)
+    };
+    let all = std::fs::read_dir("/proc")?
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    all.into_iter().find(is_meant).ok_or_else(|| {
+        let why = format!(
+            "process {pid} of namespace {namespace} is not seen from here: it has ended, or this handler \
+             does not share its node's process ids (hostPID)"
+        );
+        io::Error::new(io::ErrorKind::NotFound, why)
+    })
+}
+
+/// A process's id in its own namespace: the last of those that it has.
+fn innermost_pid(pid: u32) -> Option<u32> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+    line.split_whitespace().next_back()?.parse().ok()
+}
+
 /// Holds a process, if it is the one that is meant and lives.
 fn hold(process: &Process, boot: &str) -> io::Result<Option<OwnedFd>> {
     if process.boot != boot {
@@ -153,7 +188,7 @@ fn hold(process: &Process, boot: &str) -> io::Result<Option<OwnedFd>> {
         Err(errno) => return Err(errno.into()),
     };
     // N.B. after the descriptor was opened: from here on it names one process.
-    let same = launcher::qemu::start_time(process.pid) == Some(process.start_time);
+    let same = start_time(process.pid) == Some(process.start_time);
     Ok(same.then_some(descriptor))
 }
 

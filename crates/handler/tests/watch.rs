@@ -3,11 +3,11 @@
 use handler::Handler;
 use handler::watch::Watch;
 use handover::handler::Qemu;
-use handover::ledger::{Request, Response};
+use handover::ledger::{self, Request, Response};
 use handover::record::{HostId, InstanceId, Move, Record, State, Swap, VmId};
-use launcher::qemu::start_time;
+use launcher::qemu::{pid_namespace, start_time};
 use std::fs::OpenOptions;
-use std::io::Write;
+use std::io::{BufRead, BufReader, Write};
 use std::process::{Child, Command, Stdio};
 
 /// A process that stands for QEMU; it does not outlive the test.
@@ -23,8 +23,10 @@ impl Process {
         self.0.id()
     }
 
-    fn began(&self) -> u64 {
-        start_time(self.pid()).unwrap()
+    /// As its launcher names it.
+    fn named(&self) -> ledger::Process {
+        let start_time = start_time(self.pid()).unwrap();
+        ledger::Process { pid: self.pid(), start_time, namespace: pid_namespace(None) }
     }
 
     fn kill(&mut self) {
@@ -54,7 +56,7 @@ fn the_end_of_a_process_is_seen_even_before_it_is_reaped() {
     let watch = Watch::open(host.path()).unwrap();
     let mut qemu = Process::begin();
     assert_eq!(watch.qemu_of(&instance()), Qemu::Unknown);
-    watch.add(&instance(), qemu.pid(), qemu.began()).unwrap();
+    watch.add(&instance(), &qemu.named()).unwrap();
     assert_eq!(watch.qemu_of(&instance()), Qemu::Alive);
     assert_eq!(watch.qemu_of(&"another".into()), Qemu::Unknown);
 
@@ -71,10 +73,58 @@ fn a_process_with_a_reused_id_is_not_taken_for_the_one_meant() {
     let host = tempfile::tempdir().unwrap();
     let watch = Watch::open(host.path()).unwrap();
     let qemu = Process::begin();
-    watch.add(&instance(), qemu.pid(), qemu.began() - 1).unwrap();
+    let later = ledger::Process { start_time: qemu.named().start_time - 1, ..qemu.named() };
+    watch.add(&instance(), &later).unwrap();
     assert_eq!(watch.qemu_of(&instance()), Qemu::Ended);
     for nonsense in [0, u32::MAX] {
-        watch.add(&instance(), nonsense, 1).unwrap_err();
+        let process = ledger::Process { pid: nonsense, start_time: 1, namespace: None };
+        watch.add(&instance(), &process).unwrap_err();
+    }
+}
+
+/// A process in a namespace of process ids of its own, as in a pod; and as who is with it names it.
+fn in_a_pod() -> (Process, ledger::Process) {
+    let mut unshare = Command::new("unshare");
+    if !rustix::process::geteuid().is_root() {
+        unshare.args(["--user", "--map-root-user"]);
+    }
+    let tell = "sleep 1000 & echo $! $(cut -d' ' -f22 /proc/$!/stat) $(stat -Lc %i /proc/self/ns/pid); wait";
+    unshare.args(["--pid", "--mount-proc", "--fork", "--kill-child", "sh", "-c", tell]);
+    let mut pod = Process(unshare.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap());
+    let mut line = String::new();
+    BufReader::new(pod.0.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let numbers: Vec<u64> = line.split_whitespace().map(|word| word.parse().unwrap()).collect();
+    let [pid, start_time, namespace] = numbers[..] else { panic!("{line}") };
+    let pid = pid.try_into().unwrap();
+    (pod, ledger::Process { pid, start_time, namespace: Some(namespace) })
+}
+
+#[test]
+fn a_process_of_a_pod_is_held_though_it_has_another_id_there() {
+    let host = tempfile::tempdir().unwrap();
+    let watch = Watch::open(host.path()).unwrap();
+    let (mut pod, named) = in_a_pod();
+    watch.add(&instance(), &named).unwrap();
+    assert_eq!(watch.qemu_of(&instance()), Qemu::Alive);
+    assert_eq!(Watch::open(host.path()).unwrap().qemu_of(&instance()), Qemu::Alive);
+    pod.kill();
+    while watch.qemu_of(&instance()) == Qemu::Alive {
+        std::thread::yield_now();
+    }
+    assert_eq!(watch.qemu_of(&instance()), Qemu::Ended);
+}
+
+#[test]
+fn a_process_that_is_not_seen_is_not_said_to_have_ended() {
+    let host = tempfile::tempdir().unwrap();
+    let watch = Watch::open(host.path()).unwrap();
+    let (_pod, named) = in_a_pod();
+    let elsewhere = ledger::Process { namespace: Some(1), ..named.clone() };
+    let another = ledger::Process { start_time: named.start_time - 1, ..named };
+    for unseen in [elsewhere, another] {
+        let why = watch.add(&instance(), &unseen).unwrap_err().to_string();
+        assert!(why.contains("hostPID"), "{why}");
+        assert_eq!(watch.qemu_of(&instance()), Qemu::Unknown);
     }
 }
 
@@ -83,8 +133,8 @@ fn the_process_that_was_named_last_stands_for_the_instance() {
     let host = tempfile::tempdir().unwrap();
     let watch = Watch::open(host.path()).unwrap();
     let (launcher, mut qemu) = (Process::begin(), Process::begin());
-    watch.add(&instance(), launcher.pid(), launcher.began()).unwrap();
-    watch.add(&instance(), qemu.pid(), qemu.began()).unwrap();
+    watch.add(&instance(), &launcher.named()).unwrap();
+    watch.add(&instance(), &qemu.named()).unwrap();
     qemu.kill();
     assert_eq!(watch.qemu_of(&instance()), Qemu::Ended);
     assert_eq!(Watch::open(host.path()).unwrap().qemu_of(&instance()), Qemu::Ended);
@@ -96,12 +146,12 @@ fn a_handler_that_starts_again_knows_what_it_knew() {
     let (lives, mut ends) = (Process::begin(), Process::begin());
     {
         let watch = Watch::open(host.path()).unwrap();
-        watch.add(&"lives".into(), lives.pid(), lives.began()).unwrap();
-        watch.add(&"ends".into(), ends.pid(), ends.began()).unwrap();
+        watch.add(&"lives".into(), &lives.named()).unwrap();
+        watch.add(&"ends".into(), &ends.named()).unwrap();
     }
     // It was killed while it wrote, and there is a line of before the reboot.
     let mut list = OpenOptions::new().append(true).open(host.path().join("watched")).unwrap();
-    let (pid, start_time) = (lives.pid(), lives.began());
+    let ledger::Process { pid, start_time, .. } = lives.named();
     let line = |boot: &str| {
         format!(r#"{{"instance":"old","pid":{pid},"start_time":{start_time},"boot":"{boot}"}}"#)
     };
@@ -155,8 +205,7 @@ fn a_guest_whose_source_ended_is_given_to_the_target_that_asks() {
 
 fn started(handler: &Handler, qemu: &Process) {
     done(handler.local(&swap(Swap::Start { seen: None, instance: instance(), forced: false })));
-    let (pid, start_time) = (qemu.pid(), qemu.began());
-    let watched = handler.local(&Request::Watch { instance: instance(), pid, start_time });
+    let watched = handler.local(&Request::Watch { instance: instance(), process: qemu.named() });
     assert_eq!(watched, Response::Watching);
 }
 

@@ -31,11 +31,23 @@ pub enum Request {
     Watch {
         /// The owner that started it.
         instance: InstanceId,
-        /// Its process id.
-        pid: u32,
-        /// When that process began, as the kernel counts it.
-        start_time: u64,
+        /// Its process.
+        #[serde(flatten)]
+        process: Process,
     },
+}
+
+/// A process, as those name it who run where it runs.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Process {
+    /// Its id.
+    pub pid: u32,
+    /// When it began, as the kernel counts it.
+    pub start_time: u64,
+    /// The kernel's number of the namespace of process ids in which that is its id: a pod has one of its
+    /// own. None: the handler's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<u64>,
 }
 
 /// An answer.

@@ -2,7 +2,7 @@
 
 use handover::Failure;
 use handover::handler::{self, Qemu};
-use handover::ledger::{Request, Response};
+use handover::ledger::{Process, Request, Response};
 use handover::record::{
     AttemptId, Epoch, HostId, InstanceId, Move, Record, Refused, State, Swap, VmId, apply,
 };
@@ -322,9 +322,14 @@ fn requests() -> impl Strategy<Value = Request> {
     prop_oneof![
         Just(Request::Read { vm: vm() }),
         swaps().prop_map(|change| Request::Swap { vm: vm(), change }),
-        (instances(), any::<u32>(), any::<u64>())
-            .prop_map(|(instance, pid, start_time)| Request::Watch { instance, pid, start_time }),
+        (instances(), processes())
+            .prop_map(|(instance, process)| Request::Watch { instance, process }),
     ]
+}
+
+fn processes() -> impl Strategy<Value = Process> {
+    (any::<u32>(), any::<u64>(), option::of(any::<u64>()))
+        .prop_map(|(pid, start_time, namespace)| Process { pid, start_time, namespace })
 }
 
 fn responses() -> impl Strategy<Value = Response> {

@@ -2,7 +2,7 @@
 
 use crate::migration::ticket::Peer;
 use channel::client::GatewayClient;
-use handover::ledger::{Request, Response};
+use handover::ledger::{Process, Request, Response};
 use handover::record::{HostId, InstanceId, Record, Swap, VmId};
 use handover::source::Answer;
 use handover::start::{Action, Event, Start, Starter, State};
@@ -146,7 +146,8 @@ impl Owner {
     /// target when its launcher dies late in a move; nothing else depends on it.
     pub async fn watch(&self, instance: &InstanceId, pid: u32) {
         let Some(start_time) = crate::qemu::start_time(pid) else { return };
-        let request = Request::Watch { instance: instance.clone(), pid, start_time };
+        let process = Process { pid, start_time, namespace: crate::qemu::pid_namespace(None) };
+        let request = Request::Watch { instance: instance.clone(), process };
         if let Err(error) = self.ask(&request).await {
             tracing::warn!(%error, "QEMU is not watched");
         }

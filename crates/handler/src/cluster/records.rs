@@ -102,8 +102,8 @@ impl Door {
                 Err(why) => Response::Failed { why },
             },
             Request::Swap { change, .. } => self.swap(&change).await,
-            Request::Watch { instance, pid, start_time } => {
-                match record.shared.watch.add(&instance, pid, start_time) {
+            Request::Watch { instance, process } => {
+                match record.shared.watch.add(&instance, &process) {
                     Ok(()) => Response::Watching,
                     Err(error) => Response::Failed { why: error.to_string() },
                 }

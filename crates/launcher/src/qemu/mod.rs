@@ -5,7 +5,7 @@ mod log;
 mod process;
 
 pub use command::{Facts, Mode, QMP, bitmap_node, raw_node, serial_socket, throttle_group};
-pub use process::{Error, Exit, Process, shim, start_time};
+pub use process::{Error, Exit, Process, pid_namespace, shim, start_time};
 
 use crate::folder;
 use crate::spec::VmSpec;

@@ -5,6 +5,7 @@ use super::log::{Log, Words};
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use std::ffi::OsString;
 use std::io;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
@@ -240,6 +241,12 @@ fn line_of(program: &Path, arguments: &[OsString]) -> String {
     let arguments: Vec<_> =
         arguments.iter().map(|a| format!("'{}'", a.to_string_lossy())).collect();
     format!("{} {}\n", program.display(), arguments.join(" "))
+}
+
+/// The kernel's number of the namespace of process ids in which a process, or this one, runs.
+pub fn pid_namespace(pid: Option<u32>) -> Option<u64> {
+    let process = pid.map_or_else(|| "self".to_owned(), |pid| pid.to_string());
+    Some(std::fs::metadata(format!("/proc/{process}/ns/pid")).ok()?.ino())
 }
 
 /// The moment at which a process began, as the kernel counts it: with it a

@@ -94,8 +94,9 @@ impl Handler {
                     Err(refused) => Response::Refused { refused },
                 }
             }
-            Request::Watch { instance, pid, start_time } => {
-                self.watched.lock().unwrap().insert(instance, (pid, start_time));
+            Request::Watch { instance, process } => {
+                let watched = (process.pid, process.start_time);
+                self.watched.lock().unwrap().insert(instance, watched);
                 Response::Watching
             }
         }
