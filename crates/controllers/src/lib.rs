@@ -23,6 +23,8 @@ pub mod vmi;
 pub mod workload;
 pub mod world;
 
+pub use vmi::pod::FOLDERS;
+
 use kube::Client;
 use tokio::task::JoinSet;
 

@@ -292,6 +292,7 @@ fn mounts() -> Value {
 mod test {
     use super::*;
     use clap::Parser;
+    use controllers::FOLDERS;
 
     fn containers(objects: &[Value]) -> Vec<Value> {
         let specs = objects.iter().map(|object| &object["spec"]["template"]["spec"]);
@@ -354,6 +355,12 @@ mod test {
         assert_eq!(image.as_deref(), Some("example.org/godwit:1"));
         assert_eq!(networks, ["moves=eth1"]);
         assert_eq!(services, [Some(LINK.to_owned())]);
+    }
+
+    /// Both have it from the node: in another place neither would find the other.
+    #[test]
+    fn launchers_have_their_folders_where_the_handler_looks_for_them() {
+        assert_eq!(std::path::Path::new(FOLDER).join("pods"), std::path::Path::new(FOLDERS));
     }
 
     #[test]

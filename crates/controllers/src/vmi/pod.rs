@@ -8,8 +8,9 @@ use kube::{Resource, ResourceExt};
 use serde_json::{Value, json};
 use std::collections::BTreeMap;
 
-/// The node's folder of one pod, between handler and launcher; `<namespace>_<pod>` in it.
-pub const FOLDERS: &str = "/var/run/godwit";
+/// The node's folder of pods' folders, between handler and launcher: `<namespace>_<pod>` in it. It is
+/// the handler's.
+pub const FOLDERS: &str = "/var/run/godwit/pods";
 /// The same in the pod.
 const FOLDER: &str = "/run/godwit";
 

@@ -13,6 +13,7 @@ use crate::{rights, roles};
 use anyhow::{Context, Result, anyhow};
 use apiserver::embedded::Server;
 use channel::identity::{Credentials, Role, SpiffeId};
+use controllers::FOLDERS;
 use controllers::certificates::Terms;
 use http::Method;
 use kube::Client;
@@ -47,7 +48,7 @@ const AGAIN: Duration = Duration::from_millis(200);
 
 /// Where pods' folders of a node are on the machine.
 pub fn host_paths(node: &Path) -> HostPaths {
-    HostPaths(vec![(PathBuf::from("/var/run/godwit"), handler_folder(node).join("pods"))])
+    HostPaths(vec![(PathBuf::from(FOLDERS), handler_folder(node).join("pods"))])
 }
 
 fn handler_folder(node: &Path) -> PathBuf {
