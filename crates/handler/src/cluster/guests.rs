@@ -47,6 +47,11 @@ pub fn owner(pod: &Pod) -> Option<Key> {
     Some((pod.namespace().unwrap_or_default(), owner.name.clone()))
 }
 
+/// Whether a pod has a launcher: one that only has claims bound has the same labels else.
+pub fn launches(pod: &Pod) -> bool {
+    !pod.labels().contains_key(keys::BINDS)
+}
+
 pub(super) fn get<K>(store: &Store<K>, (namespace, name): &Key) -> Option<Arc<K>>
 where
     K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope> + Clone + 'static,
@@ -128,9 +133,7 @@ fn pods_of(shared: &Shared, key: &Key) -> Vec<Arc<Pod>> {
         ["Succeeded", "Failed"].contains(&phase)
     };
     let mut pods = shared.pods.state();
-    pods.retain(|pod| {
-        owner(pod).as_ref() == Some(key) && !pod.labels().contains_key(keys::BINDS) && !ended(pod)
-    });
+    pods.retain(|pod| owner(pod).as_ref() == Some(key) && launches(pod) && !ended(pod));
     pods
 }
 

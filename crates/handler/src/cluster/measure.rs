@@ -35,7 +35,7 @@ pub async fn all(shared: &Shared) -> Vec<Sample> {
     for pod in shared.pods.state() {
         let Some((namespace, name)) = guests::owner(&pod) else { continue };
         let vmi = shared.vmis.get(&ObjectRef::new(&name).within(&namespace));
-        if let Some(vmi) = vmi.filter(|_| !pod.labels().contains_key(api::keys::BINDS)) {
+        if let Some(vmi) = vmi.filter(|_| guests::launches(&pod)) {
             let shared = shared.clone();
             tasks.spawn(async move {
                 timeout(PATIENCE, guest(&shared, &vmi, &pod)).await.ok().flatten()

@@ -236,7 +236,7 @@ async fn find(shared: &Shared, ask: &Ask) -> Result<(PathBuf, Launcher), Told> {
     for pod in pods {
         let folder = doors::folder(&shared.config.pods(), &pod);
         let launcher = Launcher::new(&folder, &vm);
-        if !pod.labels().contains_key(api::keys::BINDS) && launcher.status().await.is_ok() {
+        if guests::launches(&pod) && launcher.status().await.is_ok() {
             return Ok((folder, launcher));
         }
     }

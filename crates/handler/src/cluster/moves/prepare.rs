@@ -122,7 +122,8 @@ impl Service for Cluster {
     fn folder(&self, vm: &str, migration: &str) -> Option<PathBuf> {
         let is = |pod: &Arc<Pod>| {
             let of = guests::owner(pod);
-            pod.labels().get(keys::MIGRATION).is_some_and(|uid| uid == migration)
+            guests::launches(pod)
+                && pod.labels().get(keys::MIGRATION).is_some_and(|uid| uid == migration)
                 && of.is_some_and(|(namespace, name)| api::owner::vm_id(&namespace, &name) == vm)
         };
         let pod = self.0.pods.state().into_iter().find(is)?;
