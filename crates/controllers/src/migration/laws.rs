@@ -284,5 +284,10 @@ proptest! {
             matches!(action, Action::Say { warning: true, reason: "FailedMigration", .. })
         });
         prop_assert_eq!(failed, said);
+        let written = plan.actions.iter().find_map(|action| match action {
+            Action::PatchStatus(status) => Some(&status["migrationState"]["failureReason"]),
+            _ => None,
+        });
+        prop_assert!(!failed || written.is_some_and(Value::is_string), "{written:?}");
     }
 }

@@ -246,7 +246,13 @@ pub fn plan(snapshot: &Snapshot) -> Plan {
         true => ending::clear_away(snapshot, &status, &mut plan),
         false => advance(snapshot, &mut status, &mut plan),
     }
-    if let Some(state) = snapshot.state() {
+    if let Some(mut state) = snapshot.state() {
+        let had = status.migration_state.take().filter(|_| status.phase == Phase::Failed);
+        if let Some(had) = had {
+            // N.B. the VMI may not say so yet.
+            state.failed = Some(true);
+            state.failure_reason = state.failure_reason.or(had.failure_reason);
+        }
         status.migration_state = Some(state);
     }
     if status != before {
