@@ -30,7 +30,8 @@ const COMPLETE: &str = "user.godwit.import";
 const OFTEN: Duration = Duration::from_secs(1);
 /// Certificates are text.
 const MAX_CERTIFICATES: u64 = 4 << 20;
-const SECTOR: u64 = 512;
+/// Disks are multiples of this: they are opened past the cache, and a file system may take whole blocks alone.
+const BLOCK: u64 = 4096;
 
 /// Brings a disk to where the environment says.
 ///
@@ -202,7 +203,7 @@ async fn target(order: &Order, limits: &Limits) -> Result<images::Target> {
             let size = match (size, &order.source) {
                 (Some(size), _) => *size,
                 (None, Source::Clone(lent)) => {
-                    images::peer::size(&peer(lent)?, limits).await?.next_multiple_of(SECTOR)
+                    images::peer::size(&peer(lent)?, limits).await?.next_multiple_of(BLOCK)
                 }
                 (None, _) => bail!("the size of the disk is not known: say it in the DataVolume"),
             };

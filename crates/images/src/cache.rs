@@ -18,7 +18,8 @@ use crate::work::{self, DOWNLOAD, IMAGE, Work};
 use crate::{Error, Limits, Registry, Source, checksum, convert, unpack};
 
 /// Disks have whole sectors.
-const SECTOR: u64 = 512;
+/// Disks are multiples of this: they are opened past the cache, and a file system may take whole blocks alone.
+const BLOCK: u64 = 4096;
 
 /// When an image is asked for at its registry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -195,7 +196,7 @@ impl Cache {
         reports: &Reports,
     ) -> Result<(), Error> {
         let image = self.obtain(resolved, registry, work, reports).await?;
-        let size = image.virtual_size.next_multiple_of(SECTOR);
+        let size = image.virtual_size.next_multiple_of(BLOCK);
         if size > self.limits.max_bytes {
             let (what, limit) =
                 (format!("the disk of {}", public(&registry.url)), self.limits.max_bytes);

@@ -20,7 +20,8 @@ const FOLDERS: &str = "storage.godwit.dev/";
 const OVERHEAD: u64 = 60_000;
 const MILLION: u64 = 1_000_000;
 const MIB: u64 = 1 << 20;
-const SECTOR: u64 = 512;
+/// Disks are multiples of this: they are opened past the cache, and a file system may take whole blocks alone.
+const BLOCK: u64 = 4096;
 
 /// What there is to make a claim of.
 #[derive(Debug, Clone, Default)]
@@ -132,7 +133,7 @@ pub fn disk_size(volume: &DataVolume, claim: &PersistentVolumeClaim, terms: &Ter
             .and_then(requested)
             .map(|size| terms.without_overhead(size, class_of(claim))),
     };
-    asked.map(|size| size / SECTOR * SECTOR)
+    asked.map(|size| size / BLOCK * BLOCK)
 }
 
 /// The claim of a DataVolume, which may be made of another claim.
@@ -332,7 +333,7 @@ mod test {
             let volume = volume(asked);
             let claim = build(&volume, &terms, None).unwrap();
             let disk = disk_size(&volume, &claim, &terms).unwrap();
-            prop_assert!(disk <= size && size - disk < SECTOR && disk.is_multiple_of(SECTOR));
+            prop_assert!(disk <= size && size - disk < BLOCK && disk.is_multiple_of(BLOCK));
             prop_assert!(terms.disk_in(&claim) >= disk);
         }
     }

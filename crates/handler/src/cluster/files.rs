@@ -14,6 +14,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use tokio::sync::watch;
 
+/// Disks are multiples of this: they are opened past the cache, and a file system may take whole blocks alone.
+const BLOCK: u64 = 4096;
+
 /// Why a guest's files cannot be prepared: the reason in one word, and for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Unprepared {
@@ -75,8 +78,7 @@ impl One<'_> {
         }
         if let Some(empty) = &volume.empty_disk {
             let size = api::quantity::bytes(&empty.capacity.0).unwrap_or_default();
-            // Sectors.
-            let size = u64::try_from(size).unwrap_or_default().next_multiple_of(512);
+            let size = u64::try_from(size).unwrap_or_default().next_multiple_of(BLOCK);
             return blank(target, size).map_err(|error| mount(error.to_string()));
         }
         if let Some(seed) = &volume.cloud_init_no_cloud {
