@@ -12,7 +12,7 @@ use api::kubevirt::{self, KubeVirt};
 use channel::identity::{Ca, Credentials, SpiffeId, Validity};
 use controllers::certificates::{Authority, Held, Leaf, Plan, Step, Terms, plan};
 use kube::runtime::watcher;
-use kube::{Api, Client, ResourceExt};
+use kube::{Api, Client};
 use reconcile::kept::Keeper;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
