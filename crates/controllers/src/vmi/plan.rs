@@ -321,6 +321,8 @@ fn prepare(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
     let suffix =
         suffix(&snapshot.vmi.uid().unwrap_or_default(), status.phase_transition_timestamps.len());
     let wanted = |binds| {
+        // N.B. names of their own: the one may still be about to go when the other is made.
+        let suffix = if binds { format!("{suffix}-binds") } else { suffix.clone() };
         let (vmi, suffix) = (&*snapshot.vmi, &*suffix);
         Wanted { vmi, spec, claims: &claims, suffix, binds, target: None }.pod()
     };
