@@ -355,7 +355,7 @@ impl Shared {
         let mut flushed = {
             let mut state = self.lock();
             let seq = state.work.next_seq(stream);
-            state.window.asks(stream, seq);
+            state.window.asks(stream, seq, Instant::now());
             seq
         };
         flush(connection, flushed)?;
@@ -529,7 +529,7 @@ impl Shared {
                     state.counters.safe += bytes;
                     state.target_ns[usize::from(stream)] = busy_ns;
                     let safe = state.counters.safe;
-                    state.window.update(stream, seq, safe);
+                    state.window.update(stream, seq, safe, Instant::now());
                     self.changed.notify_all();
                 }
                 Ok(Reply::Differ { seq, blocks }) => {

@@ -46,19 +46,19 @@ impl Default for Window {
 
 impl Window {
     /// A stream has a new connection, and the flush of frame `seq` is the first thing on it.
-    pub fn asks(&mut self, stream: u16, seq: u64) {
-        self.asked.insert(stream, (seq, Instant::now()));
+    pub fn asks(&mut self, stream: u16, seq: u64, now: Instant) {
+        self.asked.insert(stream, (seq, now));
     }
 
     /// A stream's frame `seq` was acknowledged. Measures again, a round trip or more after the last time.
     /// `safe`: bytes acknowledged so far.
-    pub fn update(&mut self, stream: u16, seq: u64, safe: u64) {
+    pub fn update(&mut self, stream: u16, seq: u64, safe: u64, now: Instant) {
         if let Some((_, at)) = self.asked.get(&stream).copied().filter(|(asked, _)| *asked <= seq) {
             self.asked.remove(&stream);
-            let delay = at.elapsed();
+            let delay = now.duration_since(at);
             self.delay = if self.delay.is_zero() { delay } else { self.delay.min(delay) };
         }
-        let span = self.since.elapsed();
+        let span = now.duration_since(self.since);
         if span < (self.delay + SYNC_TIME).max(Duration::from_millis(100)) {
             return;
         }
@@ -66,7 +66,7 @@ impl Window {
         // A pause between rounds is no slow link: fall slowly.
         self.rate = rate.max(0.8 * self.rate);
         self.bytes = window_for(self.rate, self.delay);
-        (self.since, self.safe) = (Instant::now(), safe);
+        (self.since, self.safe) = (now, safe);
     }
 }
 
@@ -77,23 +77,28 @@ mod test {
     #[test]
     fn a_long_way_has_room_for_what_it_carries_once_a_first_flush_has_measured_it() {
         let mut window = Window::default();
-        let ago = |ms| Instant::now().checked_sub(Duration::from_millis(ms)).expect("a time");
-        window.asked.insert(0, (1, ago(100)));
-        window.since = ago(1000);
+        let began = window.since;
+        let after = |ms| began + Duration::from_millis(ms);
+        window.asks(0, 1, after(900));
         // 100 MB a second, of which 10 MB are on a way of 100 ms at any time.
-        window.update(0, 1, 100_000_000);
-        assert!((20_000_000..40_000_000).contains(&window.bytes), "{}", window.bytes);
-        assert!(window.asked.is_empty(), "it is measured by the first flush alone");
+        window.update(0, 1, 100_000_000, after(1000));
+        assert_eq!(window.bytes, 25_000_000);
+        // It is measured by the first flush alone, and a later one on a new connection only shortens it.
+        window.update(0, 9, 200_000_000, after(2000));
+        window.asks(1, 5, after(2000));
+        window.update(1, 5, 300_000_000, after(3000));
+        assert_eq!(window.bytes, 25_000_000);
     }
 
     #[test]
     fn what_was_sent_before_a_first_flush_does_not_answer_it() {
         let mut window = Window::default();
-        window.asks(1, 7);
-        window.update(1, 6, 0);
-        window.update(0, 9, 0);
+        let later = window.since + Duration::from_millis(40);
+        window.asks(1, 7, window.since);
+        window.update(1, 6, 0, later);
+        window.update(0, 9, 0, later);
         assert_eq!(window.delay, Duration::ZERO);
-        window.update(1, 8, 0);
-        assert!(window.delay > Duration::ZERO);
+        window.update(1, 8, 0, later);
+        assert_eq!(window.delay, Duration::from_millis(40));
     }
 }
