@@ -223,6 +223,8 @@ impl Disk {
             Ok(fd) => (File::from(fd), true),
             Err(_) => (cached.try_clone().map_err(fail)?, false),
         };
+        // N.B. QEMU finds out alike, and refuses to write past the cache what does not end with a block.
+        let direct = direct && (size.is_multiple_of(ALIGN) || takes_sectors(&main));
         Ok(Self { path: path.into(), medium, size, main, direct, cached })
     }
 
@@ -404,6 +406,12 @@ impl Disk {
             Err(e) => Err(self.fail("find holes in", 0, self.size, e.into())),
         }
     }
+}
+
+/// Whether a file that is opened past the cache can be read by single sectors.
+fn takes_sectors(direct: &File) -> bool {
+    let mut buffer = Vec::new();
+    direct.read_exact_at(aligned(&mut buffer, SECTOR as usize), SECTOR).is_ok()
 }
 
 /// A slice of `len` bytes of `buffer`, grown as needed, whose address is fit for direct I/O.

@@ -299,3 +299,22 @@ fn an_injected_fault_changes_the_target_so_that_the_checks_can_be_checked() {
     sender.wait(SOON).unwrap();
     assert!(content(&world.target) != content(&world.source));
 }
+
+/// Where whole blocks alone are written past the cache, QEMU refuses a disk that does not end with one.
+#[test]
+fn a_disk_is_used_past_the_cache_only_if_its_last_sector_can_be() {
+    let dir = tempfile::tempdir().unwrap();
+    for size in [8192, 8192 + 512] {
+        let path = dir.path().join(size.to_string());
+        std::fs::write(&path, vec![0; size]).unwrap();
+        let past = rustix::fs::OFlags::RDWR | rustix::fs::OFlags::DIRECT;
+        let opened = rustix::fs::open(&path, past, rustix::fs::Mode::empty());
+        let last = |file: std::fs::File| {
+            let len = if size % 4096 == 0 { 4096 } else { 512 };
+            let mut buffer = Vec::new();
+            file.read_exact_at(mover::disk::aligned(&mut buffer, len), (size - len) as u64).is_ok()
+        };
+        let can = opened.is_ok_and(|file| last(file.into()));
+        assert_eq!(Disk::source(&path).unwrap().is_direct(), can, "{size}");
+    }
+}
