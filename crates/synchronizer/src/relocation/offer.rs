@@ -165,6 +165,7 @@ fn state(facts: &Facts<'_>) -> Vec<String> {
 /// Gives the guest blank disks as large as its own, and returns them.
 fn disks(facts: &Facts<'_>, spec: &mut Value, faults: &mut Vec<String>) -> Vec<Value> {
     let mut templates = Vec::new();
+    let sizes = facts.vmi.status.as_ref().map(|status| &*status.volume_status).unwrap_or_default();
     let volumes = spec["volumes"].as_array_mut().into_iter().flatten();
     for volume in volumes {
         let named = volume["dataVolume"]["name"].as_str();
@@ -183,13 +184,20 @@ fn disks(facts: &Facts<'_>, spec: &mut Value, faults: &mut Vec<String>) -> Vec<V
         let capacity =
             claim.status.as_ref().and_then(|status| status.capacity.as_ref()?.get("storage"));
         let class = facts.wanted.storage_class.clone().or(wanted.storage_class_name);
+        // N.B. what a file system takes of a claim is not the disk's: the way back would not fit.
+        let disk = sizes.iter().find(|status| json!(status.name) == volume["name"]);
+        let disk = disk.and_then(|status| status.size).filter(|_| !block(&wanted.volume_mode));
+        let (form, size) = match disk {
+            Some(bytes) => ("storage", json!(bytes.to_string())),
+            None => ("pvc", json!(capacity)),
+        };
         templates.push(json!({
             "metadata": {"name": name, "labels": {MOVE: facts.id}},
             "spec": {
                 "source": {"blank": {}},
-                "pvc": {
+                form: {
                     "accessModes": wanted.access_modes, "volumeMode": wanted.volume_mode,
-                    "storageClassName": class, "resources": {"requests": {"storage": capacity}},
+                    "storageClassName": class, "resources": {"requests": {"storage": size}},
                 },
             },
         }));
@@ -197,6 +205,16 @@ fn disks(facts: &Facts<'_>, spec: &mut Value, faults: &mut Vec<String>) -> Vec<V
         *volume = json!({"name": own, "dataVolume": {"name": name}});
     }
     templates
+}
+
+/// The claim that a DataVolume of an offer asks for.
+pub fn claim(template: &Value) -> &Value {
+    let spec = &template["spec"];
+    spec.get("storage").unwrap_or(&spec["pvc"])
+}
+
+fn block(mode: &Option<String>) -> bool {
+    mode.as_deref() == Some("Block")
 }
 
 /// The Secrets and ConfigMaps that a VMI's spec names, wherever it does.
@@ -296,8 +314,8 @@ mod test {
         assert_eq!(there["metadata"]["namespace"], "b");
         assert_eq!(there["metadata"]["annotations"][keys::RESTORE_STRATEGY], "Always");
         assert_eq!(there["spec"]["runStrategy"], "WaitAsReceiver");
-        let disk = &there["spec"]["dataVolumeTemplates"][0]["spec"];
-        assert_eq!(disk["pvc"]["resources"]["requests"]["storage"], "1Gi");
+        let disk = &there["spec"]["dataVolumeTemplates"][0];
+        assert_eq!(super::claim(disk)["resources"]["requests"]["storage"], "1Gi");
         let mac = &there["spec"]["template"]["spec"]["domain"]["devices"]["interfaces"][0];
         assert_eq!(mac["macAddress"], "02:00:00:00:00:01");
         let networks = &there["spec"]["template"]["spec"]["networks"];
@@ -305,6 +323,16 @@ mod test {
         assert_eq!(networks[1]["multus"]["networkName"], "br1");
         let all = [("ConfigMap", "files".to_owned()), ("Secret", "seed".to_owned())];
         assert_eq!(named(&spec), BTreeSet::from(all));
+        // A disk that is known is as large there, whatever its claim has besides.
+        let mut sized = vmi.clone();
+        sized.status = Some(made(json!({
+            "phase": "Running", "volumeStatus": [{"name": "root", "size": 629_145_600}],
+        })));
+        facts.vmi = &sized;
+        let there = super::offer(&facts).expect("it can go").vm;
+        let disk = &there["spec"]["dataVolumeTemplates"][0];
+        assert!(disk["spec"]["pvc"].is_null(), "{disk}");
+        assert_eq!(super::claim(disk)["resources"]["requests"]["storage"], "629145600");
         // Each obstacle is told, all at once.
         let still: VirtualMachineInstance = made(json!({
             "metadata": {"name": "web", "namespace": "a"}, "spec": spec, "status": {"phase": "Failed"},

@@ -2,7 +2,7 @@
 
 use super::along::{self, bring};
 use super::checks::{self, PROTOCOL};
-use super::offer::{MOVE, Offer};
+use super::offer::{self, MOVE, Offer};
 use super::types::{machine, what};
 use crate::ground::Arrival;
 use crate::wire::{Spot, Told};
@@ -133,7 +133,7 @@ impl Place {
             }
         }
         for template in offer.vm["spec"]["dataVolumeTemplates"].as_array().into_iter().flatten() {
-            let class = template["spec"]["pvc"]["storageClassName"].as_str();
+            let class = offer::claim(template)["storageClassName"].as_str();
             if let Some(class) = class.filter(|class| !world.has_class(class)) {
                 faults.push(format!("cluster {own} has no storage class {class}"));
             }
@@ -166,7 +166,7 @@ impl Place {
         let claims = templates.as_array().into_iter().flatten().map(|template| {
             serde_json::from_value(json!({
                 "metadata": {"name": template["metadata"]["name"], "namespace": offer.namespace},
-                "spec": template["spec"]["pvc"],
+                "spec": offer::claim(template),
             }))
         });
         // What no node has was told: whether there is a place otherwise?
