@@ -247,7 +247,9 @@ pub async fn follow(cluster: &Cluster, name: &str, mut view: View) -> Result<Exi
                     Some(cluster) => eprintln!("{vm} runs on node {node} of cluster {cluster}"),
                     None => eprintln!("{vm} runs on node {node}"),
                 }
-                return Ok(verdict(&progress["verified"]));
+                let asked =
+                    found.annotations().get(keys::VERIFY).is_some_and(|asked| asked == "true");
+                return Ok(verdict(asked, &progress["verified"]));
             }
             Phase::Failed => {
                 let why = status["migrationState"]["failureReason"].as_str();
@@ -260,21 +262,38 @@ pub async fn follow(cluster: &Cluster, name: &str, mut view: View) -> Result<Exi
     }
 }
 
-/// Tells what a comparison of the disks has shown, where there was one.
-fn verdict(verified: &Value) -> ExitCode {
-    let Ok(found) = serde_json::from_value::<Verified>(verified.clone()) else {
-        return ExitCode::SUCCESS;
-    };
-    eprintln!("{found}");
-    match found {
-        Verified::Verified { .. } => ExitCode::SUCCESS,
-        Verified::Differ { .. } | Verified::Unknown { .. } => ExitCode::FAILURE,
+/// Tells what a comparison of the disks has shown, where it was asked for.
+fn verdict(asked: bool, verified: &Value) -> ExitCode {
+    match serde_json::from_value::<Verified>(verified.clone()) {
+        Ok(found) => {
+            eprintln!("{found}");
+            match found {
+                Verified::Verified { .. } => ExitCode::SUCCESS,
+                Verified::Differ { .. } | Verified::Unknown { .. } => ExitCode::FAILURE,
+            }
+        }
+        Err(_) if asked => {
+            eprintln!(
+                "nobody says what the comparison of its disks has shown: its VMI's events may"
+            );
+            ExitCode::FAILURE
+        }
+        Err(_) => ExitCode::SUCCESS,
     }
 }
 
 #[cfg(test)]
 mod test {
     use super::*;
+
+    #[test]
+    fn a_comparison_that_was_asked_for_and_is_not_told_of_is_no_success() {
+        let is_success = |asked, verified: &Value| verdict(asked, verified) == ExitCode::SUCCESS;
+        assert!(is_success(false, &Value::Null));
+        assert!(!is_success(true, &Value::Null));
+        let whole = Verified::from(launcher::migration::verify::VerifyReport::default());
+        assert!(is_success(true, &serde_json::to_value(whole).unwrap()));
+    }
 
     #[test]
     fn a_disk_of_a_class_gets_a_name_that_is_free() {

@@ -52,11 +52,16 @@ pub async fn run(cluster: &Cluster, vm: &str, to: &str, arguments: &Migrate) -> 
         match (&status.migration, status.phase) {
             (_, Phase::Succeeded | Phase::Failed) => {
                 let ended = report(vm, to, &status, arguments);
-                return Ok(if ended == ExitCode::SUCCESS {
-                    watched.unwrap_or(ended)
-                } else {
-                    ended
-                });
+                if ended != ExitCode::SUCCESS {
+                    return Ok(ended);
+                }
+                return match (watched, &status.migration) {
+                    // It was over before it was seen to move.
+                    (None, Some(migration)) if arguments.verify => {
+                        follow(cluster, migration, View::new(arguments.output)).await
+                    }
+                    (watched, _) => Ok(watched.unwrap_or(ended)),
+                };
             }
             (Some(migration), Phase::Moving) if watched.is_none() => {
                 // How it ends is the move's to tell; what its disks are, the migration's.
