@@ -153,8 +153,8 @@ fn own_pid(told: &ledger::Process) -> io::Result<u32> {
         return Ok(pid);
     };
     let is_meant = |candidate: &u32| {
-        innermost_pid(*candidate) == Some(pid)
-            && pid_namespace(Some(*candidate)) == Some(namespace)
+        pid_namespace(Some(*candidate)) == Some(namespace)
+            && innermost_pid(*candidate) == Some(pid)
             && start_time(*candidate) == Some(began)
     };
     let all = std::fs::read_dir("/proc")?
