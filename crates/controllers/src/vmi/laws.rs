@@ -197,8 +197,7 @@ proptest! {
         let case = Case { phase: Phase::WaitingForSync, deleted: false, ..case };
         let plan = plan(&snapshot(&case));
         let fails = plan.actions.iter().any(|action| {
-            matches!(action, Action::PatchStatus(status) if status["status"]["phase"] == "Failed"
-                || status["phase"] == "Failed")
+            matches!(action, Action::PatchStatus(status) if status["phase"] == "Failed")
         });
         let lives = case.pod.is_some_and(|pod| pod != "Failed");
         prop_assert_eq!(fails, case.owner == Owner::Came && !lives);
