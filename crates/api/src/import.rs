@@ -2,6 +2,9 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Disks are multiples of this: they are opened past the cache, and a file system may take whole blocks alone.
+pub const BLOCK: u64 = 4096;
+
 /// The variable of the pod's environment in which its [`Order`] is, as JSON.
 pub const ORDER: &str = "GODWIT_IMPORT";
 /// The variable with the user's name for the source's server.

@@ -10,7 +10,7 @@ mod upload;
 
 use crate::roles::root;
 use anyhow::{Context, Result, bail};
-use api::import::{CERTIFICATES, Lent, ORDER, Order, PASSWORD, Source, Target, USER};
+use api::import::{BLOCK, CERTIFICATES, Lent, ORDER, Order, PASSWORD, Source, Target, USER};
 use images::{Credentials, Job, Limits, Peer, Progress};
 use rustix::fs::{FallocateFlags, XattrFlags};
 use std::fs::File;
@@ -30,8 +30,6 @@ const COMPLETE: &str = "user.godwit.import";
 const OFTEN: Duration = Duration::from_secs(1);
 /// Certificates are text.
 const MAX_CERTIFICATES: u64 = 4 << 20;
-/// Disks are multiples of this: they are opened past the cache, and a file system may take whole blocks alone.
-const BLOCK: u64 = 4096;
 
 /// Brings a disk to where the environment says.
 ///

@@ -3,6 +3,7 @@
 use super::Waits;
 use crate::vmi::is_block;
 use api::datavolume::{CDIConfig, ClaimProperties, DataVolume, Overhead, StorageProfile};
+use api::import::BLOCK;
 use api::{datavolume, keys, quantity};
 use k8s_openapi::api::core::v1::{PersistentVolumeClaim, PersistentVolumeClaimSpec};
 use k8s_openapi::api::storage::v1::StorageClass;
@@ -20,8 +21,6 @@ const FOLDERS: &str = "storage.godwit.dev/";
 const OVERHEAD: u64 = 60_000;
 const MILLION: u64 = 1_000_000;
 const MIB: u64 = 1 << 20;
-/// Disks are multiples of this: they are opened past the cache, and a file system may take whole blocks alone.
-const BLOCK: u64 = 4096;
 
 /// What there is to make a claim of.
 #[derive(Debug, Clone, Default)]

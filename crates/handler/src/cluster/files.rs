@@ -1,7 +1,7 @@
 //! Files that a guest needs and that are not claims: disks of images, empty disks, seeds.
 
 use super::Shared;
-use api::import::is_own_machine;
+use api::import::{BLOCK, is_own_machine};
 use api::vmi::{CloudInit, Spec, VirtualMachineInstance, Volume};
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
@@ -13,9 +13,6 @@ use serde_json::json;
 use std::collections::BTreeMap;
 use std::path::Path;
 use tokio::sync::watch;
-
-/// Disks are multiples of this: they are opened past the cache, and a file system may take whole blocks alone.
-const BLOCK: u64 = 4096;
 
 /// Why a guest's files cannot be prepared: the reason in one word, and for people.
 #[derive(Debug, Clone, PartialEq, Eq)]
