@@ -17,8 +17,8 @@ use crate::target::Disk;
 use crate::work::{self, DOWNLOAD, IMAGE, Work};
 use crate::{Error, Limits, Registry, Source, checksum, convert, unpack};
 
-/// Disks have whole sectors.
-/// Disks are multiples of this: they are opened past the cache, and a file system may take whole blocks alone.
+/// Disks are multiples of this: they are opened past the cache, and a file system may take
+/// whole blocks alone.
 const BLOCK: u64 = 4096;
 
 /// When an image is asked for at its registry.

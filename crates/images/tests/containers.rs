@@ -229,7 +229,7 @@ async fn a_cache_keeps_one_disk_for_each_digest() {
     let kept = get(&cache, &registry, Pull::IfNotPresent).await.unwrap();
     assert_eq!(kept.path, one.path);
     let new = get(&cache, &registry, Pull::Always).await.unwrap();
-    assert_same(&new.path, &padded(&noise(1000, 1), 1024));
+    assert_same(&new.path, &padded(&noise(1000, 1), 4096));
     let kept_new = get(&cache, &registry, Pull::Never).await.unwrap();
     assert_eq!(kept_new.path, new.path);
 
