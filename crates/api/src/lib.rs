@@ -59,6 +59,8 @@ pub mod keys {
     pub const VM: &str = "vm.kubevirt.io/name";
     /// Label of a node on which VMs can run.
     pub const SCHEDULABLE: &str = "kubevirt.io/schedulable";
+    /// What the pod of a guest on KVM asks of its node.
+    pub const KVM: &str = "devices.kubevirt.io/kvm";
     /// Labels of such a node begin so: the machine types that its QEMU has.
     pub const MACHINE: &str = "machine-type.node.kubevirt.io/";
     /// Annotation of such a node: when its handler was last heard of.

@@ -177,6 +177,7 @@ fn look(world: &World, kept: &Kept, migration: Arc<Migration>) -> Snapshot {
             vmi.as_deref(),
             &configuration,
         ),
+        emulated: configuration.developer_configuration.use_emulation,
         faults: None,
         heard: heard(world, &kept.beats, vmi.as_deref(), now),
         later: if migration.is_over() { later(world, &migration) } else { 0 },

@@ -248,6 +248,8 @@ impl Deployment<'_> {
             format!("$(ADDRESS):{GATEWAY}"),
             "--identity",
             format!("{FOLDER}/identity"),
+            "--device-plugins",
+            kubelet::FOLDER,
         ]);
         if let Some(words) = command.as_array_mut() {
             let options = self.networks.iter().flat_map(|network| ["--migration-network", network]);
@@ -258,7 +260,8 @@ impl Deployment<'_> {
         container["securityContext"] = json!({"privileged": true});
         let mut shared = folder;
         shared["mountPropagation"] = "Bidirectional".into();
-        container["volumeMounts"] = json!([shared]);
+        let devices = json!({"name": "devices", "mountPath": kubelet::FOLDER});
+        container["volumeMounts"] = json!([shared, devices]);
         let pod = json!({
             "serviceAccountName": "godwit-handler", "hostPID": true, "hostNetwork": true,
             "dnsPolicy": "ClusterFirstWithHostNet",
@@ -267,6 +270,7 @@ impl Deployment<'_> {
             "volumes": [
                 volume(),
                 {"name": "godwit", "hostPath": {"path": FOLDER, "type": "DirectoryOrCreate"}},
+                {"name": "devices", "hostPath": {"path": kubelet::FOLDER, "type": "Directory"}},
             ],
         });
         let mut workload = self.workload("DaemonSet", name, pod);

@@ -212,6 +212,7 @@ pub async fn handler(arguments: cli::Handler) -> Result<ExitCode> {
         listen: arguments.listen,
         networks: cli::pairs(&arguments.migration_network, "--migration-network", "NAME=ADDRESS")?,
         credentials,
+        devices: arguments.device_plugins,
         confine: confine()?,
     };
     tokio::select! {

@@ -10,6 +10,7 @@
 //! It keeps nothing that matters in memory: guests go on without it, and the next one finds them by
 //! their pods, launchers and watched processes.
 
+pub mod devices;
 pub mod doors;
 pub mod files;
 pub mod guests;
@@ -60,6 +61,8 @@ pub struct Config {
     pub networks: BTreeMap<String, String>,
     /// Who it is and whom it believes, as they are renewed.
     pub credentials: watch::Receiver<Credentials>,
+    /// The folder in which the node's kubelet takes offers of devices, where it is to be offered KVM.
+    pub devices: Option<PathBuf>,
     /// A program that calls `images::confine`, and its arguments.
     pub confine: Vec<OsString>,
 }
@@ -187,6 +190,9 @@ pub async fn run(client: Client, config: Config) -> Result<(), Error> {
     tasks.spawn(node::run(shared.clone(), served.address, places.subscribe()));
     tasks.spawn(way::follow(shared.clone(), Arc::clone(&gateway), places));
     tasks.spawn(served.run(shared.clone()));
+    if let Some(folder) = config.devices.clone() {
+        tasks.spawn(devices::offer(folder));
+    }
     tasks.spawn(renew(Arc::clone(&gateway), config.credentials.clone()));
     reconcile_ready(&shared).await;
     tasks.spawn(doors::run(shared.clone(), gateway));

@@ -178,6 +178,7 @@ fn snapshot(case: &Case) -> Snapshot {
         turn: if case.turn { Ok(()) } else { Err("others are before it".into()) },
         options: (None, Options::defaults()),
         processor: BTreeMap::new(),
+        emulated: true,
         faults: None,
         heard: Some(now() - jiff::SignedDuration::from_secs(case.silence)),
         later: 0,

@@ -66,6 +66,8 @@ pub struct Snapshot {
     pub options: (Option<String>, Options),
     /// What the target's node must have, for the guest's processor.
     pub processor: BTreeMap<String, String>,
+    /// Guests are emulated.
+    pub emulated: bool,
     /// What would make it fail, where it was looked for: right before it begins.
     pub faults: Option<Vec<preflight::Fault>>,
     /// When the handler of the node that the guest leaves was last heard of.
@@ -420,8 +422,15 @@ pub fn target_pod(
     // Disks may move to other storage of the same node.
     let apart = !snapshot.is_volume_update();
     let target = Target { migration: &uid, name: &name, selector: &selector, apart };
-    let wanted =
-        Wanted { vmi, spec: &spec, claims: &claims, suffix: &suffix, binds, target: Some(target) };
+    let wanted = Wanted {
+        vmi,
+        spec: &spec,
+        claims: &claims,
+        suffix: &suffix,
+        emulated: snapshot.emulated,
+        binds,
+        target: Some(target),
+    };
     wanted.pod().map_err(|error| format!("the target's pod cannot be made: {error}"))
 }
 

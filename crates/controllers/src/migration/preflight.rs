@@ -328,6 +328,7 @@ fn snapshot(facts: &Facts) -> Snapshot {
             &facts.settings.migrations,
         ),
         processor: processor(node, Some(&facts.vmi), &facts.settings),
+        emulated: facts.settings.developer_configuration.use_emulation,
         faults: None,
         heard: None,
         later: 0,
@@ -354,7 +355,9 @@ mod test {
             "metadata": {"name": name, "labels": {
                 "kubernetes.io/hostname": name, keys::SCHEDULABLE: "true",
             }},
-            "status": {"allocatable": {"cpu": "4", "memory": "4Gi", "pods": "10"}},
+            "status": {"allocatable": {
+                "cpu": "4", "memory": "4Gi", "pods": "10", keys::KVM: "1000",
+            }},
         })))
     }
 
@@ -449,5 +452,18 @@ mod test {
         facts.cluster.nodes.truncate(1);
         let found = check(&facts);
         assert_eq!((found.faults, found.node.as_deref()), (Vec::new(), Some("one")));
+    }
+
+    #[test]
+    fn a_guest_on_kvm_goes_to_no_node_that_has_none_and_one_that_is_emulated_does() {
+        let mut facts = facts();
+        for node in &mut facts.cluster.nodes {
+            let has = Arc::make_mut(node).status.as_mut().and_then(|s| s.allocatable.as_mut());
+            has.and_then(|has| has.remove(keys::KVM)).unwrap();
+        }
+        let [fault] = &*check(&facts).faults else { panic!("{:?}", check(&facts)) };
+        assert!(fault.message.contains(keys::KVM), "{fault:?}");
+        facts.settings.developer_configuration.use_emulation = true;
+        assert_eq!(reasons(&facts), [""; 0]);
     }
 }

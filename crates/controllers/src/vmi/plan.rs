@@ -320,11 +320,13 @@ fn prepare(snapshot: &Snapshot, mut status: Status, plan: &mut Plan) -> Status {
     let waiting: Vec<_> = snapshot.claims.iter().filter_map(|(_, _, v)| pending(v)).collect();
     let suffix =
         suffix(&snapshot.vmi.uid().unwrap_or_default(), status.phase_transition_timestamps.len());
+    let settings = snapshot.cluster.as_ref().map(|cluster| &cluster.spec.configuration);
+    let emulated = settings.is_some_and(|all| all.developer_configuration.use_emulation);
     let wanted = |binds| {
         // N.B. names of their own: the one may still be about to go when the other is made.
         let suffix = if binds { format!("{suffix}-binds") } else { suffix.clone() };
         let (vmi, suffix) = (&*snapshot.vmi, &*suffix);
-        Wanted { vmi, spec, claims: &claims, suffix, binds, target: None }.pod()
+        Wanted { vmi, spec, claims: &claims, suffix, emulated, binds, target: None }.pod()
     };
     let (pod, ready) = if waiting.is_empty() {
         for pod in snapshot.pods.iter().filter(|pod| !launches(pod)) {

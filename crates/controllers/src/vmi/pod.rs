@@ -36,6 +36,8 @@ pub struct Wanted<'a> {
     pub claims: &'a [(&'a str, &'a PersistentVolumeClaim)],
     /// The end of its name.
     pub suffix: &'a str,
+    /// Its guest is emulated, and needs no KVM.
+    pub emulated: bool,
     /// It only has claims bound, where the guest could run.
     pub binds: bool,
     /// It is the target of a migration.
@@ -202,6 +204,12 @@ impl Wanted<'_> {
             resources.limits.iter().map(|(name, q)| (name.clone(), q.0.clone())).collect();
         if let Some(limit) = resources.limits.get("memory").and_then(size) {
             limits.insert("memory".into(), (limit + more).to_string());
+        }
+        if !self.emulated {
+            // Nobody can have more of it than is asked for.
+            for list in [&mut requests, &mut limits] {
+                list.insert(keys::KVM.into(), "1".into());
+            }
         }
         json!({"requests": requests, "limits": limits})
     }

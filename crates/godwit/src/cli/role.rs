@@ -106,6 +106,9 @@ pub struct Handler {
     /// A network for migrations, and the node's address in it or the interface that has one.
     #[arg(long, value_name = "NAME=ADDRESS|INTERFACE")]
     pub migration_network: Vec<String>,
+    /// The folder in which the node's kubelet takes offers of devices: it is offered /dev/kvm there.
+    #[arg(long, value_name = "FOLDER")]
+    pub device_plugins: Option<PathBuf>,
     /// The folder of its credentials: tls.crt, tls.key and trust.pem. It takes new ones as they
     /// come.
     #[arg(long)]

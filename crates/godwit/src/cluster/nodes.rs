@@ -89,7 +89,7 @@ impl Nodes {
                 address: pod_address(&format!("{} {name}", folder.display())),
                 labels: BTreeMap::new(),
                 taints: Vec::new(),
-                extended: BTreeMap::new(),
+                extended: extended(),
                 pool,
                 images: images.clone(),
                 host_paths: vms::host_paths(&disks.node(&name)),
@@ -135,6 +135,12 @@ impl Nodes {
 
 pub fn own_program() -> Result<PathBuf> {
     std::env::current_exe().context("cannot find this program")
+}
+
+/// What nodes have besides: kubelets know it from who offers it.
+fn extended() -> BTreeMap<String, String> {
+    let kvm = handler::cluster::devices::kvm();
+    kvm.is_there().then(|| (kvm.resource, kvm.shares.to_string())).into_iter().collect()
 }
 
 /// How programs in pods find the API.

@@ -198,6 +198,8 @@ impl Vms {
             listen,
             networks,
             credentials,
+            // Its node's agent says itself what the node has.
+            devices: None,
             confine: roles::confine()?,
         };
         let client = client(server, &user, &groups);
