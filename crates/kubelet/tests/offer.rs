@@ -19,22 +19,22 @@ use tonic::{Request, Response, Status};
 const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The kubelet's half: who came.
-struct Kubelet(mpsc::UnboundedSender<RegisterRequest>);
+struct Kubelet(mpsc::Sender<RegisterRequest>);
 
 #[tonic::async_trait]
 impl Registration for Kubelet {
     async fn register(&self, request: Request<RegisterRequest>) -> Result<Response<Empty>, Status> {
-        self.0.send(request.into_inner()).unwrap();
+        self.0.try_send(request.into_inner()).unwrap();
         Ok(Response::new(Empty {}))
     }
 }
 
 /// Begins as kubelets do: with an empty folder.
-fn begin(folder: &Path) -> (mpsc::UnboundedReceiver<RegisterRequest>, JoinHandle<()>) {
+fn begin(folder: &Path) -> (mpsc::Receiver<RegisterRequest>, JoinHandle<()>) {
     for entry in std::fs::read_dir(folder).unwrap() {
         std::fs::remove_file(entry.unwrap().path()).unwrap();
     }
-    let (came, comes) = mpsc::unbounded_channel();
+    let (came, comes) = mpsc::channel(4);
     let listener = UnixListener::bind(folder.join("kubelet.sock")).unwrap();
     let served = Server::builder()
         .add_service(RegistrationServer::new(Kubelet(came)))
@@ -42,7 +42,7 @@ fn begin(folder: &Path) -> (mpsc::UnboundedReceiver<RegisterRequest>, JoinHandle
     (comes, tokio::spawn(async { served.await.unwrap() }))
 }
 
-async fn next<T>(comes: &mut mpsc::UnboundedReceiver<T>) -> T {
+async fn next<T>(comes: &mut mpsc::Receiver<T>) -> T {
     timeout(PATIENCE, comes.recv()).await.expect("nothing comes").unwrap()
 }
 
