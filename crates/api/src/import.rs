@@ -97,6 +97,9 @@ pub struct Progress {
     pub total: Option<u64>,
     /// Which step it is: see [`Step`].
     pub what: Step,
+    /// Why it broke off, as long as it is only tried again.
+    #[serde(default)]
+    pub broken: Option<String>,
 }
 
 /// Where an upload goes: a line of an importer's standard output.

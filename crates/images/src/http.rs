@@ -15,6 +15,7 @@ use reqwest::header::{
 use reqwest::{Certificate, Client, RequestBuilder, Response, StatusCode, Url, redirect};
 use serde::{Deserialize, Serialize};
 
+use crate::patience::Patience;
 use crate::progress::{Reports, Step, Watched, report};
 use crate::source::public;
 use crate::sparse::PIECE;
@@ -22,7 +23,6 @@ use crate::work::{self, DOWNLOAD, DOWNLOAD_PARTIAL, DOWNLOAD_STATE, Held, Work};
 use crate::{Checksum, Error, Http, Limits};
 
 const CONNECT: Duration = Duration::from_secs(10);
-const MAX_BACKOFF: Duration = Duration::from_secs(30);
 const MAX_REDIRECTS: usize = 10;
 /// How much may have to be fetched again after the machine has crashed.
 const SYNC: u64 = 64 << 20;
@@ -93,21 +93,14 @@ pub(crate) async fn download(
     reports: &Reports,
 ) -> Result<u64, Error> {
     let mut download = Download::open(http, work, limits, reports).await?;
-    let mut failures = 0;
+    let mut patience = Patience::new(limits, Some(reports));
     while !download.is_complete() {
         let before = download.length;
-        let error = match download.attempt().await {
+        match download.attempt().await {
             Ok(()) => break,
             Err(Failure::Final(error)) => return Err(error),
-            Err(Failure::Again(error)) => error,
-        };
-        failures = if download.length > before { 1 } else { failures + 1 };
-        if failures > limits.retries {
-            return Err(error);
+            Err(Failure::Again(error)) => patience.wait(error, download.length > before).await?,
         }
-        tracing::info!(url = public(&http.url), %error, "the download broke off: trying again");
-        let wait = limits.backoff.saturating_mul(1 << (failures - 1).min(16));
-        tokio::time::sleep(wait.min(MAX_BACKOFF)).await;
     }
     download.finish().await
 }

@@ -30,6 +30,7 @@ mod job;
 mod layers;
 mod layout;
 mod lend;
+mod patience;
 pub mod peer;
 mod progress;
 mod qcow2;

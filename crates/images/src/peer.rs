@@ -15,6 +15,7 @@ use futures_util::StreamExt as _;
 use reqwest::{Certificate, Client, Method, Response, StatusCode};
 
 use crate::frames::{Frame, Frames};
+use crate::patience::Patience;
 use crate::progress::{Reports, Step, report};
 use crate::source::public;
 use crate::target::Disk;
@@ -22,7 +23,6 @@ use crate::work::Work;
 use crate::{Error, Format, Imported, Limits, Peer};
 
 const CONNECT: Duration = Duration::from_secs(10);
-const MAX_BACKOFF: Duration = Duration::from_secs(30);
 /// The header with the size of the disk.
 pub const SIZE: &str = "Disk-Size";
 
@@ -31,11 +31,12 @@ pub const SIZE: &str = "Disk-Size";
 /// # Errors
 /// When its lender does not answer, or not as it should.
 pub async fn size(peer: &Peer, limits: &Limits) -> Result<u64, Error> {
-    let mut patience = Patience::new(limits);
+    let mut patience = Patience::new(limits, None);
     loop {
         match ask(&client(peer, limits)?, peer, Method::HEAD, 0).await {
             Ok((size, _)) => return Ok(size),
-            Err(error) => patience.wait(peer, error, false).await?,
+            Err(error) if may_pass(&error) => patience.wait(error, false).await?,
+            Err(error) => return Err(error),
         }
     }
 }
@@ -50,12 +51,15 @@ pub(crate) async fn bring(
 ) -> Result<Imported, Error> {
     let client = client(peer, limits)?;
     let mut copy = Copy { peer, disk: Arc::new(disk), work, reports, position: 0, moved: 0 };
-    let mut patience = Patience::new(limits);
+    let mut patience = Patience::new(limits, Some(reports));
     let size = loop {
         let before = copy.position;
         match copy.attempt(&client).await {
             Ok(size) => break size,
-            Err(error) => patience.wait(peer, error, copy.position > before).await?,
+            Err(error) if may_pass(&error) => {
+                patience.wait(error, copy.position > before).await?;
+            }
+            Err(error) => return Err(error),
         }
     };
     let (disk, end) = (Arc::clone(&copy.disk), copy.position);
@@ -63,29 +67,12 @@ pub(crate) async fn bring(
     Ok(Imported { virtual_size: size, format: Format::Raw, bytes_moved: copy.moved })
 }
 
-/// How often in a row nothing came.
-struct Patience<'a> {
-    limits: &'a Limits,
-    failures: u32,
-}
-
-impl<'a> Patience<'a> {
-    fn new(limits: &'a Limits) -> Self {
-        Self { limits, failures: 0 }
-    }
-
-    /// Waits before the next try. Fails with what went wrong when there is none.
-    async fn wait(&mut self, peer: &Peer, error: Error, progress: bool) -> Result<(), Error> {
-        let passing = matches!(error, Error::Request { .. } | Error::Answer { .. })
-            || matches!(error, Error::Status { status, .. } if status >= 500);
-        self.failures = if progress { 1 } else { self.failures + 1 };
-        if !passing || self.failures > self.limits.retries {
-            return Err(error);
-        }
-        tracing::info!(url = public(&peer.url), %error, "the copy broke off: trying again");
-        let wait = self.limits.backoff.saturating_mul(1 << (self.failures - 1).min(16));
-        tokio::time::sleep(wait.min(MAX_BACKOFF)).await;
-        Ok(())
+/// Whether it may help to try again.
+fn may_pass(error: &Error) -> bool {
+    match error {
+        Error::Request { .. } | Error::Answer { .. } => true,
+        Error::Status { status, .. } => *status >= 500,
+        _ => false,
     }
 }
 

@@ -48,13 +48,16 @@ pub struct Progress {
     pub total: Option<u64>,
     /// Which step it is.
     pub what: Step,
+    /// Why it broke off, as long as nothing has come since: it is tried again.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub broken: Option<String>,
 }
 
 /// Where an import reports to.
 pub type Reports = watch::Sender<Progress>;
 
 pub(crate) fn report(reports: &Reports, what: Step, done: u64, total: Option<u64>) {
-    reports.send_replace(Progress { done, total, what });
+    reports.send_replace(Progress { done, total, what, broken: None });
 }
 
 /// A reader that reports what was read, and fails once its import was given up.

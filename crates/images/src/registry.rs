@@ -17,6 +17,7 @@ use oci_client::{Client, Reference};
 use crate::http::check;
 use crate::layers::Search;
 use crate::layout::Layout;
+use crate::patience::Patience;
 use crate::progress::{Reports, Step, report};
 use crate::source::public;
 use crate::sparse::PIECE;
@@ -189,18 +190,16 @@ impl Blob<'_> {
     async fn fetch(self, work: &Work) -> Result<(File, u64), Error> {
         let mut partial = Partial::open(&self.digest, work).await?;
         let size = u64::try_from(self.layer.size).unwrap_or(0);
-        let (mut failures, mut moved) = (0, 0);
+        let mut moved = 0;
+        let mut patience = Patience::new(self.limits, Some(self.reports));
         while partial.length < size {
             let before = partial.length;
             let result = self.attempt(&mut partial, size, work, &mut moved).await;
             let Err(error) = result else { break };
-            failures = if partial.length > before { 1 } else { failures + 1 };
-            if failures > self.limits.retries || !may_pass(&error) {
+            if !may_pass(&error) {
                 return Err(error);
             }
-            tracing::info!(image = self.name, %error, "a layer broke off: trying again");
-            tokio::time::sleep(self.limits.backoff.saturating_mul(1 << (failures - 1).min(6)))
-                .await;
+            patience.wait(error, partial.length > before).await?;
         }
         self.verified(partial, work).await.map(|file| (file, moved))
     }

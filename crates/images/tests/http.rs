@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use common::server::{Fault, Server, Site};
 use common::{Bench, MIB, assert_same, import, noise};
-use images::{Credentials, Error, Http, Source};
+use images::{Credentials, Error, Http, Progress, Source};
+use tokio::sync::watch;
 
 fn http(server: &Server) -> Source {
     Source::Http(Http { url: server.url(), ..Http::default() })
@@ -67,14 +68,24 @@ async fn after_a_crash_only_what_is_durable_counts() {
 }
 
 #[tokio::test]
-async fn a_silent_server_is_asked_again() {
+async fn a_silent_server_is_asked_again_and_is_told_of_until_it_answers() {
     let (bench, body) = (Bench::new(), noise(2 * MIB, 6));
     let faults = [Fault::Stall(MIB)].into();
     let site = Site { body: body.clone(), ranges: true, faults, ..Site::default() };
     let server = Server::start(site).await;
     let mut job = bench.job(http(&server), "disk", 2 * MIB);
     job.limits.stall = Duration::from_millis(300);
-    import(&job).await.unwrap();
+    let (reports, mut seen) = watch::channel(Progress::default());
+    let last = reports.subscribe();
+    let told = async {
+        let is_broken = |progress: &Progress| progress.broken.is_some();
+        seen.wait_for(is_broken).await.map(|progress| progress.done)
+    };
+    let imported = async move { images::import(&job, &reports).await };
+    let (imported, told) = tokio::join!(imported, told);
+    imported.unwrap();
+    assert_eq!(told.unwrap(), MIB as u64, "it is told what had come");
+    assert_eq!(last.borrow().broken, None);
     assert_same(&bench.path("disk"), &body);
     assert_eq!(server.site().sent, 2 * MIB);
 }

@@ -106,7 +106,8 @@ impl World {
 
     fn snapshot(&self) -> Snapshot {
         let (volume, claim, pods) = self.seen.clone();
-        let progress = Progress { done: self.progress, total: Some(100), what: Step::Downloading };
+        let (done, what) = (self.progress, Step::Downloading);
+        let progress = Progress { done, total: Some(100), what, broken: None };
         Snapshot {
             offer: None,
             volume: Arc::new(volume),

@@ -383,7 +383,7 @@ impl Snapshot {
                 self.measure(claim, status);
                 match self.is_uploaded() && !self.offers(plan) && begun != way.under_way {
                     true => Stage::waits(begun, Waits::new("UploadStarts", String::new())),
-                    false => Stage::runs(way.under_way),
+                    false => Stage::runs(way.under_way, self.progress.as_ref()),
                 }
             }
             Seen::Restarts(reason, message) => {

@@ -4,6 +4,7 @@ use super::Waits;
 use super::plan::{Action, Snapshot, Way};
 use api::conditions::{self, Condition, Is};
 use api::datavolume::{DataVolume, Phase, Status};
+use api::import::Progress;
 use kube::ResourceExt;
 
 /// How far a DataVolume is.
@@ -22,9 +23,14 @@ impl Stage {
         Self { phase, runs: false, why }
     }
 
-    /// Its importer runs.
-    pub fn runs(phase: Phase) -> Self {
-        Self { phase, runs: true, why: Waits::new("Pod is running", String::new()) }
+    /// Its importer runs, and says how far it is.
+    pub fn runs(phase: Phase, progress: Option<&Progress>) -> Self {
+        let broken = progress.and_then(|progress| progress.broken.as_deref());
+        let why = match broken {
+            Some(why) => Waits::wrong("TransferBroken", format!("{why}: it is tried again")),
+            None => Waits::new("Pod is running", String::new()),
+        };
+        Self { phase, runs: true, why }
     }
 
     /// All is done.
