@@ -9,6 +9,9 @@
 //!
 //! A kubelet that begins anew empties its folder and knows of nobody. So the own socket is looked for
 //! now and then, and all is done again once it has gone.
+//!
+//! N.B. kubelets before 1.26 send the path of the socket where HTTP/2 has a host
+//! (<https://github.com/kubernetes/kubernetes/pull/112597>), which is refused as it has to be.
 
 pub mod wire;
 
@@ -19,7 +22,7 @@ use std::io;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::net::UnixListener;
 use tokio::sync::watch;
 use tokio_stream::wrappers::UnixListenerStream;
@@ -37,7 +40,7 @@ pub const FOLDER: &str = "/var/lib/kubelet/device-plugins";
 const KUBELET: &str = "kubelet.sock";
 /// How often is looked for the device, and for whether the kubelet still knows of it.
 const LOOK: Duration = Duration::from_secs(2);
-/// A kubelet answers within this time.
+/// A kubelet answers, and asks what there is, within this time.
 const PATIENCE: Duration = Duration::from_secs(10);
 
 /// A device that many can use at once.
@@ -92,6 +95,15 @@ pub enum Error {
         #[source]
         source: Box<dyn std::error::Error + Send + Sync>,
     },
+    /// The kubelet knows of it, and does not ask what there is.
+    #[error(
+        "the kubelet does not ask for {resource}, which it was offered: one before 1.26 cannot, as it names \
+         the socket's path as a host"
+    )]
+    Unasked {
+        /// What was offered.
+        resource: String,
+    },
     /// The offer has ended.
     #[error("{resource} is not offered any more")]
     Served {
@@ -124,8 +136,15 @@ pub async fn offer(folder: &Path, device: &Device) -> Result<(), Error> {
         .serve_with_incoming(UnixListenerStream::new(listener));
     let kept = async {
         register(&folder.join(KUBELET), device).await?;
+        let mut asked = Instant::now();
         while own.is_some() && inode(&path) == own {
             tokio::time::sleep(LOOK).await;
+            // Each list that is told has one of its own.
+            if health.receiver_count() > 1 {
+                asked = Instant::now();
+            } else if asked.elapsed() > PATIENCE {
+                return Err(Error::Unasked { resource: device.resource.clone() });
+            }
             let is_there = device.is_there();
             health.send_if_modified(|before| std::mem::replace(before, is_there) != is_there);
         }

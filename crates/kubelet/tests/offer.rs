@@ -98,6 +98,15 @@ async fn containers_get_the_device_as_long_as_it_is_there() {
 }
 
 #[tokio::test]
+async fn a_kubelet_that_does_not_ask_for_what_it_was_offered_is_told_of() {
+    let folder = tempfile::tempdir().unwrap();
+    let (_comes, _kubelet) = begin(folder.path());
+    let device = device(Path::new("/dev/null"));
+    let offered = timeout(PATIENCE, offer(folder.path(), &device)).await.expect("nothing is told");
+    assert!(matches!(offered, Err(Error::Unasked { .. })), "{offered:?}");
+}
+
+#[tokio::test]
 async fn a_kubelet_that_begins_anew_is_offered_it_anew() {
     let folder = tempfile::tempdir().unwrap();
     let device = device(Path::new("/dev/null"));
