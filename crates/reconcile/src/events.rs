@@ -111,6 +111,16 @@ impl Recorder {
 pub fn why(error: &kube::Error) -> String {
     match error {
         kube::Error::Api(status) => status.message.clone(),
-        other => other.to_string(),
+        other => rooted(other),
+    }
+}
+
+/// An error, and what is at the bottom of it: that no connection was made is told far above why.
+pub fn rooted(error: &dyn std::error::Error) -> String {
+    let root = std::iter::successors(error.source(), |cause| cause.source()).last();
+    let (text, root) = (error.to_string(), root.map(ToString::to_string).unwrap_or_default());
+    match text.contains(&root) {
+        true => text,
+        false => format!("{text}: {root}"),
     }
 }

@@ -1,5 +1,6 @@
 //! All objects of a kind, kept up to date by a watch; and a bell that rings when one changes.
 
+use crate::events::rooted;
 use futures_util::StreamExt;
 use k8s_openapi::api::core::v1::ObjectReference;
 use kube::runtime::reflector::{self, Store};
@@ -62,7 +63,8 @@ impl Keeper {
                         std::mem::take(&mut before).iter().for_each(|object| changed(object));
                     }
                     Err(error) => {
-                        tracing::warn!(kind = %K::kind(&()), "the watch is begun again: {error}");
+                        let why = rooted(&error);
+                        tracing::warn!(kind = %K::kind(&()), "the watch is begun again: {why}");
                     }
                 }
             }
