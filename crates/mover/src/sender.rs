@@ -318,8 +318,7 @@ impl Shared {
                 Ok(connection) => connection,
                 Err(why) => return self.end(Error::Lost { stream, why }),
             };
-            self.lock().counters.resumes += u64::from(attempt > 0);
-            match self.serve(stream, connection) {
+            match self.serve(stream, connection, attempt > 0) {
                 Err(Broken::Link(error)) => {
                     tracing::info!(stream, %error, "disk stream broke, connecting again");
                 }
@@ -329,18 +328,24 @@ impl Shared {
         }
     }
 
-    fn serve(self: &Arc<Self>, stream: u16, connection: UnixStream) -> Result<(), Broken> {
+    /// Sends on one connection until that breaks. `again`: the stream's last one broke.
+    fn serve(
+        self: &Arc<Self>,
+        stream: u16,
+        connection: UnixStream,
+        again: bool,
+    ) -> Result<(), Broken> {
         let (replies, own) = (connection.try_clone()?, connection.try_clone()?);
         {
             let mut state = self.lock();
-            let again = state.work.reconnected(stream);
-            state.counters.again += again;
+            let lost = state.work.reconnected(stream);
+            state.counters.again += lost;
             state.live[usize::from(stream)] = Some(own);
             self.changed.notify_all();
         }
         let reader = {
             let shared = self.clone();
-            std::thread::spawn(move || shared.read_replies(stream, replies))
+            std::thread::spawn(move || shared.read_replies(stream, replies, again))
         };
         let result = self.send(stream, &connection);
         self.lock().live[usize::from(stream)] = None;
@@ -517,7 +522,7 @@ impl Shared {
         }
     }
 
-    fn read_replies(&self, stream: u16, connection: UnixStream) {
+    fn read_replies(&self, stream: u16, connection: UnixStream, mut again: bool) {
         let mut from = BufReader::new(connection);
         let end = loop {
             match wire::read_reply(&mut from) {
@@ -527,6 +532,8 @@ impl Shared {
                         break Some(format!("it acknowledged frame {seq}, which was never sent"));
                     };
                     state.counters.safe += bytes;
+                    // N.B. not before: a target that has all it needs ends the streams, and takes no new ones.
+                    state.counters.resumes += u64::from(std::mem::take(&mut again));
                     state.target_ns[usize::from(stream)] = busy_ns;
                     let safe = state.counters.safe;
                     state.window.update(stream, seq, safe, Instant::now());

@@ -150,6 +150,16 @@ proptest! {
 }
 
 #[test]
+fn a_stream_that_broke_is_counted_once_it_goes_on() {
+    let world = world(4 * MIB, None);
+    world.source.write_all_at(&noise(3, 4 * MIB as usize), 0).unwrap();
+    let sender = world.sender(vec![1_000_000], options(1, Compression::Off), Fault::default());
+    sender.push(0, Mode::Blank, &ExtentSet::whole(4 * MIB)).unwrap();
+    sender.wait(SOON).unwrap();
+    assert_eq!(sender.counters().resumes, 1);
+}
+
+#[test]
 fn holes_cost_no_bytes_and_no_allocation() {
     use std::os::unix::fs::MetadataExt;
     let world = world(1 << 30, None);
