@@ -153,7 +153,9 @@ proptest! {
 fn a_stream_that_broke_is_counted_once_it_goes_on() {
     let world = world(4 * MIB, None);
     world.source.write_all_at(&noise(3, 4 * MIB as usize), 0).unwrap();
-    let sender = world.sender(vec![1_000_000], options(1, Compression::Off), Fault::default());
+    // The last one first: two more break before anything is answered.
+    let cuts = vec![1, 1, 1_000_000];
+    let sender = world.sender(cuts, options(1, Compression::Off), Fault::default());
     sender.push(0, Mode::Blank, &ExtentSet::whole(4 * MIB)).unwrap();
     sender.wait(SOON).unwrap();
     assert_eq!(sender.counters().resumes, 1);
