@@ -117,3 +117,21 @@ fn words(volume: &DataVolume, phase: Phase) -> (String, String) {
     };
     (format!("{phase:?}"), message)
 }
+
+#[cfg(test)]
+mod test {
+    use super::*;
+    use api::import::Step;
+
+    #[test]
+    fn a_transfer_that_broke_off_is_somebodys_concern_until_it_goes_on() {
+        let broken = Some("no answer".to_owned());
+        let mut progress = Progress { done: 1, total: None, what: Step::Downloading, broken };
+        let stage = Stage::runs(Phase::ImportInProgress, Some(&progress));
+        assert!(stage.runs && stage.why.warning);
+        assert_eq!(stage.why.reason, "TransferBroken");
+        assert!(stage.why.message.contains("no answer"), "{}", stage.why.message);
+        progress.broken = None;
+        assert!(!Stage::runs(Phase::ImportInProgress, Some(&progress)).why.warning);
+    }
+}
