@@ -85,7 +85,10 @@ pub enum Error {
         source: io::Error,
     },
     /// The kubelet is not reached, or does not want it.
-    #[error("the kubelet at {} does not take {resource}", path.display())]
+    #[error(
+        "the kubelet at {} does not take {resource}: look whether it runs, and has its folder there",
+        path.display()
+    )]
     Register {
         /// Its socket.
         path: PathBuf,
@@ -98,7 +101,7 @@ pub enum Error {
     /// The kubelet knows of it, and does not ask what there is.
     #[error(
         "the kubelet does not ask for {resource}, which it was offered: one before 1.26 cannot, as it names \
-         the socket's path as a host"
+         the socket's path as a host: use a newer one, or have guests emulated (useEmulation)"
     )]
     Unasked {
         /// What was offered.
