@@ -270,7 +270,8 @@ impl Deployment<'_> {
             "volumes": [
                 volume(),
                 {"name": "godwit", "hostPath": {"path": FOLDER, "type": "DirectoryOrCreate"}},
-                {"name": "devices", "hostPath": {"path": kubelet::FOLDER, "type": "Directory"}},
+                // Where the kubelet has another, guests can be emulated: the handler has to begin.
+                {"name": "devices", "hostPath": {"path": kubelet::FOLDER, "type": "DirectoryOrCreate"}},
             ],
         });
         let mut workload = self.workload("DaemonSet", name, pod);
